@@ -1,0 +1,122 @@
+"""What a request may ask for, checked when it is admitted (HTTP 400 / ValueError)."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from vllm_refusion.config import ParameterError
+from vllm_refusion.decoding import MAX_STOP_IDS
+from vllm_refusion.integration import canvas_length, server_defaults
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+
+# Fields of vLLM's SamplingParams that work as in stock vLLM, or that cannot change the output.
+HONOURED = {
+    "n",
+    "temperature",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "max_tokens",
+    "min_tokens",
+    "extra_args",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "output_kind",
+    "stream_interval",
+    "skip_clone",
+    "skip_reading_prefix_cache",
+    "repetition_detection",
+    "flat_logprobs",
+    "output_text_buffer_length",
+    "watermarking",  # vLLM refuses to start with a watermark and resolves this to False
+    "_watermarking_skipped",
+    "_eos_token_id",
+    "_all_stop_token_ids",
+    "_bad_words_token_ids",
+}
+# Every other field must have one of these values, or its default if it is not listed.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"top_k": (0, -1), "bad_words": ([], None)}
+
+INT64_MAX = 2**63 - 1
+
+
+def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
+    """Checks a request for a ReFusion model and fills in what the engine needs.
+
+    ``max_tokens`` is cut to what fits max_model_len; a sampled request without a seed gets one, so
+    that every worker draws the same noise.
+
+    Raises:
+        VLLMValidationError: names the parameter, its value and what is allowed.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    params = request.sampling_params
+    try:
+        if params is None:
+            raise ParameterError("pooling_params", request.pooling_params, "ReFusion generates text")
+        _check_sampling_params(params)
+        _check_prompt(request.prompt_token_ids, vllm_config)
+        decoding = server_defaults(vllm_config.model_config).updated(params.extra_args)
+        decoding.check_canvas(canvas_length(vllm_config))
+    except ParameterError as error:
+        raise VLLMValidationError(str(error), parameter=error.parameter, value=error.value) from error
+    room = vllm_config.model_config.max_model_len - len(request.prompt_token_ids)
+    params.max_tokens = min(params.max_tokens or room, room)
+    _resolve_eos(params, vllm_config)
+    if params.temperature > 0 and params.seed is None:
+        params.seed = secrets.randbits(62)
+
+
+def _check_sampling_params(params: SamplingParams) -> None:
+    defaults = type(params)()
+    for name in params.__struct_fields__:
+        if name in HONOURED:
+            continue
+        value = getattr(params, name)
+        allowed = NEUTRAL.get(name, (getattr(defaults, name),))
+        if not any(type(value) is type(other) and value == other for other in allowed):
+            raise ParameterError(name, value, f"ReFusion allows only {allowed[0]!r}")
+    if params.watermarking:
+        raise ParameterError("watermarking", True, "ReFusion allows only False or None")
+    if params.seed is not None and not -INT64_MAX <= params.seed <= INT64_MAX:
+        raise ParameterError("seed", params.seed, "allowed is a 64-bit integer")
+    if params.min_tokens and len(params.all_stop_token_ids) > MAX_STOP_IDS:
+        raise ParameterError(
+            "stop_token_ids",
+            len(params.all_stop_token_ids),
+            f"min_tokens works with at most {MAX_STOP_IDS} stop tokens, EOS included",
+        )
+
+
+def _check_prompt(token_ids: list[int] | None, vllm_config: VllmConfig) -> None:
+    if token_ids is None:
+        raise ParameterError("prompt_embeds", "...", "ReFusion takes tokens or text")
+    config = vllm_config.model_config.hf_text_config
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    outside = next((t for t in token_ids if not 0 <= t < vocab_size), None)
+    if outside is not None:
+        raise ParameterError("prompt", outside, f"allowed are token ids in [0, {vocab_size})")
+    if config.mask_token_id in token_ids:
+        raise ParameterError(
+            "prompt", config.mask_token_id, "the prompt contains the mask token, which only decoding uses"
+        )
+
+
+def _resolve_eos(params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Without a tokenizer vLLM knows no EOS; decoding needs the model's."""
+    if params.eos_token_id is not None or params.ignore_eos:
+        return
+    eos = getattr(vllm_config.model_config.hf_text_config, "eos_token_id", None)
+    if isinstance(eos, int):
+        params.update_from_generation_config({}, eos)
+        if params.stop_token_ids and eos in params.stop_token_ids:
+            params.stop_token_ids.remove(eos)

@@ -1,0 +1,154 @@
+"""Every private part of vLLM that this project uses or patches, with the reason.
+
+tests/test_compat.py fails once a patch is no longer needed or no longer fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+_PATCHED = "_vllm_refusion_patched"
+
+
+def install(architectures: Mapping[str, str], config_hook: type) -> None:
+    """Routes checkpoints with a mask token to us and applies the process-wide patches, once."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for architecture in architectures.values():
+        MODELS_CONFIG_MAP[architecture] = config_hook
+    _route_checkpoints(architectures)
+    _validate_requests()
+    _tell_preempted_from_finished()
+
+
+def _route_checkpoints(architectures: Mapping[str, str]) -> None:
+    """The published checkpoints say e.g. ``Qwen3ForCausalLM`` and differ only in mask_token_id.
+
+    vLLM offers no hook between reading config.json and choosing the model class other than the
+    config parser of the format, so ours extends the one found.
+    """
+    from vllm.transformers_utils import config as transformers_config
+
+    parsers = transformers_config._CONFIG_FORMAT_TO_CONFIG_PARSER
+    base = parsers["hf"]
+    if getattr(base, _PATCHED, False):
+        return
+
+    class ReFusionConfigParser(base):
+        def parse(self, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
+            config_dict, config = super().parse(*args, **kwargs)
+            if getattr(config, "mask_token_id", None) is not None:
+                config.architectures = [
+                    architectures.get(name, name) for name in config.architectures or ()
+                ]
+            return config_dict, config
+
+    setattr(ReFusionConfigParser, _PATCHED, True)
+    parsers["hf"] = ReFusionConfigParser
+
+
+def _validate_requests() -> None:
+    """Admission checks that need the engine's configuration and the prompt.
+
+    vLLM's own hook (``LogitsProcessor.validate_params``) is a class method that sees neither. Every
+    front end (LLM, AsyncLLM, the OpenAI server) goes through ``process_inputs``, whose
+    ``VLLMValidationError`` becomes an HTTP 400.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_refusion.admission import admit
+        from vllm_refusion.integration import is_refusion
+
+        request = original(self, *args, **kwargs)
+        if is_refusion(self.model_config):
+            admit(request, self.vllm_config)
+        return request
+
+    setattr(process_inputs, _PATCHED, True)
+    InputProcessor.process_inputs = process_inputs
+
+
+def _tell_preempted_from_finished() -> None:
+    """``ModelState.remove_request`` is not told why a request leaves.
+
+    A preempted one comes back and must go on exactly where it was, so its state is kept.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner.finish_requests
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def finish_requests(self: Any, scheduler_output: Any) -> None:
+        leaving = getattr(self.model_state, "requests_leaving", None)
+        if leaving is not None:
+            leaving(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set())
+        original(self, scheduler_output)
+
+    setattr(finish_requests, _PATCHED, True)
+    GPUModelRunner.finish_requests = finish_requests
+
+
+@contextlib.contextmanager
+def attention_backend(backend: type) -> Iterator[None]:
+    """Attention layers built inside use ``backend``.
+
+    Stock model classes do not pass a backend to their ``Attention`` layers, and the CPU platform
+    ignores the configured one.
+    """
+    from vllm.model_executor.layers.attention import attention
+
+    original = attention.get_attn_backend
+    attention.get_attn_backend = lambda *args, **kwargs: backend
+    try:
+        yield
+    finally:
+        attention.get_attn_backend = original
+
+
+def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
+    """Adapts a stock scheduler object to a device whose KV is in commit order.
+
+    * It takes a model for a diffusion model, which samples no token after the prompt, only if the
+      config carries ``canvas_length``; but then vLLM refuses temperature and seed.
+    * ``slack``: positions past max_model_len that may be scheduled; front ends keep the limit.
+    * ``lookahead(request, scheduled_end)``: tokens to reserve past ``scheduled_end``, may be
+      negative. vLLM has one number for all requests.
+    * Only prompt blocks may enter the prefix cache: the cache hashes blocks in position order.
+    """
+    scheduler.num_sampled_tokens_per_step = 0
+    scheduler.max_model_len += slack
+    manager = scheduler.kv_cache_manager
+    manager.max_model_len += slack
+    allocate_slots = manager.allocate_slots
+    cache_blocks = manager.coordinator.cache_blocks
+
+    def allocate(request: Any, num_new_tokens: int, **kwargs: Any) -> Any:
+        end = request.num_computed_tokens + num_new_tokens
+        end += kwargs.get("num_new_computed_tokens", 0)
+        kwargs["num_lookahead_tokens"] = lookahead(request, end)
+        return allocate_slots(request, num_new_tokens, **kwargs)
+
+    def cache_prompt_blocks(request: Any, num_computed_tokens: int) -> None:
+        cache_blocks(request, min(num_computed_tokens, request.num_prompt_tokens))
+
+    manager.allocate_slots = allocate
+    manager.coordinator.cache_blocks = cache_prompt_blocks
+
+
+def stop_hashing_output(request: Any) -> None:
+    """Block hashes of a request then cover its prompt only, whatever is appended."""
+    request._block_hasher = None

