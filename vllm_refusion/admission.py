@@ -93,7 +93,7 @@ def _check_sampling_params(params: SamplingParams) -> None:
         raise ParameterError(
             "stop_token_ids",
             len(params.all_stop_token_ids),
-            f"min_tokens works with at most {MAX_STOP_IDS} stop tokens, EOS included",
+            f"with min_tokens allowed are at most {MAX_STOP_IDS} stop tokens, EOS included",
         )
 
 

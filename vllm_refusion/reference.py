@@ -233,12 +233,10 @@ class _Request:
         return chosen[:whole] or self._infill(chosen)
 
     def _infill(self, chosen: list[_Slot]) -> list[_Slot]:
-        """3.3: goes on until all slots are complete; returns those that EOS does not drop.
-
-        Since 3.2 left the first incomplete there is a last pass. It leaves the KV of final tokens.
-        """
+        """3.3: goes on until all slots are complete; returns those that EOS does not drop."""
         slots, rounds = self._until_eos(chosen) or chosen, 0
         self._branch("infill_complete_on_entry", any(slot.complete for slot in slots))
+        # 3.2 left the first slot incomplete, so there is a last pass: with the KV of final tokens.
         while not all(slot.complete for slot in slots):
             rounds += 1
             self._predict([slot for slot in slots if not slot.complete])

@@ -1,0 +1,82 @@
+"""Starting engines and sending them conformance cases."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from conformance import Case
+from vllm import LLM, SamplingParams, TokensPrompt
+
+ON_GPU = torch.cuda.is_available()
+
+
+@contextmanager
+def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
+    """An LLM in float32: eager on a CPU, with CUDA graphs on a GPU."""
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": not ON_GPU,
+        "skip_tokenizer_init": True,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 16,
+        "seed": 0,
+    }
+    if ON_GPU:
+        settings["gpu_memory_utilization"] = 0.2
+    llm = LLM(str(model), **settings | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if ON_GPU:
+            torch.cuda.empty_cache()
+
+
+def sampling_params(case: Case) -> SamplingParams:
+    params = case.params
+    return SamplingParams(
+        temperature=case.temperature,
+        seed=case.seed,
+        max_tokens=case.max_tokens,
+        min_tokens=case.min_tokens,
+        ignore_eos=case.ignore_eos,
+        stop_token_ids=list(case.stop_token_ids),
+        detokenize=False,
+        extra_args={
+            "slot_size": params.slot_size,
+            "block_length": params.block_length,
+            "slot_threshold": params.slot_threshold,
+            "token_threshold": params.token_threshold,
+        },
+    )
+
+
+def run(llm: LLM, cases: Sequence[Case]) -> list[list[int]]:
+    """All cases at once; the tokens of each."""
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=list(case.prompt_ids)) for case in cases],
+        [sampling_params(case) for case in cases],
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def scheduler_of(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def model_state_of(llm: LLM) -> Any:
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner.model_state
+
+
+def free_pages(llm: LLM) -> int:
+    return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()

