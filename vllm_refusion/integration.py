@@ -40,7 +40,7 @@ def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     from vllm_refusion import compat
-    from vllm_refusion.triton_cpu_stub import interpreter_is_on
+    from vllm_refusion.triton_cpu_stub import INTERPRETER_NOTICE, interpreter_is_on
 
     supported = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():
@@ -48,10 +48,7 @@ def register() -> None:
             ModelRegistry.register_model(architecture, f"vllm_refusion.model:{architecture}")
     compat.install(ARCHITECTURES, ReFusionConfig)
     if interpreter_is_on():
-        logger.info(
-            "No GPU: vLLM's Triton kernels run in Triton's interpreter (slow; meant for trying and "
-            "testing). VLLM_REFUSION_TRITON_INTERPRETER=0 turns this off."
-        )
+        logger.warning(INTERPRETER_NOTICE)  # vLLM sets logging up later and would lose an info
 
 
 def check_vllm_version() -> None:
@@ -225,6 +222,5 @@ def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
     if not vllm_config.use_v2_model_runner:
         raise ValueError(
             "ReFusion needs vLLM's Model Runner V2, which this setup does not use: unset "
-            "VLLM_USE_V2_MODEL_RUNNER=0; on a CPU keep VLLM_REFUSION_TRITON_INTERPRETER at 1 and "
-            "triton installed."
+            "VLLM_USE_V2_MODEL_RUNNER=0 and TRITON_BACKENDS_IN_TREE=1, and install triton."
         )

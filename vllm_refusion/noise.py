@@ -21,8 +21,8 @@ _WORD = 0xFFFFFFFF
 _PIECE_ELEMENTS = 2**18
 
 # Above 2**23 the addition of 0.5 rounds to an even integer, so that the largest word would give
-# u = 1 and infinite noise: once in 2**24 tokens, i.e. in every other canvas of a large vocabulary,
-# a token would be picked whatever its logit. The largest float32 below 1 bounds the noise instead.
+# u = 1 and infinite noise: once in 2**24 tokens, i.e. about once in 128 rows of a vocabulary of
+# 128k, a token would be picked whatever its logit. The largest float32 below 1 is used instead.
 LARGEST_UNIFORM = 1.0 - 2.0**-24
 # -log(-log(LARGEST_UNIFORM)) is 16.6355; rounded up so that no implementation's log exceeds it.
 NOISE_BOUND = 16.7

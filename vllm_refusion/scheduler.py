@@ -27,9 +27,13 @@ class _CanvasScheduling:
         compat.adapt_scheduler(self, position_slack(self.vllm_config), self._lookahead)
 
     def canvas_width(self, request: Request) -> int:
-        """Upper bound of the rows the request's next pass may have: its block, or what is left."""
+        """Upper bound of the rows the request's next pass may have: what is left of its block."""
         params = self.decoding_defaults.updated(request.sampling_params.extra_args)
-        left = params.budget(request.max_tokens) - request.num_output_tokens
+        emitted = request.num_output_tokens
+        left = params.budget(request.max_tokens) - emitted
+        if not self.scheduler_config.async_scheduling:
+            return min(params.block_length - emitted % params.block_length, left)
+        # the pass in flight may finish the block
         return min(params.block_length, left)
 
     def _lookahead(self, request: Request, scheduled_end: int) -> int:

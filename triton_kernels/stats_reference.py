@@ -1,0 +1,76 @@
+"""PyTorch twin of the token statistics: float32, vectorised over rows, no Triton.
+
+It is the oracle of the kernel's tests, and what a CPU-only install runs for small models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_refusion.noise import gumbel_noise
+
+Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Value of an allowed token whose logit is -inf or NaN: below any finite one, above a token that
+# is not allowed (-inf).
+FLOOR = torch.finfo(torch.float32).min
+
+
+def allocate_stats(logits: torch.Tensor) -> Stats:
+    """Zeroed picked [N] int32, picked_prob and given_prob [N] float32 for [N, V] logits."""
+    rows = len(logits)
+    return (
+        torch.zeros(rows, dtype=torch.int32, device=logits.device),
+        torch.zeros(rows, dtype=torch.float32, device=logits.device),
+        torch.zeros(rows, dtype=torch.float32, device=logits.device),
+    )
+
+
+def token_stats_reference(
+    logits: torch.Tensor,
+    row_request: torch.Tensor,
+    row_position: torch.Tensor,
+    row_given: torch.Tensor,
+    *,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    draw: torch.Tensor,
+    min_tokens: torch.Tensor,
+    stop_ids: torch.Tensor,
+    mask_token_id: int,
+    out: Stats | None = None,
+) -> Stats:
+    """The statistics of `token_stats.token_stats`: same arguments, same results.
+
+    A row's results depend on that row alone. Reads back which rows are used and which are
+    sampled, so on a GPU it waits for the device.
+    """
+    picked, picked_prob, given_prob = allocate_stats(logits) if out is None else out
+    used = (row_position >= 0).nonzero().flatten()
+    request, position = row_request[used], row_position[used]
+    raw = logits[used].to(torch.float32)  # [n, V]
+    vocab = raw.shape[1]
+
+    value = raw.clone()
+    sampled = (temperature[request] > 0).nonzero().flatten()
+    if len(sampled):
+        of = request[sampled]
+        noise = gumbel_noise(seed[of], draw[of], position[sampled], vocab)
+        value[sampled] = raw[sampled] / temperature[of, None] + noise
+    value = torch.where(value > FLOOR, value, FLOOR)
+    if 0 <= mask_token_id < vocab:
+        value[:, mask_token_id] = -torch.inf
+    early = (position < min_tokens[request]).nonzero().flatten()
+    banned = stop_ids[request[early]]  # [e, F]
+    entry, column = ((banned >= 0) & (banned < vocab)).nonzero(as_tuple=True)
+    value[early[entry], banned[entry, column].to(torch.int64)] = -torch.inf
+    # torch.argmax returns the first of equal maxima
+    pick = value.argmax(dim=1)
+
+    given = row_given[used].to(torch.int64)
+    probability = torch.softmax(raw, dim=1)
+    picked[used] = pick.to(torch.int32)
+    picked_prob[used] = probability.gather(1, pick[:, None])[:, 0]
+    of_given = probability.gather(1, given.clamp(0, vocab - 1)[:, None])[:, 0]
+    given_prob[used] = torch.where((given >= 0) & (given < vocab), of_given, 0.0)
+    return picked, picked_prob, given_prob
