@@ -29,6 +29,8 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
     }
     if ON_GPU:
         settings["gpu_memory_utilization"] = 0.2
+        # CUDA graphs without torch.compile, which would take most of the time
+        settings["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL"}
     llm = LLM(str(model), **settings | options)
     try:
         yield llm

@@ -37,7 +37,8 @@ class Fuzz:
     def __init__(self, rng: random.Random, phases: tuple[Phase, ...], canvas_length: int) -> None:
         self.rng = rng
         max_requests, requests = 11, rng.randint(1, 9)
-        self.state = DecodeState(max_requests, canvas_length, 3 * canvas_length, MASK_TOKEN_ID, "cpu")
+        max_response = 3 * canvas_length
+        self.state = DecodeState(max_requests, canvas_length, max_response, MASK_TOKEN_ID, "cpu")
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         for tensor in tensors(self.state).values():
             tensor.copy_(torch.randint(TOKENS, tensor.shape, generator=generator))

@@ -71,7 +71,7 @@ class Weather:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a request gave: tokens and passes like ``reference.Decoded``, the order as far as it got."""
+    """What a request gave, in the terms of ``reference.Decoded``; the order as far as it got."""
 
     tokens: list[int]
     commit_order: list[int]
@@ -221,7 +221,7 @@ class SimulatedEngine:
         input_ids = torch.full((rows,), POISON, dtype=torch.int32)
         slot_mappings = torch.zeros(2, rows, dtype=torch.int64)
         logit_rows = []
-        for (slot, job, width), start in zip(batch, query_start_loc.tolist()):
+        for (slot, job, width), start in zip(batch, query_start_loc[:-1].tolist(), strict=True):
             computed = int(self.num_computed[slot])
             tokens = state.canvas_token[slot, :width].int()
             prefilling = job is not None and computed < len(job.prefill)
@@ -254,6 +254,7 @@ class SimulatedEngine:
                     input_ids[of_request].tolist(),
                     positions[of_request].tolist(),
                     visibility[of_request].tolist(),
+                    strict=True,
                 )
             )
             written = (slot_mappings[:, of_request] >= 0).all(dim=0).tolist()
@@ -338,7 +339,7 @@ class SimulatedEngine:
     ) -> torch.Tensor:
         """Logits [rows fed, vocabulary] of rows behind the KV entries, all computed anew."""
         entries = kv + fed
-        tokens, positions, sees = zip(*entries)
+        tokens, positions, sees = zip(*entries, strict=True)
         index = torch.arange(len(entries))
         context_end, run_start, run_end, own_start = (
             torch.tensor(sees)[:, column, None] for column in range(4)

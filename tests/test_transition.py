@@ -120,9 +120,7 @@ def build_request(name: str) -> Request:
 @cache
 def reference(name: str) -> Decoded:
     options = dict(vars(build_request(name)))
-    decoded = decode(
-        tiny_model(), options.pop("prompt"), **options, mask_token_id=MASK_TOKEN_ID
-    )
+    decoded = decode(tiny_model(), options.pop("prompt"), **options, mask_token_id=MASK_TOKEN_ID)
     # the engine computes the same in another order: no decision may hang on rounding
     assert min(decoded.threshold_margin, decoded.argmax_margin) > 1e-5, "choose another request"
     return decoded

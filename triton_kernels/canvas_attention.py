@@ -238,7 +238,7 @@ def _combine_splits_kernel(
     total = tl.load(partial_total_ptr + slot)
     peak = tl.load(partial_peak_ptr + slot)
     top = tl.max(peak, axis=0)
-    weight = tl.where(total > 0, tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+    weight = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
     acc = tl.load(
         partial_acc_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
         mask=(total > 0)[:, None] & (dims[None, :] < HEAD_SIZE),

@@ -177,6 +177,9 @@ class ReFusionConfig:
         compilation = vllm_config.compilation_config
         if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
             compilation.cudagraph_mode = CUDAGraphMode.FULL
+        if model_config.get_vocab_size() <= canvas:
+            # vLLM warms its kernels up with the token ids 0 .. canvas, whatever the vocabulary
+            vllm_config.kernel_config.enable_jit_warmup = False
         vllm_config.parallel_config.worker_extension_cls = "vllm_refusion.metrics.WorkerExtension"
 
         # RoPE tables must reach the end of the last slot.

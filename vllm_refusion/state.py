@@ -69,6 +69,7 @@ class ReFusionModelState(ModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         params = new_req_data.sampling_params
         prompt_len = len(new_req_data.prompt_token_ids)
+        room = self.max_model_len - prompt_len
         self._slot_of[new_req_data.req_id] = req_index
         saved = self._suspended.pop(new_req_data.req_id, None)
         if saved is not None:
@@ -79,7 +80,7 @@ class ReFusionModelState(ModelState):
             req_index,
             prompt_len,
             self.defaults.updated(params.extra_args),
-            min(params.max_tokens, self.max_model_len - prompt_len),
+            min(params.max_tokens or room, room),  # vLLM's own warm-up sets none
             params.eos_token_id,
             min_tokens=params.min_tokens,
             stop_ids=sorted(params.all_stop_token_ids) if params.min_tokens else (),

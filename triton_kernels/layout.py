@@ -1,0 +1,150 @@
+"""Places the rows of a pass on the device: positions, visibility, KV writes, replayed tokens.
+
+What a pass feeds is described in ``vllm_refusion.decoding``, the twin is ``layout_reference``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_refusion.decoding import DecodeState
+from vllm_refusion.triton_kernels.state_codes import (
+    DONE,
+    F_COMMITTED,
+    F_PHASE,
+    F_PROMPT_LEN,
+    F_ROWS,
+    F_SLOT_SIZE,
+    IDLE,
+    NUM_FIELDS,
+    PREFILL,
+    REPLAY,
+)
+from vllm_refusion.triton_kernels.transition_reference import UNSEEN
+
+_UNSEEN = tl.constexpr(UNSEEN)
+ROWS_PER_TILE = 1024
+
+
+@triton.jit
+def _layout_kernel(
+    ints_ptr,  # [max_reqs, NUM_FIELDS] int32
+    row_position_ptr,  # [max_reqs, W] int32
+    row_own_start_ptr,  # [max_reqs, W] int32
+    response_ptr,  # [max_reqs, P] int32
+    order_ptr,  # [max_reqs, P] int32
+    group_context_ptr,  # [max_reqs, P] int32
+    idx_mapping_ptr,  # [R] int64
+    query_start_loc_ptr,  # [R+1] int32
+    num_computed_ptr,  # [max_reqs] int32
+    input_ids_ptr,  # [N]
+    positions_ptr,  # [N] int64
+    visibility_ptr,  # [N, 4] int32
+    slot_mappings_ptr,  # [groups, N] int64
+    slot_mappings_stride,
+    num_groups,
+    canvas_length,
+    max_response,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.load(idx_mapping_ptr + tl.program_id(0)).to(tl.int64)
+    start = tl.load(query_start_loc_ptr + tl.program_id(0))
+    length = tl.load(query_start_loc_ptr + tl.program_id(0) + 1) - start
+    context = tl.load(num_computed_ptr + slot)
+    ints = ints_ptr + slot * NUM_FIELDS
+    phase = tl.load(ints + F_PHASE)
+    prompt_len = tl.load(ints + F_PROMPT_LEN)
+    size = tl.maximum(tl.load(ints + F_SLOT_SIZE), 1)
+    committed = tl.load(ints + F_COMMITTED)
+    rows = tl.load(ints + F_ROWS)
+    # a truncated canvas is not fed at all
+    rows = tl.where((phase == IDLE) | (phase == DONE) | (length < rows), 0, rows)
+
+    for first in range(0, length, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        exists = row < length
+        kv = context + row
+        if (phase == PREFILL) | (phase == REPLAY):
+            entry = kv - prompt_len
+            used = exists & (entry < committed)
+            replayed = used & (entry >= 0)
+            at = slot * max_response + entry
+            position = tl.load(order_ptr + at, mask=replayed, other=0)
+            group = tl.load(group_context_ptr + at, mask=replayed, other=-1)
+            token = tl.load(response_ptr + slot * max_response + position, mask=replayed, other=0)
+            tl.store(input_ids_ptr + start + row, token, mask=replayed)
+            isolated = group >= 0
+            context_end = tl.where(isolated, prompt_len + group, 0)
+            own_start = tl.where(isolated, kv - position % size, 0)
+            rope = tl.where(replayed, prompt_len + position, kv)
+        else:
+            used = row < rows
+            at = slot * canvas_length + row
+            rope = prompt_len + tl.load(row_position_ptr + at, mask=used, other=0)
+            own_start = context + tl.load(row_own_start_ptr + at, mask=used, other=0)
+            context_end = tl.zeros([BLOCK], dtype=tl.int32) + context
+
+        tl.store(positions_ptr + start + row, tl.where(used, rope, 0), mask=exists)
+        sees = visibility_ptr + (start + row).to(tl.int64) * 4
+        tl.store(sees, tl.where(used, context_end, 0), mask=exists)
+        tl.store(sees + 1, tl.zeros([BLOCK], dtype=tl.int32), mask=exists)
+        tl.store(sees + 2, tl.zeros([BLOCK], dtype=tl.int32), mask=exists)
+        tl.store(sees + 3, tl.where(used, own_start, _UNSEEN), mask=exists)
+        unused = exists & (used == 0)
+        for group_index in range(num_groups):
+            slots = slot_mappings_ptr + group_index * slot_mappings_stride
+            tl.store(slots + start + row, tl.full([BLOCK], -1, tl.int64), mask=unused)
+
+
+def layout(
+    state: DecodeState,
+    idx_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_computed: torch.Tensor,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    visibility: torch.Tensor,
+    slot_mappings: torch.Tensor,
+) -> None:
+    """Same arguments and effects as ``layout_reference``, as one kernel."""
+    requests = len(idx_mapping)
+    check_starts(query_start_loc, requests)
+    check(num_computed, (state.max_requests,), torch.int32)
+    check(positions, positions.shape, torch.int64)
+    check(visibility, (len(visibility), 4), torch.int32)
+    assert input_ids.is_contiguous() and idx_mapping.is_contiguous()
+    assert slot_mappings.dtype == torch.int64 and slot_mappings.stride(1) == 1
+    _layout_kernel[(requests,)](
+        state.ints,
+        state.row_position,
+        state.row_own_start,
+        state.response,
+        state.order,
+        state.group_context,
+        idx_mapping,
+        query_start_loc,
+        num_computed,
+        input_ids,
+        positions,
+        visibility,
+        slot_mappings,
+        slot_mappings.stride(0),
+        len(slot_mappings),
+        state.canvas_length,
+        state.max_response,
+        BLOCK=ROWS_PER_TILE,
+    )
+
+
+def check_starts(starts: torch.Tensor, requests: int) -> None:
+    """Asserts that this is an [R+1] or longer int32 tensor; that of a padded batch is longer."""
+    assert len(starts) > requests and starts.dtype == torch.int32 and starts.is_contiguous()
+
+
+def check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Asserts shape and dtype of a contiguous tensor."""
+    assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous(), (
+        f"expected a contiguous {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}"
+    )

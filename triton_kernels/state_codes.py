@@ -1,0 +1,57 @@
+"""The codes of the device state as compile-time constants, for kernels.
+
+Kernels must import the names themselves: Triton hashes those into the key of its cache on disk, but
+not what is reached through a module.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from vllm_refusion.decoding import Counter, Field, Phase, Status
+
+NUM_FIELDS = tl.constexpr(len(Field))
+F_PHASE = tl.constexpr(int(Field.PHASE))
+F_RESUME = tl.constexpr(int(Field.RESUME))
+F_PROMPT_LEN = tl.constexpr(int(Field.PROMPT_LEN))
+F_SLOT_SIZE = tl.constexpr(int(Field.SLOT_SIZE))
+F_BLOCK_LENGTH = tl.constexpr(int(Field.BLOCK_LENGTH))
+F_BUDGET = tl.constexpr(int(Field.BUDGET))
+F_MAX_TOKENS = tl.constexpr(int(Field.MAX_TOKENS))
+F_EOS = tl.constexpr(int(Field.EOS))
+F_BLOCK_START = tl.constexpr(int(Field.BLOCK_START))
+F_LIMIT = tl.constexpr(int(Field.LIMIT))
+F_EMITTED = tl.constexpr(int(Field.EMITTED))
+F_COMMITTED = tl.constexpr(int(Field.COMMITTED))
+F_ROWS = tl.constexpr(int(Field.ROWS))
+F_DRAW = tl.constexpr(int(Field.DRAW))
+F_PASSES = tl.constexpr(int(Field.PASSES))
+
+IDLE = tl.constexpr(int(Phase.IDLE))
+PREFILL = tl.constexpr(int(Phase.PREFILL))
+PLAN = tl.constexpr(int(Phase.PLAN))
+VERIFY = tl.constexpr(int(Phase.VERIFY))
+PREDICT = tl.constexpr(int(Phase.PREDICT))
+INFILL_VERIFY = tl.constexpr(int(Phase.INFILL_VERIFY))
+REPLAY = tl.constexpr(int(Phase.REPLAY))
+DONE = tl.constexpr(int(Phase.DONE))
+START = tl.constexpr(int(Phase.START))
+
+MASKED = tl.constexpr(int(Status.MASKED))
+CHOSEN = tl.constexpr(int(Status.CHOSEN))
+ACCEPTED = tl.constexpr(int(Status.ACCEPTED))
+COMMITTED = tl.constexpr(int(Status.COMMITTED))
+DROPPED = tl.constexpr(int(Status.DROPPED))
+# sets of statuses, one bit each
+ONLY_MASKED = tl.constexpr(1 << Status.MASKED)
+ONLY_CHOSEN = tl.constexpr(1 << Status.CHOSEN)
+CHOSEN_OR_ACCEPTED = tl.constexpr(1 << Status.CHOSEN | 1 << Status.ACCEPTED)
+
+COUNT_PLAN = tl.constexpr(int(Counter.PLAN))
+COUNT_VERIFY = tl.constexpr(int(Counter.VERIFY))
+COUNT_PREDICT = tl.constexpr(int(Counter.PREDICT))
+COUNT_INFILL_VERIFY = tl.constexpr(int(Counter.INFILL_VERIFY))
+COUNT_REPLAY = tl.constexpr(int(Counter.REPLAY))
+COUNT_IDLE = tl.constexpr(int(Counter.IDLE))
+COUNT_ROWS_FED = tl.constexpr(int(Counter.ROWS_FED))
+COUNT_TOKENS = tl.constexpr(int(Counter.TOKENS))
