@@ -214,11 +214,20 @@ _ENDINGS = (
     (32, 64, 0.4, 0.05, 160, 90, True, 17, True),
 )
 
-# Cases whose first prompt leads to a near tie, with the number of the prompt that does not.
+# By label: how often the prompt was drawn again because a decision was a near tie.
 _REDRAWN: dict[str, dict[str, int]] = {
-    "qwen3-gqa1": {},
+    "qwen3-gqa1": {
+        "ending-8-32-0.4-0.1-35-80-ignore_eos": 1,
+        "ending-16-64-0.3-0.05-75-120-ignore_eos": 1,
+        "ending-8-16-0.3-0.05-65-60-stop_token_ids-ignore_eos": 1,
+    },
     "qwen3-gqa2": {},
-    "llama-gqa4": {},
+    "llama-gqa4": {
+        "tight-8-32-0.3-0.05-200-312-ignore_eos": 1,
+        "warm-16-128-0.3-0.05-37-128-temperature": 1,
+        "ending-32-128-0.6-0.1-4-128-ignore_eos": 1,
+        "ending-8-64-0.5-0.1-18-70-min_tokens": 1,
+    },
 }
 
 
@@ -240,8 +249,8 @@ def cases(name: str) -> tuple[Case, ...]:
 def _case(name: str, group: str, row: Sequence[float], **options: Any) -> Case:
     *params, prompt_length, max_tokens = row
     numbers = "-".join(f"{number:g}" for number in row)
-    extras = "".join(f"-{key}={value}" for key, value in options.items() if value)
-    label = f"{group}-{numbers}{extras}"
+    extras = [key for key, value in options.items() if value and key != "seed"]
+    label = "-".join([group, numbers, *extras])
     spec = MODELS[name]
     source = random.Random(f"{name} {label} {_REDRAWN[name].get(label, 0)}")
     words = [token for token in range(spec.vocab_size) if token != spec.mask_token_id]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance import Case
 from vllm import LLM, SamplingParams, TokensPrompt
+
+from conformance import Case
 
 ON_GPU = torch.cuda.is_available()
 

@@ -67,12 +67,16 @@ class Fuzz:
         budget = size * slots
         block_start = block_length * rng.randint(0, (budget - 1) // block_length)
         length = min(block_length, budget - block_start)
-        suspended = phase in (Phase.PREFILL, Phase.REPLAY)
+        # an idle slot still holds what the request before left there
+        suspended = phase in (Phase.IDLE, Phase.PREFILL, Phase.REPLAY)
         resume = rng.choice((Phase.START, *DECODING, Phase.DONE) if suspended else (phase,))
         if size == 1 and resume in INFILL:  # a single token is never infilled
             resume = Phase.VERIFY
         status, limit = self.block(resume, size, length)
         members = [p for p, s in enumerate(status) if s in MEMBERS.get(resume, ())]
+        if resume == Phase.PREDICT:  # complete slots do not take part
+            incomplete = {p // size for p in members if status[p] == Status.CHOSEN}
+            members = [p for p in members if p // size in incomplete]
         state.status[slot] = torch.tensor(status)
         state.row_position[slot] = -1
         state.row_position[slot, : len(members)] = torch.tensor(members) + block_start

@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from conformance import MODELS, Case, build_model, cases, expected
-from engine import ON_GPU, engine, free_pages, model_state_of, run, sampling_params, scheduler_of
 from vllm import TokensPrompt
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from conformance import MODELS, Case, build_model, cases, expected
+from engine import ON_GPU, engine, free_pages, model_state_of, run, sampling_params, scheduler_of
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.metrics import snapshot
 from vllm_refusion.triton_kernels.dispatch import CPU_KERNELS_ENV
@@ -30,10 +30,15 @@ class Checkpoint:
         self.path = build_model(name, directory)
         self.cases = cases(name)
         self.answers = expected(self.path, self.cases)
+        # two dozen requests with everything mixed: sizes, thresholds, temperatures, endings
+        self.mixed = random.Random(name).sample(range(len(self.cases)), 24)
 
-    def check(self, outputs, requests=None):
+    def run(self, llm, chosen):
+        """Runs the chosen cases at once and compares them with the reference."""
+        self.check(run(llm, [self.cases[i] for i in chosen]), chosen)
+
+    def check(self, outputs, chosen):
         """Compares outputs with the reference; says for each difference which case it is."""
-        chosen = range(len(self.cases)) if requests is None else requests
         wrong = [
             f"{self.cases[i].label}: {output} instead of {self.answers[i].tokens}"
             for i, output in zip(chosen, outputs, strict=True)
@@ -86,6 +91,7 @@ def async_scheduling(monkeypatch):
 
 def assert_idle(llm, pages):
     """All KV pages and request slots are free again."""
+    llm.llm_engine.step()  # tells the worker about the last finished requests
     assert free_pages(llm) == pages
     state = model_state_of(llm)
     assert not state._slot_of
@@ -99,7 +105,7 @@ def test_conformance(checkpoints, name):
     checkpoint = checkpoints(name)
     with engine(checkpoint.path) as llm:
         pages = free_pages(llm)
-        checkpoint.check(run(llm, checkpoint.cases))
+        checkpoint.run(llm, range(len(checkpoint.cases)))
         counts = snapshot(llm)
         assert_idle(llm, pages)
     if not ON_GPU:  # with async scheduling a request may make passes after its last token
@@ -110,34 +116,33 @@ def test_conformance(checkpoints, name):
     assert counts["output_tokens"] >= sum(len(answer.tokens) for answer in checkpoint.answers)
 
 
-def test_one_request_at_a_time(checkpoints):
+def test_mixed_requests_alone_and_together(checkpoints):
     checkpoint = checkpoints()
-    chosen = range(0, len(checkpoint.cases), 4)
     with engine(checkpoint.path) as llm:
-        outputs = [run(llm, [checkpoint.cases[i]])[0] for i in chosen]
-    checkpoint.check(outputs, chosen)
+        checkpoint.run(llm, checkpoint.mixed)
+        for i in checkpoint.mixed[::2]:
+            checkpoint.run(llm, [i])
 
 
 @pytest.mark.parametrize("scheduling", ["sync", "async"])
 def test_chunked_prompts(checkpoints, scheduling, request):
-    """A token budget of little more than one canvas cuts prompts and canvases."""
+    """A small token budget cuts prompts into pieces of odd lengths."""
     if scheduling == "async":
         request.getfixturevalue("async_scheduling")
     checkpoint = checkpoints()
-    options = {"diffusion_config": {"canvas_length": 128}, "max_num_batched_tokens": 200}
+    options = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 13}
     with engine(checkpoint.path, **options) as llm:
-        assert llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 1
-        scheduler_of(llm).max_num_running_reqs = scheduler_of(llm).max_num_active_reqs = 1
-        checkpoint.check(run(llm, checkpoint.cases))
+        checkpoint.run(llm, checkpoint.mixed)
 
 
 def test_several_requests_share_a_small_budget(checkpoints):
     """Canvases are truncated when the budget is short: such a pass decides nothing."""
     checkpoint = checkpoints()
-    chosen = [i for i, case in enumerate(checkpoint.cases) if case.params.block_length <= 32]
+    chosen = [i for i in checkpoint.mixed if checkpoint.cases[i].params.block_length <= 32]
     options = {"diffusion_config": {"canvas_length": 32}, "max_num_batched_tokens": 100}
     with engine(checkpoint.path, **options) as llm:
-        checkpoint.check(run(llm, [checkpoint.cases[i] for i in chosen]), chosen)
+        checkpoint.run(llm, chosen)
+        assert snapshot(llm)["idle"] > 0
 
 
 @pytest.mark.parametrize("scheduling", ["sync", "async"])
@@ -149,10 +154,9 @@ def test_preemption(checkpoints, preemptions, scheduling, request):
     options = {"num_gpu_blocks_override": 60, "block_size": 16}
     with engine(checkpoint.path, **options) as llm:
         pages = free_pages(llm)
-        outputs = run(llm, checkpoint.cases)
+        checkpoint.run(llm, checkpoint.mixed)
         replayed = snapshot(llm)["replay"]
         assert_idle(llm, pages)
-    checkpoint.check(outputs)
     assert len(preemptions) >= 10
     assert sum(emitted > 0 for _, emitted in preemptions) >= 5
     assert replayed > 0, "no preempted request had committed tokens ahead of a gap"
@@ -163,7 +167,7 @@ def test_reset_of_the_prefix_cache_preempts_everything(checkpoints):
     checkpoint = checkpoints()
     draw = random.Random(5)
     with engine(checkpoint.path) as llm:
-        outputs = drive(llm, checkpoint, range(24), on_step=lambda step, engine: (
+        outputs = drive(llm, checkpoint, checkpoint.mixed, on_step=lambda step, engine: (
             draw.random() < 0.2 and scheduler_of(llm).reset_prefix_cache(True)
         ))  # fmt: skip
     checkpoint.check(list(outputs.values()), outputs)
@@ -174,7 +178,7 @@ def test_async_scheduling(checkpoints, async_scheduling):
     with engine(checkpoint.path) as llm:
         assert type(scheduler_of(llm)).__name__ == "ReFusionAsyncScheduler"
         pages = free_pages(llm)
-        checkpoint.check(run(llm, checkpoint.cases))
+        checkpoint.run(llm, checkpoint.mixed)
         assert_idle(llm, pages)
 
 
@@ -185,18 +189,17 @@ def test_aborts(checkpoints):
     aborted = set()
 
     def abort(step, engine):
-        if draw.random() < 0.3 and len(aborted) < 20:
-            victim = str(draw.randrange(len(checkpoint.cases)))
-            aborted.add(int(victim))
-            engine.abort_request([victim])
+        if draw.random() < 0.3 and len(aborted) < 10:
+            victim = draw.choice(checkpoint.mixed)
+            aborted.add(victim)
+            engine.abort_request([str(victim)])
 
     with engine(checkpoint.path) as llm:
         pages = free_pages(llm)
-        outputs = drive(llm, checkpoint, range(len(checkpoint.cases)), abort)
-        llm.llm_engine.step()
+        outputs = drive(llm, checkpoint, checkpoint.mixed, abort)
         assert_idle(llm, pages)
     finished = {i: tokens for i, tokens in outputs.items() if i not in aborted}
-    assert len(finished) < len(checkpoint.cases)
+    assert 0 < len(finished) < len(checkpoint.mixed)
     checkpoint.check(list(finished.values()), finished)
 
 
@@ -238,9 +241,6 @@ def test_prefix_caching_over_turns(checkpoints, tmp_path):
                 Case(f"turn {turn + 1}", (*r.prompt_ids, *tokens, 5, 6, 7), r.params, 50, True)
                 for r, tokens in zip(requests, outputs, strict=True)
             ]
-        cached = scheduler_of(llm).kv_cache_manager.get_computed_blocks
-        last = next(iter(requests))
-        assert cached is not None and last is not None
         hits = llm.generate(
             TokensPrompt(prompt_token_ids=list(requests[0].prompt_ids)),
             sampling_params(requests[0]),
@@ -277,12 +277,11 @@ def test_parallel_samples_are_those_of_their_seeds(checkpoints):
 
 def test_wide_blocks_are_refused_and_harm_nobody(checkpoints):
     checkpoint = checkpoints()
-    case = checkpoint.cases[0]
     wide = Case("wide", (1, 2), DecodingParams(32, 256), 40)
     with engine(checkpoint.path) as llm:
         with pytest.raises(VLLMValidationError, match="block_length=256"):
             run(llm, [wide])
-        checkpoint.check(run(llm, [case]), [0])
+        checkpoint.run(llm, [0])
 
 
 @pytest.mark.skipif(ON_GPU, reason="there the kernels run anyway")
@@ -293,4 +292,4 @@ def test_triton_kernels_in_the_interpreter(checkpoints, monkeypatch):
     chosen = [i for i, answer in enumerate(checkpoint.answers) if len(answer.passes) <= 30][:12]
     assert len(chosen) >= 8
     with engine(checkpoint.path, diffusion_config={"canvas_length": 128}) as llm:
-        checkpoint.check(run(llm, [checkpoint.cases[i] for i in chosen]), chosen)
+        checkpoint.run(llm, chosen)

@@ -1,22 +1,23 @@
-"""The reference decoder against cases worked by hand, and against a recomputation without a cache."""
+"""The reference decoder against cases worked by hand, and against decoding without a cache."""
 
 from __future__ import annotations
 
 import sys
-import types
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
+from conformance import MODELS, build_model
 from vllm_refusion import reference
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.reference import decode
 
-VOCAB, MASK, EOS = 16, 15, 14
+VOCAB, MASK, EOS, STOP = 16, 15, 14, 13
+NAMES = {"M": MASK, "E": EOS, "S": STOP}
 PROMPT = [1, 2, 3]
-FREE = {}  # a row whose distribution must not matter
 
 
 @pytest.fixture(autouse=True)
@@ -29,18 +30,19 @@ def one_thread():
 
 
 class Script:
-    """A model whose logits the test writes: per pass, per row, {token: probability}.
+    """A model whose logits the test writes: passes apart by ``|``, with a word for each row.
 
-    The rest of a row's probability is spread evenly over the other tokens. Records per pass the
-    ids, the RoPE positions less the prompt's length, the context's length and which rows of the
-    pass each row sees.
+    ``4:.5,M:.3`` gives token 4 probability .5 and the mask .3 (E is EOS, S a stop token); the rest
+    is spread evenly over the other tokens. ``-`` is an even row, which must not matter. Records of
+    every pass the ids, the RoPE positions less the prompt's length, the context's length, and per
+    row which rows of the pass it sees.
     """
 
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, *passes: list[dict[int, float]], prompt: list[int] = PROMPT) -> None:
-        self.passes = [[FREE] * len(prompt), *passes]
-        self.prompt = prompt
+    def __init__(self, *passes: str) -> None:
+        texts = [text for part in passes for text in part.split("|")]
+        self.passes = [["-"] * len(PROMPT), *(text.split() for text in texts if text)]
         self.ids, self.positions, self.contexts, self.visible = [], [], [], []
 
     def __call__(self, input_ids, position_ids, attention_mask, past_key_values, use_cache):
@@ -53,20 +55,22 @@ class Script:
         seen = attention_mask[0, 0] == 0
         assert seen[:, :context].all() and (attention_mask[0, 0][~seen] < -1e30).all()
         self.ids.append(input_ids[0].tolist())
-        self.positions.append([p - len(self.prompt) for p in position_ids[0].tolist()])
+        self.positions.append([p - len(PROMPT) for p in position_ids[0].tolist()])
         self.contexts.append(context)
         self.visible.append([row.nonzero()[:, 0].tolist() for row in seen[:, context:]])
         return SimpleNamespace(logits=torch.stack([_logits(row) for row in script])[None])
 
     def decode(self, params: DecodingParams, **options) -> reference.Decoded:
         options = {"mask_token_id": MASK, "eos_token_id": EOS} | options
-        decoded = decode(self, self.prompt, params, **options)
+        decoded = decode(self, PROMPT, params, **options)
         assert len(self.ids) == len(self.passes), "not every scripted pass was asked for"
         assert [p.width for p in decoded.passes] == [len(ids) for ids in self.ids[1:]]
         return decoded
 
 
-def _logits(row: dict[int, float]) -> torch.Tensor:
+def _logits(word: str) -> torch.Tensor:
+    pairs = [pair.split(":") for pair in word.split(",") if pair != "-"]
+    row = {NAMES.get(token) or int(token): float(chance) for token, chance in pairs}
     rest = (1.0 - sum(row.values())) / (VOCAB - len(row))
     return torch.tensor([row.get(token, rest) for token in range(VOCAB)]).log()
 
@@ -85,12 +89,7 @@ def isolated(*lengths: int) -> list[list[int]]:
 
 
 def test_whole_prefix_is_committed_and_the_next_block_follows():
-    script = Script(
-        [{4: 0.9}, {5: 0.3}, {6: 0.8}, {7: 0.3}],
-        [{5: 0.5}, FREE, {7: 0.6}, FREE],
-        [{8: 0.6}, {9: 0.3}],
-        [{9: 0.5}, FREE],
-    )
+    script = Script("4:.9 5:.3 6:.8 7:.3 | 5:.5 - 7:.6 - | 8:.6 9:.3 | 9:.5 -")
     decoded = script.decode(DecodingParams(2, 4, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [4, 5, 6, 7, 8, 9]
     assert decoded.commit_order == [0, 1, 2, 3, 4, 5]
@@ -107,13 +106,13 @@ def test_whole_prefix_is_committed_and_the_next_block_follows():
 
 def test_partial_prefix_puts_the_other_slots_back():
     script = Script(
-        [{4: 0.9}, {5: 0.3}, {6: 0.9}, {7: 0.3}, {8: 0.9}, {9: 0.3}],
+        "4:.9 5:.3 6:.9 7:.3 8:.9 9:.3",
         # the second slot fails; the third passes, but behind the failure
-        [{5: 0.5}, FREE, {7: 0.3}, FREE, {9: 0.9}, FREE],
-        [{10: 0.9}, {11: 0.3}, {12: 0.1}, FREE],
-        [{11: 0.5}, FREE],
-        [{13: 0.2}, {0: 0.2}],
-        [{0: 0.5}, FREE],
+        "5:.5 - 7:.3 - 9:.9 -",
+        "10:.9 11:.3 12:.1 -",
+        "11:.5 -",
+        "13:.2 0:.2",
+        "0:.5 -",
     )
     decoded = script.decode(DecodingParams(2, 6, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [4, 5, 10, 11, 13, 0]
@@ -125,17 +124,17 @@ def test_partial_prefix_puts_the_other_slots_back():
 
 def test_no_whole_slot_goes_through_rounds_of_isolated_infill():
     script = Script(
-        [{4: 0.9}, {5: 0.3}, {6: 0.3}, {7: 0.9}, {8: 0.3}, {9: 0.3}],
+        "4:.9 5:.3 6:.3 7:.9 8:.3 9:.3",
         # slot 0: 5 passes, 6 fails; slot 1: 8 fails, so that 9 is not even tested
-        [{5: 0.5}, {6: 0.3}, FREE, {8: 0.2}, {9: 0.9}, FREE],
+        "5:.5 6:.3 - 8:.2 9:.9 -",
         # predict 4 5 m | 7 m m
-        [FREE, FREE, {10: 0.9}, FREE, {11: 0.9}, {12: 0.9}],
+        "- - 10:.9 - 11:.9 12:.9",
         # verify 4 5 10 | 7 11 12: 10 and 11 are accepted unconditionally, 12 fails
-        [FREE, {10: 0.01}, FREE, {11: 0.01}, {12: 0.4}, FREE],
+        "- 10:.01 - 11:.01 12:.4 -",
         # predict 7 11 m alone: slot 0 is complete
-        [FREE, FREE, {13: 0.9}],
+        "- - 13:.9",
         # verify both: the last pass has the KV of all final tokens
-        [FREE] * 6,
+        "- - - - - -",
     )
     decoded = script.decode(DecodingParams(3, 6, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [4, 5, 10, 7, 11, 13]
@@ -155,11 +154,11 @@ def test_no_whole_slot_goes_through_rounds_of_isolated_infill():
 
 def test_slot_that_passed_whole_waits_complete_in_infill_and_is_not_tested_again():
     script = Script(
-        [{4: 0.9}, {5: 0.3}, {6: 0.9}, {7: 0.3}],
-        [{5: 0.3}, FREE, {7: 0.9}, FREE],
-        [FREE, {8: 0.9}],
+        "4:.9 5:.3 6:.9 7:.3",
+        "5:.3 - 7:.9 -",
+        "- 8:.9",
         # isolated, token 7 would fail now; it was accepted in the global verification
-        [FREE, FREE, {7: 0.001}, FREE],
+        "- - 7:.001 -",
     )
     decoded = script.decode(DecodingParams(2, 4, 0.5, 0.4), max_tokens=4)
     assert decoded.tokens == [4, 8, 6, 7]
@@ -169,12 +168,7 @@ def test_slot_that_passed_whole_waits_complete_in_infill_and_is_not_tested_again
 
 
 def test_without_a_sure_slot_the_best_single_one_is_chosen_out_of_order():
-    script = Script(
-        [{4: 0.2}, FREE, {5: 0.4}, {6: 0.3}, {7: 0.3}, FREE],
-        [{6: 0.5}, FREE],
-        [{8: 0.9}, {9: 0.3}, {10: 0.9}, {11: 0.3}],
-        [{9: 0.5}, FREE, {11: 0.5}, FREE],
-    )
+    script = Script("4:.2 - 5:.4 6:.3 7:.3 - | 6:.5 - | 8:.9 9:.3 10:.9 11:.3 | 9:.5 - 11:.5 -")
     decoded = script.decode(DecodingParams(2, 6, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [8, 9, 5, 6, 10, 11]
     assert decoded.commit_order == [2, 3, 0, 1, 4, 5]
@@ -184,57 +178,45 @@ def test_without_a_sure_slot_the_best_single_one_is_chosen_out_of_order():
 
 
 def test_chosen_slots_go_by_position_and_not_by_certainty():
-    script = Script(
-        [{4: 0.6}, {5: 0.3}, {6: 0.95}, {7: 0.3}],
-        [{5: 0.5}, FREE, {7: 0.5}, FREE],
-    )
+    script = Script("4:.6 5:.3 6:.95 7:.3 | 5:.5 - 7:.5 -")
     decoded = script.decode(DecodingParams(2, 4, 0.5, 0.4), max_tokens=4)
     assert script.ids[2] == [4, 5, 6, 7] and decoded.commit_order == [0, 1, 2, 3]
 
 
 def test_first_token_of_a_slot_is_never_tested():
-    script = Script(
-        [{4: 0.9}, {5: 0.3}, {6: 0.9}, {7: 0.3}],
-        [{5: 0.5}, {6: 0.001}, {7: 0.5}, FREE],
-    )
+    script = Script("4:.9 5:.3 6:.9 7:.3 | 5:.5 6:.001 7:.5 -")
     assert script.decode(DecodingParams(2, 4, 0.5, 0.4), max_tokens=4).tokens == [4, 5, 6, 7]
 
 
 def test_probability_equal_to_a_threshold_does_not_exceed_it():
-    half = {4: 0.5, 5: 0.5 - 14e-9}  # float32: exactly one half, and a hair less
     script = Script(
-        [half, {6: 0.3}, {7: 0.4}, FREE],
-        [{6: 0.5, 8: 0.5 - 14e-9}, FREE],
-        [FREE, {9: 0.9}],
-        [FREE, FREE],
-        [{10: 0.4}, {11: 0.4}],
-        [{11: 0.6}, FREE],
+        # one half to the bit, and a hair less: slot 0 is not chosen
+        "4:.5,5:.499999986 6:.3 7:.9 8:.3",
+        "8:.5,9:.499999986 -",
+        "- 9:.9 | - - | 10:.4 11:.4 | 11:.6 -",
     )
     decoded = script.decode(DecodingParams(2, 4, 0.5, 0.5), max_tokens=4)
-    assert decoded.tokens == [4, 9, 10, 11]
+    assert decoded.tokens == [10, 11, 7, 9] and decoded.commit_order == [2, 3, 0, 1]
     assert {"forced_slot", "infill_one_round"} <= decoded.branches
     assert decoded.threshold_margin == 0.0
 
 
+def test_thresholds_are_float32_as_probabilities_are():
+    threshold = _logits("4:.6").softmax(-1)[4].item() * (1 - 1e-9)
+    script = Script("4:.6 5:.7 | - | 4:.6 | -")
+    decoded = script.decode(DecodingParams(1, 2, threshold, 0.5), max_tokens=2)
+    assert decoded.tokens == [4, 5] and decoded.commit_order == [1, 0]
+
+
 def test_ties_go_to_the_lowest_id_and_the_lowest_position():
-    script = Script(
-        [{7: 0.3, 5: 0.3}, {6: 0.3}, {4: 0.3, 9: 0.3}, {6: 0.3}],
-        [{6: 0.9}, FREE],
-        [{9: 0.3, 8: 0.3}, {6: 0.3}],
-        [{6: 0.9}, FREE],
-    )
+    script = Script("7:.3,5:.3 6:.3 4:.3,9:.3 6:.3 | 6:.9 - | 9:.3,8:.3 6:.3 | 6:.9 -")
     decoded = script.decode(DecodingParams(2, 4, 0.5, 0.4), max_tokens=4)
     assert decoded.tokens == [5, 6, 8, 6] and decoded.commit_order == [0, 1, 2, 3]
     assert decoded.threshold_margin == 0.0 and decoded.argmax_margin == 0.0
 
 
 def test_eos_in_verified_prefix_leaves_masked_slots_before_it():
-    script = Script(
-        [{4: 0.4}, FREE, {EOS: 0.9}, {5: 0.3}, {6: 0.8}, {7: 0.3}],
-        [{5: 0.5}, FREE, {7: 0.5}, FREE],
-        [{8: 0.4}, {9: 0.4}],
-        [{9: 0.5}, FREE],
-    )
+    script = Script("4:.4 - E:.9 5:.3 6:.8 7:.3 | 5:.5 - 7:.5 - | 8:.4 9:.4 | 9:.5 -")
     decoded = script.decode(DecodingParams(2, 6, 0.5, 0.4), max_tokens=12)
     assert decoded.tokens == [8, 9, EOS]
     # cut right after EOS; the later chosen slot and the later block are dropped
@@ -246,35 +228,20 @@ def test_eos_in_verified_prefix_leaves_masked_slots_before_it():
 
 
 def test_eos_in_the_accepted_part_of_a_slot_that_fails_later():
-    script = Script(
-        [{4: 0.9}, {5: 0.3}, FREE, {6: 0.9}, {EOS: 0.3}, {7: 0.3}],
-        [{5: 0.5}, {0: 0.5}, FREE, {EOS: 0.5}, {7: 0.1}, FREE],
-    )
+    script = Script("4:.9 5:.3 - 6:.9 E:.3 7:.3 | 5:.5 0:.5 - E:.5 7:.1 -")
     decoded = script.decode(DecodingParams(3, 6, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [4, 5, 0, 6, EOS]
     assert decoded.commit_order == [0, 1, 2, 3, 4] and kinds(decoded) == ["plan", "verify"]
 
 
 def test_eos_behind_the_failure_is_no_eos():
-    script = Script(
-        [{4: 0.9}, {EOS: 0.3}, {6: 0.9}, {EOS: 0.3}],
-        [{EOS: 0.3}, FREE, {EOS: 0.3}, FREE],
-        [FREE, {5: 0.9}, FREE, {7: 0.9}],
-        [FREE] * 4,
-    )
+    script = Script("4:.9 E:.3 6:.9 E:.3 | E:.3 - E:.3 - | - 5:.9 - 7:.9 | - - - -")
     decoded = script.decode(DecodingParams(2, 4, 0.5, 0.4), max_tokens=4)
     assert decoded.tokens == [4, 5, 6, 7] and "no_eos" in decoded.branches
 
 
 def test_eos_found_later_and_earlier_in_position_moves_the_end():
-    script = Script(
-        [{4: 0.3}, FREE, {5: 0.3}, FREE, {EOS: 0.9}, FREE],
-        [FREE, FREE],
-        [{6: 0.3}, FREE, {EOS: 0.9}, FREE],
-        [FREE, FREE],
-        [{7: 0.3}, {8: 0.3}],
-        [{8: 0.9}, FREE],
-    )
+    script = Script("4:.3 - 5:.3 - E:.9 - | - - | 6:.3 - E:.9 - | - - | 7:.3 8:.3 | 8:.9 -")
     decoded = script.decode(DecodingParams(2, 6, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [7, 8, EOS]
     assert decoded.commit_order == [4, 2, 0, 1]
@@ -283,27 +250,14 @@ def test_eos_found_later_and_earlier_in_position_moves_the_end():
 
 def test_eos_in_infill_drops_by_position():
     script = Script(
-        [
-            {4: 0.9},
-            FREE,
-            FREE,
-            {5: 0.9},
-            FREE,
-            FREE,
-            {6: 0.9},
-            {7: 0.3},
-            {8: 0.3},
-            FREE,
-            FREE,
-            FREE,
-        ],
+        "4:.9 - - 5:.9 - - 6:.9 7:.3 8:.3 - - -",
         # slots 0, 1, 2 are chosen (not 3); slot 2 passes whole, the others but their first token
-        [FREE, FREE, FREE, FREE, FREE, FREE, {7: 0.9}, {8: 0.9}, FREE],
-        [FREE, {9: 0.9}, {10: 0.9}, FREE, {EOS: 0.9}, {11: 0.9}],
+        "- - - - - - 7:.9 8:.9 -",
+        "- 9:.9 10:.9 - E:.9 11:.9",
         # slot 1 finds EOS: complete, cut; slots 2 and 3 are dropped though 2 was complete
-        [FREE, {10: 0.1}, FREE, FREE, {11: 0.9}, FREE, FREE, FREE, FREE],
-        [FREE, FREE, {12: 0.9}],
-        [FREE] * 5,
+        "- 10:.1 - - 11:.9 - - - -",
+        "- - 12:.9",
+        "- - - - -",
     )
     decoded = script.decode(DecodingParams(3, 12, 0.5, 0.4), max_tokens=24)
     assert decoded.tokens == [4, 9, 12, 5, EOS]
@@ -315,11 +269,11 @@ def test_eos_in_infill_drops_by_position():
 
 def test_eos_among_the_tags_that_enter_infill():
     script = Script(
-        [{4: 0.9}, {5: 0.3}, {EOS: 0.9}, {6: 0.3}, {7: 0.9}, {8: 0.3}],
-        [FREE, FREE, {6: 0.9}, FREE, FREE, FREE],
+        "4:.9 5:.3 E:.9 6:.3 7:.9 8:.3",
+        "- - 6:.9 - - -",
         # slot 1 is EOS alone, complete on entry; slot 2 is gone before the first predict
-        [FREE, {9: 0.9}],
-        [FREE, FREE, FREE],
+        "- 9:.9",
+        "- - -",
     )
     decoded = script.decode(DecodingParams(2, 6, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [4, 9, EOS] and decoded.commit_order == [0, 1, 2]
@@ -330,36 +284,26 @@ def test_eos_among_the_tags_that_enter_infill():
 
 def test_eos_of_an_earlier_slot_drops_a_slot_that_ended_on_eos_before():
     script = Script(
-        [{4: 0.9}, FREE, FREE, {EOS: 0.9}, FREE, FREE],
-        [FREE] * 6,
-        [FREE, {5: 0.9}, {6: 0.9}],
-        [FREE, {6: 0.1}, FREE, FREE],
-        [FREE, FREE, {EOS: 0.9}],
-        [FREE, FREE, FREE, FREE],
+        "4:.9 - - E:.9 - -",
+        "- - - - - -",
+        "- 5:.9 6:.9",
+        "- 6:.1 - -",
+        "- - E:.9",
+        "- - - -",
     )
     decoded = script.decode(DecodingParams(3, 6, 0.5, 0.4), max_tokens=6)
     assert decoded.tokens == [4, 5, EOS] and decoded.commit_order == [0, 1, 2]
 
 
 def test_masked_slots_before_an_infill_eos_are_decoded_as_usual():
-    script = Script(
-        [{4: 0.4}, FREE, {5: 0.9}, FREE, {6: 0.4}, FREE],
-        [FREE, FREE],
-        [FREE, {EOS: 0.9}],
-        [FREE, FREE],
-        [{7: 0.4}, {8: 0.4}],
-        [{8: 0.9}, FREE],
-    )
+    script = Script("4:.4 - 5:.9 - 6:.4 - | - - | - E:.9 | - - | 7:.4 8:.4 | 8:.9 -")
     decoded = script.decode(DecodingParams(2, 6, 0.5, 0.4), max_tokens=12)
     assert decoded.tokens == [7, 8, 5, EOS] and decoded.commit_order == [2, 3, 0, 1]
     assert {"eos_in_infill", "early_eos_with_masked_slots_before"} <= decoded.branches
 
 
 def test_ignored_eos_is_an_ordinary_token():
-    script = Script(
-        [{EOS: 0.9}, {5: 0.3}, {EOS: 0.9}, {EOS: 0.3}],
-        [{5: 0.5}, FREE, {EOS: 0.5}, FREE],
-    )
+    script = Script("E:.9 5:.3 E:.9 E:.3 | 5:.5 - E:.5 -")
     params = DecodingParams(2, 4, 0.5, 0.4)
     decoded = script.decode(params, max_tokens=4, eos_token_id=None, min_tokens=4)
     assert decoded.tokens == [EOS, 5, EOS, EOS] and "no_eos" in decoded.branches
@@ -367,9 +311,9 @@ def test_ignored_eos_is_an_ordinary_token():
 
 def test_budget_is_rounded_up_to_slots_and_the_output_cut():
     script = Script(
-        [{4: 0.9}, {5: 0.3}, {6: 0.3}, {7: 0.9}, {EOS: 0.3}, {8: 0.3}],
+        "4:.9 5:.3 6:.3 7:.9 E:.3 8:.3",
         # EOS lies in the budget but not in the output
-        [{5: 0.9}, {6: 0.9}, FREE, {EOS: 0.9}, FREE, FREE],
+        "5:.9 6:.9 - E:.9 - -",
     )
     decoded = script.decode(DecodingParams(3, 9, 0.5, 0.4), max_tokens=4)
     assert decoded.tokens == [4, 5, 6, 7] and decoded.commit_order == [0, 1, 2, 3, 4]
@@ -378,13 +322,13 @@ def test_budget_is_rounded_up_to_slots_and_the_output_cut():
 
 def test_mask_token_is_never_a_draft_and_keeps_its_probability():
     script = Script(
-        [{MASK: 0.6, 4: 0.3}, {MASK: 0.9}, {MASK: 0.2, 6: 0.45}, {7: 0.3}],
+        "M:.6,4:.3 M:.9 M:.2,6:.45 7:.3",
         # slot 1 leads although the mask is most likely in slot 0; neither exceeds 0.5
-        [FREE, FREE],
-        [{MASK: 0.9}, {MASK: 0.9, 8: 0.05}],
-        [FREE, FREE],
-        [{5: 0.3, MASK: 0.4}, {MASK: 0.9, 9: 0.05}],
-        [{9: 0.5}, FREE],
+        "- -",
+        "M:.9 M:.9,8:.05",
+        "- -",
+        "5:.3,M:.4 M:.9,9:.05",
+        "9:.5 -",
     )
     decoded = script.decode(DecodingParams(2, 4, 0.5, 0.4), max_tokens=4)
     assert decoded.tokens == [5, 9, 6, 8]
@@ -392,30 +336,26 @@ def test_mask_token_is_never_a_draft_and_keeps_its_probability():
 
 
 def test_neither_eos_nor_stop_tokens_are_picked_below_min_tokens():
-    stop = 13
     script = Script(
-        [{EOS: 0.5, 4: 0.3}, {stop: 0.5, 5: 0.3}, {stop: 0.8, 6: 0.1}, {EOS: 0.5, 7: 0.3}],
-        [FREE, FREE],
+        "E:.5,4:.3 S:.5,5:.3 S:.8,6:.1 E:.5,7:.3",
+        "- -",
         # the predict pass bars them too at position 1
-        [FREE, {EOS: 0.6, stop: 0.3, 8: 0.05}],
-        [FREE, FREE],
-        [{stop: 0.8, 6: 0.1}, {EOS: 0.5, 7: 0.3}],
-        [{EOS: 0.3}, FREE],
-        [FREE, {stop: 0.5}],
-        [FREE, FREE],
+        "- E:.6,S:.3,8:.05",
+        "- -",
+        "S:.8,6:.1 E:.5,7:.3",
+        "E:.3 -",
+        "- S:.5",
+        "- -",
     )
     params = DecodingParams(2, 4, 0.7, 0.4)
-    decoded = script.decode(params, max_tokens=4, min_tokens=3, stop_token_ids=[stop])
+    decoded = script.decode(params, max_tokens=4, min_tokens=3, stop_token_ids=[STOP])
     # position 2 is below min_tokens, position 3 is not: there EOS is drafted, then a stop token
-    assert decoded.tokens == [4, 8, 6, stop]
+    assert decoded.tokens == [4, 8, 6, STOP]
     assert script.ids[2] == [4, 5] and script.ids[6] == [6, EOS]
 
 
 def test_output_is_cut_after_the_first_stop_token_and_decoding_goes_on():
-    script = Script(
-        [{4: 0.9}, {5: 0.3}, {5: 0.9}, {7: 0.3}],
-        [{5: 0.9}, FREE, {7: 0.9}, FREE],
-    )
+    script = Script("4:.9 5:.3 5:.9 7:.3 | 5:.9 - 7:.9 -")
     params = DecodingParams(2, 4, 0.5, 0.4)
     decoded = script.decode(params, max_tokens=4, stop_token_ids={5, 6})
     assert decoded.tokens == [4, 5] and decoded.commit_order == [0, 1, 2, 3]
@@ -431,16 +371,16 @@ def test_noise_picks_drafts_and_proposals_but_certainty_and_tests_are_raw(monkey
         noise[:, MASK] = 1000.0
         return noise
 
-    fake = types.SimpleNamespace(gumbel_noise=gumbel_noise)
+    fake = SimpleNamespace(gumbel_noise=gumbel_noise)
     monkeypatch.setitem(sys.modules, "vllm_refusion.noise", fake)
     script = Script(
         # 10 is drafted; the raw certainty of slot 0 is 0.1 and of slot 1 is 0.2, so it is forced
-        [{4: 0.8, 10: 0.1}, {5: 0.9}, {6: 0.7, 10: 0.2}, FREE],
-        [{10: 0.3}, FREE],
-        [FREE, {7: 0.99}],
-        [FREE, FREE],
-        [{12: 0.01, 4: 0.9}, FREE],
-        [{12: 0.5}, FREE],
+        "4:.8,10:.1 5:.9 6:.7,10:.2 -",
+        "10:.3 -",
+        "- 7:.99",
+        "- -",
+        "12:.01,4:.9 -",
+        "12:.5 -",
     )
     params = DecodingParams(2, 4, 0.5, 0.4)
     decoded = script.decode(params, max_tokens=4, temperature=0.5, seed=77)
@@ -457,10 +397,10 @@ def test_temperature_divides_the_logits_before_the_noise(monkeypatch, temperatur
     def gumbel_noise(seed, draw, positions, vocab):
         return torch.zeros(len(positions), vocab).index_fill_(1, torch.tensor([5]), 1.0)
 
-    fake = types.SimpleNamespace(gumbel_noise=gumbel_noise)
+    fake = SimpleNamespace(gumbel_noise=gumbel_noise)
     monkeypatch.setitem(sys.modules, "vllm_refusion.noise", fake)
     # log(0.6 / 0.2) = 1.1: over T less than the noise of 1 at T = 2, more at T = 0.5
-    script = Script([{4: 0.6, 5: 0.2}], [FREE])
+    script = Script("4:.6,5:.2", "-")
     params = DecodingParams(1, 1, 0.5, 0.4)
     assert script.decode(params, max_tokens=1, temperature=temperature).tokens == [picked]
 
@@ -472,26 +412,17 @@ def test_nothing_to_start_from_or_to_decode_is_refused(prompt, max_tokens):
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
-def qwen3(request) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.3,
-        attn_implementation=request.param,
-    )
-    return Qwen3ForCausalLM(config).eval()
+def qwen3(request, tmp_path_factory) -> Any:
+    directory = build_model("qwen3-gqa2", tmp_path_factory.mktemp("qwen3"))
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=request.param
+    ).eval()
 
 
 class Recorder:
     """Passes calls on to a model; keeps the ids and cache lengths of each and the cache itself."""
 
-    def __init__(self, model: Qwen3ForCausalLM) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.fed, self.contexts, self.cache = [], [], None
 
@@ -502,8 +433,8 @@ class Recorder:
         return self.model(**inputs)
 
 
-MIXED = DecodingParams(slot_size=4, block_length=16, slot_threshold=0.25, token_threshold=0.005)
-REAL = {"mask_token_id": 60, "max_tokens": 46}
+MIXED = DecodingParams(slot_size=4, block_length=16, slot_threshold=0.5, token_threshold=0.05)
+REAL = {"mask_token_id": MODELS["qwen3-gqa2"].mask_token_id, "max_tokens": 94}
 
 
 def test_committed_kv_equals_a_recomputation_without_cache(qwen3):

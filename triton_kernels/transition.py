@@ -68,11 +68,18 @@ LANES_PER_WARP = 128
 
 
 @triton.jit
-def _is_member(status, phase):
+def _is_member(status, phase, slot_start, size, LANES: tl.constexpr):
     """Whether positions of ``status`` [LANES] take part in the canvas of ``phase``."""
     statuses = tl.where(phase == PLAN, ONLY_MASKED, CHOSEN_OR_ACCEPTED)
     statuses = tl.where(phase == VERIFY, ONLY_CHOSEN, statuses)
-    return ((statuses >> status) & 1) == 1
+    member = ((statuses >> status) & 1) == 1
+    if phase == PREDICT:  # a complete slot has nothing to propose
+        chosen = (status == CHOSEN).to(tl.int32)
+        through = tl.cumsum(chosen, axis=0)
+        slot_end = tl.minimum(slot_start + size, LANES) - 1
+        before = tl.gather(through - chosen, slot_start, axis=0)
+        member = member & (tl.gather(through, slot_end, axis=0) > before)
+    return member
 
 
 @triton.jit
@@ -158,11 +165,12 @@ def _infill_verify(status, token, p, slot_start, passes, eos, LANES: tl.constexp
 
 @triton.jit
 def _write_canvas(
-    status, token, p, slot_start, phase, block_start, mask_token_id,
-    canvas_token_ptr, row_position_ptr, row_own_start_ptr, CANVAS: tl.constexpr,
+    status, token, p, slot_start, size, phase, block_start, mask_token_id,
+    canvas_token_ptr, row_position_ptr, row_own_start_ptr,
+    CANVAS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes the canvas of the next pass, ``phase``, and returns its number of rows."""
-    member = _is_member(status, phase)
+    member = _is_member(status, phase, slot_start, size, LANES)
     row = _rows_of(member)
     rows = tl.sum(member.to(tl.int32), axis=0)
     # only a plan has members that are MASKED
@@ -233,9 +241,9 @@ def _transition_kernel(
     p = tl.arange(0, LANES)
     status = tl.load(status_ptr + slot * CANVAS + p, mask=p < CANVAS, other=DROPPED)
     token = tl.load(token_ptr + slot * CANVAS + p, mask=p < CANVAS, other=0)
-    member = _is_member(status, phase)
-    row = _rows_of(member)
     slot_start = p - p % size
+    member = _is_member(status, phase, slot_start, size, LANES)
+    row = _rows_of(member)
 
     # Decide. What follows a commit is either a plan, or START of the block at next_start, or DONE.
     next_phase = phase
@@ -330,11 +338,11 @@ def _transition_kernel(
         tl.store(status_ptr + slot * CANVAS + p, status, mask=p < CANVAS)
         tl.store(token_ptr + slot * CANVAS + p, token, mask=p < CANVAS)
         rows = _write_canvas(
-            status, token, p, slot_start, next_phase, block_start, mask_token_id,
+            status, token, p, slot_start, size, next_phase, block_start, mask_token_id,
             canvas_token_ptr + slot * canvas_token_stride,
             row_position_ptr + slot * CANVAS,
             row_own_start_ptr + slot * CANVAS,
-            CANVAS,
+            CANVAS, LANES,
         )  # fmt: skip
 
     # Tokens newly contiguous in position order, at most one per scheduled row.

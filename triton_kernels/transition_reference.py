@@ -350,6 +350,10 @@ class _Step:
         """Writes the canvas of the next pass: the positions of the given status, in order."""
         ints, state, slot = self.ints, self.state, self.slot
         members = [p for p, status in enumerate(self.status) if status in member]
+        if phase == Phase.PREDICT:  # a complete slot has nothing to propose
+            size = ints[Field.SLOT_SIZE]
+            incomplete = {p // size for p in members if self.status[p] == Status.CHOSEN}
+            members = [p for p in members if p // size in incomplete]
         masked = {Phase.PLAN: Status.MASKED, Phase.PREDICT: Status.CHOSEN}.get(phase)
         ints[Field.PHASE], ints[Field.ROWS] = phase, len(members)
         tokens, positions, own_starts = [], [], []

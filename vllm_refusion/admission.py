@@ -62,18 +62,30 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     params = request.sampling_params
     try:
         if params is None:
-            raise ParameterError("pooling_params", request.pooling_params, "ReFusion generates text")
+            raise ParameterError("pooling_params", "...", "ReFusion only generates text")
         _check_sampling_params(params)
         _check_prompt(request.prompt_token_ids, vllm_config)
         decoding = server_defaults(vllm_config.model_config).updated(params.extra_args)
         decoding.check_canvas(canvas_length(vllm_config))
     except ParameterError as error:
-        raise VLLMValidationError(str(error), parameter=error.parameter, value=error.value) from error
+        raise VLLMValidationError(
+            str(error), parameter=error.parameter, value=error.value
+        ) from error
     room = vllm_config.model_config.max_model_len - len(request.prompt_token_ids)
     params.max_tokens = min(params.max_tokens or room, room)
     _resolve_eos(params, vllm_config)
     if params.temperature > 0 and params.seed is None:
         params.seed = secrets.randbits(62)
+
+
+def ending_token_ids(params: SamplingParams) -> set[int]:
+    """Tokens that end the request, hence are held back before ``min_tokens``.
+
+    Not vLLM's ``all_stop_token_ids``: that one holds EOS even where ``ignore_eos`` makes it an
+    ordinary token.
+    """
+    eos = params.eos_token_id
+    return set(params.stop_token_ids or ()) | ({eos} if eos is not None else set())
 
 
 def _check_sampling_params(params: SamplingParams) -> None:
@@ -89,10 +101,10 @@ def _check_sampling_params(params: SamplingParams) -> None:
         raise ParameterError("watermarking", True, "ReFusion allows only False or None")
     if params.seed is not None and not -INT64_MAX <= params.seed <= INT64_MAX:
         raise ParameterError("seed", params.seed, "allowed is a 64-bit integer")
-    if params.min_tokens and len(params.all_stop_token_ids) > MAX_STOP_IDS:
+    if params.min_tokens and len(ending_token_ids(params)) > MAX_STOP_IDS:
         raise ParameterError(
             "stop_token_ids",
-            len(params.all_stop_token_ids),
+            len(ending_token_ids(params)),
             f"with min_tokens allowed are at most {MAX_STOP_IDS} stop tokens, EOS included",
         )
 
@@ -107,7 +119,9 @@ def _check_prompt(token_ids: list[int] | None, vllm_config: VllmConfig) -> None:
         raise ParameterError("prompt", outside, f"allowed are token ids in [0, {vocab_size})")
     if config.mask_token_id in token_ids:
         raise ParameterError(
-            "prompt", config.mask_token_id, "the prompt contains the mask token, which only decoding uses"
+            "prompt",
+            config.mask_token_id,
+            "the prompt contains the mask token, which only decoding uses",
         )
 
 

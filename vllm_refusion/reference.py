@@ -17,7 +17,6 @@ from transformers import DynamicCache
 
 from vllm_refusion.config import DecodingParams
 
-
 _SlotTokens = list[tuple[int, list[int]]]  # per slot: first response position, tokens
 
 

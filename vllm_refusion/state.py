@@ -1,7 +1,8 @@
 """The model state and the sampler that vLLM's model runner drives.
 
 One step, in the runner's order: ``add_request`` / ``remove_request``, ``prepare_attn`` (places the
-canvas rows), ``prepare_inputs``, the forward pass, the sampler (statistics, transition, next canvas).
+canvas rows), ``prepare_inputs``, the forward pass, the sampler (statistics, then the transition,
+which writes the next canvas).
 Nothing here waits for the device or loops over requests.
 """
 
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_refusion.admission import ending_token_ids
 from vllm_refusion.decoding import DecodeState, Field
 from vllm_refusion.integration import canvas_length, position_slack, server_defaults
 from vllm_refusion.triton_kernels.dispatch import operations
@@ -83,7 +85,7 @@ class ReFusionModelState(ModelState):
             min(params.max_tokens or room, room),  # vLLM's own warm-up sets none
             params.eos_token_id,
             min_tokens=params.min_tokens,
-            stop_ids=sorted(params.all_stop_token_ids) if params.min_tokens else (),
+            stop_ids=sorted(ending_token_ids(params)) if params.min_tokens else (),
             temperature=params.temperature,
             seed=params.seed or 0,
         )
