@@ -72,7 +72,13 @@ def test_defaults(checkpoint):
 
 def test_defaults_of_the_generation_config_and_overrides(checkpoint):
     model = checkpoint(
-        {"slot_size": 8, "block_length": 32, "token_threshold": 0.2, "temperature": 0.5, "top_k": 20}
+        {
+            "slot_size": 8,
+            "block_length": 32,
+            "token_threshold": 0.2,
+            "temperature": 0.5,
+            "top_k": 20,
+        }
     )
     config = vllm_config(model, override_generation_config={"token_threshold": 0.7})
     assert integration.server_defaults(config.model_config) == DecodingParams(8, 32, 0.9, 0.7)
@@ -99,6 +105,13 @@ def test_batch_limits(checkpoint):
     assert config.scheduler_config.max_num_seqs == 4
     with pytest.raises(ValueError, match="max_num_batched_tokens=100 "):
         vllm_config(model, max_num_batched_tokens=100)
+
+
+def test_canvases_are_not_cut_like_long_prompts(checkpoint):
+    model = checkpoint()
+    vllm_config(model, long_prefill_token_threshold=128)
+    with pytest.raises(ValueError, match="long_prefill_token_threshold=127"):
+        vllm_config(model, long_prefill_token_threshold=127)
 
 
 def test_positions_past_the_rope_table(checkpoint):

@@ -188,9 +188,7 @@ class _Step:
         """Tokens newly contiguous in position order, at most one per scheduled row."""
         ints = self.ints
         status = self.state.status[self.slot].tolist()
-        contiguous = next(
-            (p for p, s in enumerate(status) if s != Status.COMMITTED), len(status)
-        )
+        contiguous = next((p for p, s in enumerate(status) if s != Status.COMMITTED), len(status))
         end = min(
             ints[Field.BLOCK_START] + contiguous,
             ints[Field.LIMIT],
@@ -277,9 +275,7 @@ class _Step:
 
     def _passes(self, row: int) -> bool:
         """Whether the row before gives this row's token more than the token threshold."""
-        return row > 0 and bool(
-            self.given_prob[row - 1] > self.state.token_threshold[self.slot]
-        )
+        return row > 0 and bool(self.given_prob[row - 1] > self.state.token_threshold[self.slot])
 
     def _first_eos(self, positions: list[int]) -> int | None:
         eos = self.ints[Field.EOS]

