@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from vllm_refusion.config import DecodingParams
-from vllm_refusion.reference import Decoded, Pass, decode
+from vllm_refusion.reference import Decoded, Pass, Round, decode
 
 MAX_MODEL_LEN = 512
 
@@ -306,5 +306,10 @@ def _to_json(answer: Decoded) -> dict[str, Any]:
 
 
 def _from_json(answer: dict[str, Any]) -> Decoded:
-    passes = [Pass(*entry) for entry in answer["passes"]]
-    return Decoded(**answer | {"passes": passes, "branches": frozenset(answer["branches"])})
+    return Decoded(
+        answer["tokens"],
+        answer["commit_order"],
+        [Pass(*entry) for entry in answer["passes"]],
+        frozenset(answer["branches"]),
+        [Round(*entry) for entry in answer["rounds"]],
+    )

@@ -20,6 +20,11 @@ from vllm_refusion.metrics import snapshot
 from vllm_refusion.triton_kernels.dispatch import CPU_KERNELS_ENV
 
 ONE_MODEL = "qwen3-gqa2"
+# A canvas of 32 rows, and server defaults that fit it.
+NARROW = {
+    "diffusion_config": {"canvas_length": 32},
+    "override_generation_config": {"slot_size": 8, "block_length": 32},
+}
 
 
 class Checkpoint:
@@ -138,8 +143,7 @@ def test_several_requests_share_a_small_budget(checkpoints):
     """Canvases are truncated when the budget is short: such a pass decides nothing."""
     checkpoint = checkpoints()
     chosen = [i for i in checkpoint.mixed if checkpoint.cases[i].params.block_length <= 32]
-    options = {"diffusion_config": {"canvas_length": 32}, "max_num_batched_tokens": 100}
-    with engine(checkpoint.path, **options) as llm:
+    with engine(checkpoint.path, **NARROW, max_num_batched_tokens=100) as llm:
         checkpoint.run(llm, chosen)
         assert snapshot(llm)["idle"] > 0
 
@@ -289,7 +293,11 @@ def test_triton_kernels_in_the_interpreter(checkpoints, monkeypatch):
     """Part of the set end to end through the Triton kernels."""
     monkeypatch.setenv(CPU_KERNELS_ENV, "interpreter")
     checkpoint = checkpoints()
-    chosen = [i for i, answer in enumerate(checkpoint.answers) if len(answer.passes) <= 30][:12]
-    assert len(chosen) >= 8
-    with engine(checkpoint.path, diffusion_config={"canvas_length": 128}) as llm:
+    chosen = [
+        i
+        for i, (case, answer) in enumerate(zip(checkpoint.cases, checkpoint.answers, strict=True))
+        if case.params.block_length <= 32 and len(answer.passes) <= 30
+    ][:8]
+    assert len(chosen) == 8
+    with engine(checkpoint.path, **NARROW) as llm:
         checkpoint.run(llm, chosen)

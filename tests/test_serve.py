@@ -11,10 +11,10 @@ import openai
 import psutil
 import pytest
 import torch
+from server import MODEL_NAME, STOP_SECONDS, serve
 from transformers import AutoTokenizer
 
 from conformance import Case, expected
-from server import MODEL_NAME, STOP_SECONDS, serve
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.reference import Decoded
 
@@ -137,8 +137,8 @@ def test_completion_of_token_ids(complete, reference, params):
     (choice,) = response.choices
     assert choice.token_ids == answer.tokens
     assert choice.text == reference.text(prompt, params, 40)
-    assert choice.finish_reason == "length"
-    assert response.usage.completion_tokens == 40
+    assert choice.finish_reason == ("length" if len(answer.tokens) == 40 else "stop")
+    assert response.usage.completion_tokens == len(answer.tokens)
 
 
 @PRESETS
@@ -147,7 +147,7 @@ def test_streaming(chat, reference, questions, params):
     chunks = list(chat(question, params, stream=True, stream_options={"include_usage": True}))
     *chunks, last = chunks
     choices = [chunk.choices[0] for chunk in chunks]
-    tokens = [token for choice in choices for token in choice.token_ids or ()]
+    tokens = [token for choice in choices for token in getattr(choice, "token_ids", None) or ()]
     answer = reference(question, params)
     assert tokens == answer.tokens
     texts = [choice.delta.content for choice in choices if choice.delta.content]

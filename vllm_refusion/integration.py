@@ -152,7 +152,10 @@ class ReFusionConfig:
         try:
             defaults.check_canvas(canvas)
         except ParameterError as error:
-            raise ValueError(f"The server's default {error}") from error
+            raise ValueError(
+                f"The server's default {error} Or set a default that fits with "
+                "--override-generation-config '{\"block_length\": ...}'."
+            ) from error
 
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = "vllm_refusion.scheduler.create_scheduler"

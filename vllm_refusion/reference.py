@@ -27,6 +27,19 @@ class Pass(NamedTuple):
     width: int
 
 
+class Round(NamedTuple):
+    """From a plan to the commit it led to, and how close its decisions were.
+
+    ``committed`` counts the response tokens committed before it. ``threshold_margin`` is the
+    smallest distance of a probability from what it was compared with, ``argmax_margin`` the
+    smallest lead in score on the runner-up, over all picks that had a say.
+    """
+
+    committed: int
+    threshold_margin: float
+    argmax_margin: float
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What one request gave.
@@ -37,16 +50,22 @@ class Decoded:
             prompt; holds positions that ``tokens`` cuts off.
         passes: the forward passes, without the prompt's.
         branches: names of the branches of the algorithm that ran.
-        threshold_margin: smallest distance of a probability from what it was compared with.
-        argmax_margin: smallest lead in score on the runner-up, over all picks that had a say.
+        rounds: the plans and how close the decisions after each were.
     """
 
     tokens: list[int]
     commit_order: list[int]
     passes: list[Pass]
     branches: frozenset[str]
-    threshold_margin: float
-    argmax_margin: float
+    rounds: list[Round]
+
+    @property
+    def threshold_margin(self) -> float:
+        return min(r.threshold_margin for r in self.rounds)
+
+    @property
+    def argmax_margin(self) -> float:
+        return min(r.argmax_margin for r in self.rounds)
 
     @property
     def tpf(self) -> float:
@@ -82,8 +101,7 @@ def decode(
     tokens = [request.tokens[position] for position in range(min(request.end, max_tokens))]
     stop = next((i for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
     order, passes, branches = list(request.tokens), request.canvas.passes[1:], request.branches
-    margins = min(request.distances), min(request.leads)
-    return Decoded(tokens[: stop + 1], order, passes, frozenset(branches), *margins)
+    return Decoded(tokens[: stop + 1], order, passes, frozenset(branches), request.rounds)
 
 
 class _Canvas:
@@ -187,8 +205,9 @@ class _Request:
         self.budget = self.end = params.budget(n)  # EOS puts the end right behind itself
         self.tokens: dict[int, int] = {}  # by response position, in the order committed
         self.branches: set[str] = set()
-        self.distances: list[float] = []  # of compared probabilities
-        self.leads: list[float] = []  # of picks that had a say
+        self.rounds: list[Round] = []
+        self.distances: list[float] = []  # of probabilities compared in this round
+        self.leads: list[float] = []  # of this round's picks that had a say
 
     def decode_blocks(self) -> None:
         length, size = self.params.block_length, self.params.slot_size
@@ -197,7 +216,9 @@ class _Request:
             while left := [s for s in slots if s not in self.tokens and s < self.end]:
                 self._branch("later_block", block > 0)
                 self._branch("short_last_block", block + length > self.budget)
+                committed, self.distances, self.leads = len(self.tokens), [], []
                 self._commit(self._verify(self._plan(left)), left)
+                self.rounds.append(Round(committed, min(self.distances), min(self.leads)))
         self._branch("no_eos", self.eos not in self.tokens.values())
 
     def _plan(self, masked: list[int]) -> list[_Slot]:

@@ -1,0 +1,127 @@
+"""The bundled checkpoint on its word problems: exact in float32, near ties only in bfloat16."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import SamplingParams, TokensPrompt
+
+from engine import ON_GPU, engine, model_state_of
+from vllm_refusion.config import DecodingParams
+from vllm_refusion.decoding import Field
+from vllm_refusion.metrics import snapshot
+from vllm_refusion.reference import decode
+
+BUDGET = 256
+PRESETS = [DecodingParams(32, 128, 0.9, 0.4), DecodingParams(4, 16, 0.6, 0.3)]
+OPTIONS = {"skip_tokenizer_init": False, "max_model_len": 640, "max_num_batched_tokens": 4096}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def problems(dev_problems_file, tokenizer):
+    """(prompt token ids, right answer) of each problem."""
+    rows = [json.loads(line) for line in dev_problems_file.read_text().splitlines()]
+    chats = [[{"role": "user", "content": row["query"]}] for row in rows]
+    options = {"add_generation_prompt": True, "tokenize": False}
+    texts = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+    return [
+        (tokenizer.encode(text, add_special_tokens=False), row["answer"])
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def references(tiny_checkpoint, problems):
+    """The reference's answers in float32, by preset."""
+    model = load(tiny_checkpoint, torch.float32)
+    options = {"mask_token_id": model.config.mask_token_id, "max_tokens": BUDGET}
+    options["eos_token_id"] = model.config.eos_token_id
+    return {
+        preset: [decode(model, prompt, preset, **options) for prompt, _ in problems]
+        for preset in PRESETS
+    }
+
+
+def load(checkpoint, dtype):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+
+
+def generate(llm, prompts, preset):
+    params = SamplingParams(temperature=0, max_tokens=BUDGET, extra_args=vars(preset))
+    inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    return [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
+
+
+def test_same_tokens_as_the_reference(tiny_checkpoint, problems, references, capsys):
+    """60 problems under two presets; reports how many answers are right and tokens per forward."""
+    with engine(tiny_checkpoint, **OPTIONS) as llm:
+        for preset in PRESETS:
+            before = snapshot(llm)
+            outputs = generate(llm, [prompt for prompt, _ in problems], preset)
+            after = snapshot(llm)
+            answers = references[preset]
+            assert [list(o.token_ids) for o in outputs] == [list(a.tokens) for a in answers]
+            right = sum(
+                output.text.split("####")[-1].strip() == answer
+                for output, (_, answer) in zip(outputs, problems, strict=True)
+            )
+            tokens = after["output_tokens"] - before["output_tokens"]
+            passes = after["forward_passes"] - before["forward_passes"]
+            assert tokens == sum(len(answer.tokens) for answer in answers)
+            assert passes == sum(len(answer.passes) for answer in answers)
+            with capsys.disabled():
+                print(f"\n{preset}: {right} of {len(problems)} right, {tokens / passes:.1f} TPF")
+
+
+def test_bfloat16_differs_only_by_near_ties(tiny_checkpoint, problems, references, capsys):
+    """The first decision that differs from float32 was closer than bfloat16's own error."""
+    count = len(problems) if ON_GPU else 12
+    differing = 0
+    with engine(tiny_checkpoint, **OPTIONS, dtype="bfloat16") as llm:
+        state = model_state_of(llm).decode_state
+        for preset in PRESETS:
+            for (prompt, _), answer in zip(problems[:count], references[preset], strict=False):
+                (output,) = generate(llm, [prompt], preset)
+                if list(output.token_ids) == list(answer.tokens):
+                    continue
+                differing += 1
+                (slot,) = model_state_of(llm)._slot_of.values()
+                order = state.order[slot, : state.ints[slot, Field.COMMITTED]].tolist()
+                tokens = state.response[slot].tolist()
+                committed = list(zip(order, (tokens[p] for p in order), strict=True))
+                expected = [
+                    (p, answer.tokens[p]) for p in answer.commit_order if p < len(answer.tokens)
+                ]
+                common = next(
+                    i
+                    for i, (ours, theirs) in enumerate(zip(committed, expected, strict=False))
+                    if ours != theirs
+                )
+                closest = [r for r in answer.rounds if r.committed <= common][-1]
+                logit_error, probability_error = bfloat16_error(tiny_checkpoint, prompt, answer)
+                assert (
+                    closest.threshold_margin <= 2 * probability_error
+                    or closest.argmax_margin <= 2 * logit_error
+                ), (preset, closest, logit_error, probability_error)
+    with capsys.disabled():
+        print(f"\nbfloat16: {differing} of {2 * count} answers differ, each from a near tie on")
+
+
+def bfloat16_error(checkpoint, prompt, answer):
+    """Largest error that plain PyTorch makes in bfloat16 on an answer: of logits, probabilities."""
+    tokens = torch.tensor([[*prompt, *answer.tokens]])
+    with torch.inference_mode():
+        exact, rounded = (
+            load(checkpoint, dtype)(tokens).logits.float()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    errors = (exact - rounded).abs().max(), (exact.softmax(-1) - rounded.softmax(-1)).abs().max()
+    return tuple(float(error) for error in errors)
