@@ -308,7 +308,7 @@ def _to_json(answer: Decoded) -> dict[str, Any]:
 def _from_json(answer: dict[str, Any]) -> Decoded:
     return Decoded(
         answer["tokens"],
-        answer["commit_order"],
+        {int(position): token for position, token in answer["committed"].items()},
         [Pass(*entry) for entry in answer["passes"]],
         frozenset(answer["branches"]),
         [Round(*entry) for entry in answer["rounds"]],

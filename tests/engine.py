@@ -28,6 +28,7 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
         "max_num_seqs": 16,
         "seed": 0,
     }
+    gc.collect()  # vLLM asserts that nothing frees memory while it profiles
     if ON_GPU:
         settings["gpu_memory_utilization"] = 0.2
         # CUDA graphs without torch.compile, which would take most of the time

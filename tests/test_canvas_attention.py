@@ -278,8 +278,9 @@ def plain_attention(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
 def assert_as_close(actual: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor) -> None:
     """``actual`` is at most twice as far from ``expected`` as ``plain`` is, NaN in the same places.
 
-    The last operation rounds the output whatever came before, while ``plain`` may be exact by luck
-    (one visible entry): one fp32 ulp of the largest output is always allowed.
+    ``plain`` may be exact by luck (one row, few visible entries). One fp32 ulp of the largest
+    output is always allowed for each operation that an output cannot avoid and that is good to an
+    ulp on a GPU: exp2, the product with V, the division, and rounding the output.
     """
     written = ~expected.isnan()
     assert torch.equal(~actual.isnan(), written), "wrong rows written, or NaN leaked"
@@ -287,7 +288,7 @@ def assert_as_close(actual: torch.Tensor, expected: torch.Tensor, plain: torch.T
         return
     actual, expected, plain = (x[written].double() for x in (actual, expected, plain))
     ulp = torch.finfo(torch.float32).eps * expected.abs().max()
-    error, allowed = (actual - expected).abs().max(), 2 * (plain - expected).abs().max() + ulp
+    error, allowed = (actual - expected).abs().max(), 2 * (plain - expected).abs().max() + 4 * ulp
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -92,3 +92,17 @@ def test_scheduler_still_has_one_lookahead_for_all_requests():
     parameters = inspect.signature(KVCacheManager.allocate_slots).parameters
     assert {"num_lookahead_tokens", "num_new_computed_tokens"} <= set(parameters)
     assert list(parameters)[:3] == ["self", "request", "num_new_tokens"]
+
+
+def test_stock_models_on_a_cpu_still_break_in_the_interpreter():
+    """What the interpreter cannot run: a kernel that samples top-k and top-p."""
+    import torch
+    import triton
+    from vllm.v1.sample.ops import topk_topp_sampler, topk_topp_triton
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("only where Triton's interpreter is on")
+    assert topk_topp_sampler.HAS_TRITON is False
+    logits, k = torch.randn(2, 64), torch.tensor([5, 5], dtype=torch.int32)
+    with pytest.raises(Exception, match="'int' object has no attribute 'to'"):
+        topk_topp_triton.apply_top_k_top_p_triton(logits, k, torch.tensor([0.9, 0.9]))

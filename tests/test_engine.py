@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from near_ties import assert_near_tie
 from vllm import TokensPrompt
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -119,6 +120,23 @@ def test_conformance(checkpoints, name):
         assert counts["forward_passes"] <= expected_passes
         assert stopped_early or counts["forward_passes"] == expected_passes
     assert counts["output_tokens"] >= sum(len(answer.tokens) for answer in checkpoint.answers)
+
+
+def test_bfloat16_differs_only_by_near_ties(checkpoints, capsys):
+    checkpoint = checkpoints()
+    chosen = [i for i in checkpoint.mixed if not checkpoint.cases[i].stop_token_ids]
+    if not ON_GPU:  # slow there
+        chosen = [i for i in chosen if len(checkpoint.answers[i].passes) <= 30]
+    differing = 0
+    with engine(checkpoint.path, dtype="bfloat16") as llm:
+        for i in chosen:
+            case, answer = checkpoint.cases[i], checkpoint.answers[i]
+            if run(llm, [case])[0] != list(answer.tokens):
+                differing += 1
+                assert_near_tie(llm, checkpoint.path, case.prompt_ids, answer)
+    assert differing, "this set has answers that bfloat16 changes"
+    with capsys.disabled():
+        print(f"\nbfloat16: {differing} of {len(chosen)} answers differ, each from a near tie on")
 
 
 def test_mixed_requests_alone_and_together(checkpoints):
@@ -296,8 +314,8 @@ def test_triton_kernels_in_the_interpreter(checkpoints, monkeypatch):
     chosen = [
         i
         for i, (case, answer) in enumerate(zip(checkpoint.cases, checkpoint.answers, strict=True))
-        if case.params.block_length <= 32 and len(answer.passes) <= 30
-    ][:8]
-    assert len(chosen) == 8
+        if case.params.block_length <= 32 and len(answer.passes) <= 20
+    ][:6]
+    assert len(chosen) == 6
     with engine(checkpoint.path, **NARROW) as llm:
         checkpoint.run(llm, chosen)

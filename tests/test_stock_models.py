@@ -10,9 +10,13 @@ import torch
 from server import MODEL_NAME, serve
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import StructuredOutputsParams
 
 from conformance import MODELS, build_model
 from engine import engine, scheduler_of
+
+# one process: the module has one server or one set of references
+pytestmark = pytest.mark.xdist_group("stock")
 
 NAME = "qwen3-gqa2"
 EOS = MODELS[NAME].eos_token_id
@@ -43,19 +47,16 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def greedy(model, prompts):
-    """Transformers' greedy answer to each prompt, through EOS."""
+    """Transformers' greedy answers; one at least ends with EOS and one does not."""
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
         output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=NUM_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=NUM_TOKENS, pad_token_id=EOS
         )
         answers.append(output[0, len(prompt) :].tolist())
+    assert {answer[-1] == EOS for answer in answers} == {True, False}
     return answers
 
 
@@ -68,16 +69,16 @@ def log_probabilities(model, prompt, tokens):
 
 @pytest.fixture(scope="module")
 def llm(checkpoint):
-    with engine(checkpoint) as llm:
+    with engine(checkpoint, skip_tokenizer_init=False) as llm:
         yield llm
 
 
 @pytest.fixture
 def generate(llm, prompts):
-    """The answers to all prompts as (tokens, logprobs)."""
+    """The answers to all prompts, each as (tokens, logprobs)."""
 
     def run(**options):
-        params = SamplingParams(max_tokens=NUM_TOKENS, detokenize=False, **options)
+        params = SamplingParams(max_tokens=NUM_TOKENS, **options)
         batch = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         outputs = [output.outputs[0] for output in llm.generate(batch, params, use_tqdm=False)]
         return [(list(output.token_ids), output.logprobs) for output in outputs]
@@ -90,10 +91,13 @@ def test_nothing_of_the_engine_is_ours(llm):
     assert config.model_config.architecture == "Qwen3ForCausalLM"
     assert config.diffusion_config is None
     assert not config.parallel_config.worker_extension_cls
-    worker = scheduler_of(llm), llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
-    runner = worker[1].worker.model_runner
-    for part in (worker[0], runner.model, runner.model_state, runner.sampler):
-        assert type(part).__module__.startswith("vllm."), type(part)
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    runner = executor.driver_worker.worker.model_runner
+    parts = [scheduler_of(llm), runner, runner.model, runner.sampler]
+    layers = config.compilation_config.static_forward_context.values()
+    kinds = [type(part) for part in parts] + [layer.attn_backend for layer in layers]
+    assert len(kinds) > len(parts)
+    assert not [kind for kind in kinds if not kind.__module__.startswith("vllm.")]
 
 
 def test_greedy(generate, greedy):
@@ -101,11 +105,10 @@ def test_greedy(generate, greedy):
 
 
 def test_parameters_that_refusion_refuses(generate, greedy):
-    """Names and values that ReFusion would refuse are none of our business here."""
     extra_args = {"slot_size": "8", "block_length": 4096, "mine": 1}
     assert [tokens for tokens, _ in generate(temperature=0, extra_args=extra_args)] == greedy
-    for tokens, _ in generate(temperature=0, logit_bias={5: 100.0}):
-        assert tokens == [5] * NUM_TOKENS
+    biased = generate(temperature=0, logit_bias={5: 100.0})
+    assert [tokens for tokens, _ in biased] == [[5] * NUM_TOKENS] * len(greedy)
 
 
 def test_log_probabilities(generate, model, prompts):
@@ -117,39 +120,48 @@ def test_log_probabilities(generate, model, prompts):
             assert set(row.topk(3).indices.tolist()) <= set(found)
 
 
-def test_sampling(generate, model, prompts, greedy):
-    """Samples are random, repeat with their seed, and lie in the nucleus."""
-    top_p = 0.6
-    sampling = {"temperature": 1.0, "top_p": top_p}
-    samples = generate(**sampling, seed=1)
-    assert samples == generate(**sampling, seed=1)
-    assert samples != generate(**sampling, seed=2)
+def test_structured_outputs(generate, model, prompts):
+    """One of two words, the likelier one, then EOS."""
+    words = {"t5": 5, "t7": 7}
+    choice = StructuredOutputsParams(choice=list(words))
+    for prompt, (tokens, _) in zip(prompts, generate(temperature=0, structured_outputs=choice)):
+        first = log_probabilities(model, prompt, [EOS])[0]
+        assert tokens == [max(words.values(), key=lambda token: first[token]), EOS]
+
+
+@pytest.mark.parametrize("limits", [{"top_p": 0.6}, {"top_k": 3}], ids=str)
+def test_sampling(generate, model, prompts, greedy, limits):
+    """Samples are random, repeat with their seed, and lie within the limits."""
+    samples = generate(temperature=1.0, seed=1, **limits)
+    assert samples == generate(temperature=1.0, seed=1, **limits)
+    assert samples != generate(temperature=1.0, seed=2, **limits)
     assert [tokens for tokens, _ in samples] != greedy
     for prompt, (tokens, _) in zip(prompts, samples):
         ordered, order = log_probabilities(model, prompt, tokens).exp().sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
-        for likelier, ids, token in zip(before, order, tokens):
-            assert likelier[ids == token] < top_p + 1e-4
+        likelier = ordered.cumsum(-1) - ordered  # probability of all that is ahead in the order
+        ranks = [row.tolist().index(token) for row, token in zip(order, tokens)]
+        assert max(ranks) < limits.get("top_k", VOCAB)
+        heads = [row[rank].item() for row, rank in zip(likelier, ranks)]
+        assert max(heads) < limits.get("top_p", 1) + 1e-4
 
 
 def test_server(checkpoint, tmp_path, prompts, greedy):
-    """The same through HTTP, where vLLM also knows the tokenizer's EOS."""
     with serve(checkpoint, tmp_path) as server:
-        create = server.client.completions.create
-        for prompt, answer in zip(prompts, greedy):
-            response = create(
+
+        def create(prompt, **options):
+            response = server.client.completions.create(
                 model=MODEL_NAME,
                 prompt=prompt,
-                temperature=0,
                 max_tokens=NUM_TOKENS,
                 extra_body={"return_token_ids": True, "vllm_xargs": {"slot_size": "8"}},
+                **options,
             )
-            (choice,) = response.choices
-            end = answer.index(EOS) + 1 if EOS in answer else NUM_TOKENS
-            assert choice.token_ids == answer[:end]
-            assert choice.finish_reason == ("stop" if EOS in answer else "length")
-        sampled = create(
-            model=MODEL_NAME, prompt=prompts[1], max_tokens=8, temperature=1, top_p=0.5, logprobs=2
-        )
-        assert len(sampled.choices[0].logprobs.tokens) <= 8
+            return response.choices[0]
+
+        for prompt, answer in zip(prompts, greedy):
+            choice = create(prompt, temperature=0)
+            assert choice.token_ids == answer
+            assert choice.finish_reason == ("stop" if answer[-1] == EOS else "length")
+        sampled = create(prompts[1], temperature=1, top_p=0.5, logprobs=2)
+        assert len(sampled.logprobs.tokens) == len(sampled.token_ids)
         assert server.terminate() == 0

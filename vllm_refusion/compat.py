@@ -18,6 +18,7 @@ _PATCHED = "_vllm_refusion_patched"
 
 def install(architectures: Mapping[str, str], config_hook: type) -> None:
     """Routes checkpoints with a mask token to us and applies the process-wide patches, once."""
+    import triton
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     for architecture in architectures.values():
@@ -25,6 +26,8 @@ def install(architectures: Mapping[str, str], config_hook: type) -> None:
     _route_checkpoints(architectures)
     _validate_requests()
     _tell_preempted_from_finished()
+    if triton.knobs.runtime.interpret:
+        _keep_stock_models_off_the_interpreter()
 
 
 def _route_checkpoints(architectures: Mapping[str, str]) -> None:
@@ -78,6 +81,35 @@ def _validate_requests() -> None:
 
     setattr(process_inputs, _PATCHED, True)
     InputProcessor.process_inputs = process_inputs
+
+
+def _keep_stock_models_off_the_interpreter() -> None:
+    """On the CPU build Triton is there for ReFusion only: stock models run as without it.
+
+    Two kernels do not run in the interpreter, and that ends the engine: top-k/top-p sampling
+    (PyTorch does it instead) and Model Runner V2's mask of structured outputs (stock models get
+    Model Runner V1, as without Triton).
+    """
+    from vllm import envs
+    from vllm.config import VllmConfig
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from vllm_refusion.integration import is_refusion
+
+    topk_topp_sampler.HAS_TRITON = False
+    original = VllmConfig.use_v2_model_runner.fget
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def use_v2_model_runner(self: Any) -> bool:
+        ours = self.model_config is not None and is_refusion(self.model_config)
+        if ours or envs.VLLM_USE_V2_MODEL_RUNNER is not None:  # the user's choice
+            return original(self)
+        return False
+
+    setattr(use_v2_model_runner, _PATCHED, True)
+    VllmConfig.use_v2_model_runner = property(use_v2_model_runner)
 
 
 def _tell_preempted_from_finished() -> None:

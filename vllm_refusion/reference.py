@@ -46,18 +46,22 @@ class Decoded:
 
     Attributes:
         tokens: in position order, cut after EOS, after a stop token and at ``max_tokens``.
-        commit_order: response positions in the order committed, i.e. of the KV cache behind the
-            prompt; holds positions that ``tokens`` cuts off.
+        committed: token by response position, in the order committed, i.e. of the KV cache behind
+            the prompt; holds positions that ``tokens`` cuts off.
         passes: the forward passes, without the prompt's.
         branches: names of the branches of the algorithm that ran.
         rounds: the plans and how close the decisions after each were.
     """
 
     tokens: list[int]
-    commit_order: list[int]
+    committed: dict[int, int]
     passes: list[Pass]
     branches: frozenset[str]
     rounds: list[Round]
+
+    @property
+    def commit_order(self) -> list[int]:
+        return list(self.committed)
 
     @property
     def threshold_margin(self) -> float:
@@ -100,8 +104,8 @@ def decode(
     request.decode_blocks()
     tokens = [request.tokens[position] for position in range(min(request.end, max_tokens))]
     stop = next((i for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
-    order, passes, branches = list(request.tokens), request.canvas.passes[1:], request.branches
-    return Decoded(tokens[: stop + 1], order, passes, frozenset(branches), request.rounds)
+    passes, branches = request.canvas.passes[1:], frozenset(request.branches)
+    return Decoded(tokens[: stop + 1], request.tokens, passes, branches, request.rounds)
 
 
 class _Canvas:
