@@ -18,13 +18,13 @@ MASK, VOCAB, EOS = 90, 100, 7
 class ModelConfig:
     """The parts of vLLM's ModelConfig that admission reads."""
 
-    hf_text_config = SimpleNamespace(mask_token_id=MASK, vocab_size=VOCAB, eos_token_id=EOS)
+    hf_text_config = SimpleNamespace(
+        mask_token_id=MASK,
+        vocab_size=VOCAB,
+        eos_token_id=EOS,
+        refusion_defaults={"slot_size": 4, "block_length": 16},
+    )
     max_model_len = 64
-    generation_config = "auto"
-    override_generation_config = {"slot_size": 4, "block_length": 16}
-
-    def try_get_generation_config(self):
-        return {"slot_size": 8, "slot_threshold": 0.5, "top_p": 0.9}
 
     def get_vocab_size(self):
         return VOCAB
@@ -35,12 +35,13 @@ CONFIG = SimpleNamespace(
 )
 
 
-def submit(prompt=(1, 2, 3), **params) -> SamplingParams:
+def submit(prompt=(1, 2, 3), resumable=False, **params) -> SamplingParams:
     sampling_params = SamplingParams(**params)
     request = SimpleNamespace(
         sampling_params=sampling_params,
         pooling_params=None,
         prompt_token_ids=None if prompt is None else list(prompt),
+        resumable=resumable,
     )
     admit(request, CONFIG)
     return sampling_params
@@ -87,6 +88,7 @@ def test_honoured(params):
         ({"thinking_token_budget": 4}, "thinking_token_budget=4"),
         ({"watermarking": True}, "watermarking=True"),
         ({"seed": 2**70}, "seed="),
+        ({"resumable": True}, "resumable=True"),
         ({"stop_token_ids": list(range(70)), "min_tokens": 2}, "stop_token_ids=70"),
         ({"extra_args": {"slot_sise": 8}}, "slot_sise=8"),
         ({"extra_args": {"kv_transfer_params": {}}}, "kv_transfer_params={}"),
@@ -111,7 +113,7 @@ def test_refused(params, message):
     with pytest.raises(VLLMValidationError) as error:
         submit(**params)
     assert message in str(error.value)
-    assert any(word in str(error.value) for word in ("allowed", "allows", "known names"))
+    assert any(w in str(error.value) for w in ("allowed", "allows", "known names", "does not"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_every_sampling_params_field_is_decided():
     for name in fields - HONOURED - {"skip_reading_prefix_cache"}:
         changed = SamplingParams()
         setattr(changed, name, "not its default")
-        request = SimpleNamespace(sampling_params=changed, prompt_token_ids=[1])
+        request = SimpleNamespace(sampling_params=changed, prompt_token_ids=[1], resumable=False)
         with pytest.raises(VLLMValidationError, match=name):
             admit(request, CONFIG)
         assert getattr(params, name) != "not its default"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -37,7 +38,12 @@ def operations(device: torch.device) -> Operations:
     choice = os.environ.get(CPU_KERNELS_ENV, "twin")
     if choice not in ("twin", "interpreter"):
         raise ValueError(f"{CPU_KERNELS_ENV}={choice!r}: allowed are 'twin' and 'interpreter'.")
-    if device.type == "cpu" and choice == "twin":
+    return _load(twins=device.type == "cpu" and choice == "twin")
+
+
+@cache
+def _load(twins: bool) -> Operations:
+    if twins:
         from vllm_refusion.triton_kernels import attention_reference as attention
         from vllm_refusion.triton_kernels import stats_reference as stats
         from vllm_refusion.triton_kernels import transition_reference as steps

@@ -63,6 +63,8 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     try:
         if params is None:
             raise ParameterError("pooling_params", "...", "ReFusion only generates text")
+        if request.resumable:
+            raise ParameterError("resumable", True, "ReFusion does not take streamed input")
         _check_sampling_params(params)
         _check_prompt(request.prompt_token_ids, vllm_config)
         decoding = server_defaults(vllm_config.model_config).updated(params.extra_args)

@@ -74,11 +74,11 @@ def is_refusion(model_config: ModelConfig) -> bool:
     return any(name in ARCHITECTURES.values() for name in model_config.architectures)
 
 
-def server_defaults(model_config: ModelConfig) -> DecodingParams:
+def resolve_defaults(model_config: ModelConfig) -> DecodingParams:
     """Decoding parameters of requests that do not set them.
 
     From ``--override-generation-config``, else the checkpoint's generation config, else the
-    defaults of ``DecodingParams``.
+    defaults of ``DecodingParams``. Reads files: done once, at start.
 
     Raises:
         ParameterError: one of them is out of range.
@@ -88,6 +88,11 @@ def server_defaults(model_config: ModelConfig) -> DecodingParams:
         values.update(model_config.try_get_generation_config())
     values.update(model_config.override_generation_config)
     return DecodingParams().updated({k: v for k, v in values.items() if k in PARAMETER_NAMES})
+
+
+def server_defaults(model_config: ModelConfig) -> DecodingParams:
+    """What ``resolve_defaults`` found at start; travels to all processes with the config."""
+    return DecodingParams(**model_config.hf_text_config.refusion_defaults)
 
 
 def canvas_length(vllm_config: VllmConfig) -> int:
@@ -143,7 +148,8 @@ class ReFusionConfig:
 
         refuse_unsupported_options(vllm_config)
         model_config = vllm_config.model_config
-        defaults = server_defaults(model_config)
+        defaults = resolve_defaults(model_config)
+        model_config.hf_text_config.refusion_defaults = vars(defaults).copy()
         if vllm_config.diffusion_config is None:
             vllm_config.diffusion_config = DiffusionConfig(
                 canvas_length=max(DEFAULT_CANVAS, defaults.block_length)

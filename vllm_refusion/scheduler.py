@@ -15,6 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_refusion import compat
+from vllm_refusion.config import DecodingParams
 from vllm_refusion.integration import position_slack, server_defaults
 
 
@@ -28,13 +29,19 @@ class _CanvasScheduling:
 
     def canvas_width(self, request: Request) -> int:
         """Upper bound of the rows the request's next pass may have: what is left of its block."""
-        params = self.decoding_defaults.updated(request.sampling_params.extra_args)
+        params = self._params(request)
         emitted = request.num_output_tokens
         left = params.budget(request.max_tokens) - emitted
         if not self.scheduler_config.async_scheduling:
             return min(params.block_length - emitted % params.block_length, left)
         # the pass in flight may finish the block
         return min(params.block_length, left)
+
+    def _params(self, request: Request) -> DecodingParams:
+        if not hasattr(request, "decoding_params"):
+            extra_args = request.sampling_params.extra_args
+            request.decoding_params = self.decoding_defaults.updated(extra_args)
+        return request.decoding_params
 
     def _lookahead(self, request: Request, scheduled_end: int) -> int:
         """KV entries to reserve past ``scheduled_end``, the end of what is scheduled now.
@@ -44,8 +51,7 @@ class _CanvasScheduling:
         """
         if scheduled_end <= request.num_tokens:
             return self.canvas_width(request)
-        params = self.decoding_defaults.updated(request.sampling_params.extra_args)
-        last = request.num_prompt_tokens + params.budget(request.max_tokens)
+        last = request.num_prompt_tokens + self._params(request).budget(request.max_tokens)
         return min(0, last - scheduled_end)
 
     def add_request(self, request: Request) -> None:
