@@ -13,7 +13,7 @@ demo: $(VENV)/.package
 
 # Not `python -m pytest`: that puts this folder on sys.path, and with it a top-level triton_kernels.
 test: $(VENV)/.package
-	$(VENV)/bin/pytest -n 2 --dist loadgroup
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 $(VENV)/.package: setup.py pyproject.toml $(VENV)/.$(STACK)-stack
 	$(PIP) --editable ".[test]"

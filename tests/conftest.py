@@ -29,3 +29,18 @@ def tiny_checkpoint() -> Path:
 def dev_problems_file() -> Path:
     """60 word problems, one JSON object a line: query, response, answer."""
     return EXAMPLES / "dev_problems.jsonl"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Conformance checkpoints by name, built with their answers when first asked for."""
+    from engine import Checkpoint
+
+    made = {}
+
+    def get(name: str = "qwen3-gqa2") -> Checkpoint:
+        if name not in made:
+            made[name] = Checkpoint(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from conformance import Case
+from conformance import Case, build_model, cases, expected
 
 ON_GPU = torch.cuda.is_available()
+# A canvas of 32 rows, and server defaults that fit it.
+NARROW = {
+    "diffusion_config": {"canvas_length": 32},
+    "override_generation_config": {"slot_size": 8, "block_length": 32},
+}
 
 
 @contextmanager
@@ -84,3 +90,38 @@ def model_state_of(llm: LLM) -> Any:
 
 def free_pages(llm: LLM) -> int:
     return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def assert_idle(llm, pages):
+    """All KV pages and request slots are free again."""
+    llm.llm_engine.step()  # tells the worker about the last finished requests
+    assert free_pages(llm) == pages
+    state = model_state_of(llm)
+    assert not state._slot_of
+    assert not state._suspended
+    assert not state.decode_state.ints[:, 0].any()
+
+
+class Checkpoint:
+    """A conformance model with its requests and the reference's answers."""
+
+    def __init__(self, name, directory):
+        self.name = name
+        self.path = build_model(name, directory)
+        self.cases = cases(name)
+        self.answers = expected(self.path, self.cases)
+        # two dozen requests with everything mixed: sizes, thresholds, temperatures, endings
+        self.mixed = random.Random(name).sample(range(len(self.cases)), 24)
+
+    def run(self, llm, chosen):
+        """Runs the chosen cases at once and compares them with the reference."""
+        self.check(run(llm, [self.cases[i] for i in chosen]), chosen)
+
+    def check(self, outputs, chosen):
+        """Compares outputs with the reference; says for each difference which case it is."""
+        wrong = [
+            f"{self.cases[i].label}: {output} instead of {self.answers[i].tokens}"
+            for i, output in zip(chosen, outputs, strict=True)
+            if output != list(self.answers[i].tokens)
+        ]
+        assert not wrong, f"{len(wrong)} of {len(outputs)} differ:\n" + "\n".join(wrong)

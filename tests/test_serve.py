@@ -18,9 +18,6 @@ from conformance import Case, expected
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.reference import Decoded
 
-# one process: the module has one server or one set of references
-pytestmark = pytest.mark.xdist_group("serve")
-
 DEFAULTS = DecodingParams(32, 128, 0.9, 0.4)
 SMALL = DecodingParams(8, 32)
 PRESETS = pytest.mark.parametrize("params", [DEFAULTS, SMALL], ids=["defaults", "small slots"])

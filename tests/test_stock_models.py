@@ -15,9 +15,6 @@ from vllm.sampling_params import StructuredOutputsParams
 from conformance import MODELS, build_model
 from engine import engine, scheduler_of
 
-# one process: the module has one server or one set of references
-pytestmark = pytest.mark.xdist_group("stock")
-
 NAME = "qwen3-gqa2"
 EOS = MODELS[NAME].eos_token_id
 VOCAB = MODELS[NAME].vocab_size

@@ -15,9 +15,6 @@ from vllm_refusion.config import DecodingParams
 from vllm_refusion.metrics import snapshot
 from vllm_refusion.reference import decode
 
-# one process: the module has one server or one set of references
-pytestmark = pytest.mark.xdist_group("tiny")
-
 BUDGET = 256
 PRESETS = [DecodingParams(32, 128, 0.9, 0.4), DecodingParams(4, 16, 0.6, 0.3)]
 OPTIONS = {"skip_tokenizer_init": False, "max_model_len": 640, "max_num_batched_tokens": 4096}
