@@ -35,11 +35,10 @@ def test_conformance(checkpoints, name):
     assert counts["output_tokens"] >= sum(len(answer.tokens) for answer in checkpoint.answers)
 
 
+@pytest.mark.slow
 def test_bfloat16_differs_only_by_near_ties(checkpoints, capsys):
     checkpoint = checkpoints()
     chosen = [i for i in checkpoint.mixed if not checkpoint.cases[i].stop_token_ids]
-    if not ON_GPU:  # slow there
-        chosen = [i for i in chosen if len(checkpoint.answers[i].passes) <= 30]
     differing = 0
     with engine(checkpoint.path, dtype="bfloat16") as llm:
         for i in chosen:
