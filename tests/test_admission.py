@@ -90,6 +90,8 @@ def test_honoured(params):
         ({"seed": 2**70}, "seed="),
         ({"resumable": True}, "resumable=True"),
         ({"stop_token_ids": list(range(70)), "min_tokens": 2}, "stop_token_ids=70"),
+        # with the model's EOS one too many
+        ({"stop_token_ids": list(range(10, 74)), "min_tokens": 2}, "stop_token_ids=65"),
         ({"extra_args": {"slot_sise": 8}}, "slot_sise=8"),
         ({"extra_args": {"kv_transfer_params": {}}}, "kv_transfer_params={}"),
         ({"extra_args": {"slot_size": 0}}, "slot_size=0"),

@@ -65,6 +65,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             raise ParameterError("pooling_params", "...", "ReFusion only generates text")
         if request.resumable:
             raise ParameterError("resumable", True, "ReFusion does not take streamed input")
+        _resolve_eos(params, vllm_config)  # EOS counts among the stop tokens checked next
         _check_sampling_params(params)
         _check_prompt(request.prompt_token_ids, vllm_config)
         decoding = server_defaults(vllm_config.model_config).updated(params.extra_args)
@@ -75,7 +76,6 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         ) from error
     room = vllm_config.model_config.max_model_len - len(request.prompt_token_ids)
     params.max_tokens = min(params.max_tokens or room, room)
-    _resolve_eos(params, vllm_config)
     if params.temperature > 0 and params.seed is None:
         params.seed = secrets.randbits(62)
 
