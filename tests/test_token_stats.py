@@ -39,7 +39,6 @@ def requests_state(vocab: int, **changes) -> dict:
     state = {
         "temperature": torch.tensor(TEMPERATURES),
         "seed": torch.tensor(SEEDS),
-        "draw": torch.tensor(DRAWS, dtype=torch.int32),
         "min_tokens": torch.tensor(MIN_TOKENS, dtype=torch.int32),
         "stop_ids": stop,
     }
@@ -52,6 +51,7 @@ def rows_of(requests: list[int], positions: list[int], given: list[int]) -> tupl
         torch.tensor(requests, dtype=torch.int64, device=DEVICE),
         torch.tensor(positions, dtype=torch.int32, device=DEVICE),
         torch.tensor(given, dtype=torch.int32, device=DEVICE),
+        torch.tensor([DRAWS[r % REQUESTS] for r in requests], dtype=torch.int32, device=DEVICE),
     )
 
 
@@ -334,7 +334,6 @@ def test_the_largest_noise_does_not_beat_every_logit(stats):
         74944,
         temperature=torch.ones(REQUESTS),
         seed=torch.full((REQUESTS,), 2),
-        draw=torch.zeros(REQUESTS, dtype=torch.int32),
     )
     picked = stats(logits, *rows_of([0], [25], [-1]), **state, mask_token_id=-1)[0]
     assert picked.item() == 74000

@@ -1,6 +1,6 @@
 """Row statistics of logits in one read: the token to pick, its probability, a given token's.
 
-For one row x of V logits, with T, seed and draw of the row's request:
+For one row x of V logits, with the draw of the row, T and seed of its request:
 
     value[t] = x[t]                        if T = 0
                x[t] / T + noise[t]         if T > 0, noise of `vllm_refusion/noise.py`
@@ -46,6 +46,7 @@ def gumbel(seed, draw, position, token):
         "row_request_ptr",
         "row_position_ptr",
         "row_given_ptr",
+        "row_draw_ptr",
         "picked_ptr",
         "picked_prob_ptr",
         "given_prob_ptr",
@@ -58,7 +59,7 @@ def _token_stats_kernel(
     row_given_ptr,  # [N] int32
     temperature_ptr,  # [max_reqs] float32
     seed_ptr,  # [max_reqs] int64
-    draw_ptr,  # [max_reqs] int32
+    row_draw_ptr,  # [N] int32
     min_tokens_ptr,  # [max_reqs] int32
     stop_ids_ptr,  # [max_reqs, F] int32
     picked_ptr,  # [N] int32
@@ -79,7 +80,7 @@ def _token_stats_kernel(
     temperature = tl.load(temperature_ptr + request)
     min_tokens = tl.load(min_tokens_ptr + request)
     seed = tl.load(seed_ptr + request)
-    draw = tl.load(draw_ptr + request)
+    draw = tl.load(row_draw_ptr + row)
     stop_ids = stop_ids_ptr + request * num_stop_ids
     logits = logits_ptr + row * logits_stride
 
@@ -136,10 +137,10 @@ def token_stats(
     row_request: torch.Tensor,
     row_position: torch.Tensor,
     row_given: torch.Tensor,
+    row_draw: torch.Tensor,
     *,
     temperature: torch.Tensor,
     seed: torch.Tensor,
-    draw: torch.Tensor,
     min_tokens: torch.Tensor,
     stop_ids: torch.Tensor,
     mask_token_id: int,
@@ -158,9 +159,9 @@ def token_stats(
         row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
             alone (0 when allocated here).
         row_given: [N] int32, the token of ``given_prob``; -1 for none.
+        row_draw: [N] int32, how many draws the request has made before that of the row.
         temperature: [max_reqs] float32; 0 picks the argmax.
         seed: [max_reqs] int64, all 64 bits count.
-        draw: [max_reqs] int32, how many draws the request has made before.
         min_tokens: [max_reqs] int32.
         stop_ids: [max_reqs, F] int32, padded with -1; not picked at positions < min_tokens.
         mask_token_id: never picked.
@@ -178,13 +179,12 @@ def token_stats(
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), logits.dtype
     assert vocab == 1 or (vocab and logits.stride(1) == 1), "a row of logits must be contiguous"
     _check_vector(rows, row_request, torch.int64)
-    for tensor, dtype in ((row_position, torch.int32), (row_given, torch.int32)):
-        _check_vector(rows, tensor, dtype)
+    for tensor in (row_position, row_given, row_draw):
+        _check_vector(rows, tensor, torch.int32)
     for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.float32), strict=True):
         _check_vector(rows, tensor, dtype)
     _check_vector(requests, temperature, torch.float32)
     _check_vector(requests, seed, torch.int64)
-    _check_vector(requests, draw, torch.int32)
     _check_vector(requests, min_tokens, torch.int32)
     assert stop_ids.dtype == torch.int32 and stop_ids.is_contiguous()
     if rows == 0:
@@ -199,7 +199,7 @@ def token_stats(
         row_given,
         temperature,
         seed,
-        draw,
+        row_draw,
         min_tokens,
         stop_ids,
         *out,
