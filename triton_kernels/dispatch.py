@@ -27,6 +27,7 @@ class Operations:
     token_stats: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     layout: Callable[..., None]
     transition: Callable[..., None]
+    allocate: Callable[..., None]
 
 
 def operations(device: torch.device) -> Operations:
@@ -44,6 +45,7 @@ def operations(device: torch.device) -> Operations:
 @cache
 def _load(twins: bool) -> Operations:
     if twins:
+        from vllm_refusion.triton_kernels import allocation_reference as allocation
         from vllm_refusion.triton_kernels import attention_reference as attention
         from vllm_refusion.triton_kernels import stats_reference as stats
         from vllm_refusion.triton_kernels import transition_reference as steps
@@ -54,8 +56,9 @@ def _load(twins: bool) -> Operations:
             token_stats=stats.token_stats_reference,
             layout=steps.layout_reference,
             transition=steps.transition_reference,
+            allocate=allocation.allocate_reference,
         )
-    from vllm_refusion.triton_kernels import canvas_attention, token_stats, transition
+    from vllm_refusion.triton_kernels import allocation, canvas_attention, token_stats, transition
 
     return Operations(
         canvas_attention=canvas_attention.canvas_attention,
@@ -63,4 +66,5 @@ def _load(twins: bool) -> Operations:
         token_stats=token_stats.token_stats,
         layout=transition.layout,
         transition=transition.transition,
+        allocate=allocation.allocate,
     )

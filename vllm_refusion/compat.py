@@ -26,6 +26,7 @@ def install(architectures: Mapping[str, str], config_hook: type) -> None:
     _route_checkpoints(architectures)
     _validate_requests()
     _tell_preempted_from_finished()
+    _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter()
 
@@ -115,7 +116,9 @@ def _keep_stock_models_off_the_interpreter() -> None:
 def _tell_preempted_from_finished() -> None:
     """``ModelState.remove_request`` is not told why a request leaves.
 
-    A preempted one comes back and must go on exactly where it was, so its state is kept.
+    A preempted one comes back and must go on exactly where it was, so its state is kept. The same
+    call, first in every step, puts our row budget where vLLM's manager for adaptive verification
+    would be: that one exists for speculative decoding only, and wants graphs of its own.
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -128,10 +131,31 @@ def _tell_preempted_from_finished() -> None:
         leaving = getattr(self.model_state, "requests_leaving", None)
         if leaving is not None:
             leaving(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set())
+            if self.adaptive_verification is None:
+                self.adaptive_verification = self.model_state.start_row_budget(self)
         original(self, scheduler_output)
 
     setattr(finish_requests, _PATCHED, True)
     GPUModelRunner.finish_requests = finish_requests
+
+
+def _measure_passes_once_captured() -> None:
+    """How long passes of various sizes take, measured where vLLM calibrates its own cost models."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner.capture_model
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def capture_model(self: Any, *, profile_only: bool = False) -> int:
+        captured = original(self, profile_only=profile_only)
+        if not profile_only and hasattr(self.model_state, "measure_passes"):
+            self.model_state.measure_passes(self)
+        return captured
+
+    setattr(capture_model, _PATCHED, True)
+    GPUModelRunner.capture_model = capture_model
 
 
 @contextlib.contextmanager

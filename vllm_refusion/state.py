@@ -22,8 +22,10 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_refusion.admission import ending_token_ids
-from vllm_refusion.decoding import DecodeState, Field
+from vllm_refusion.decoding import DecodeState
 from vllm_refusion.integration import canvas_length, position_slack, server_defaults
+from vllm_refusion.riders import NO_RIDERS
+from vllm_refusion.row_budget import PassCost, RowBudget, measure_passes
 from vllm_refusion.triton_kernels.dispatch import operations
 
 # Logits of one step are computed and read in chunks of rows of about this size.
@@ -49,6 +51,8 @@ class ReFusionModelState(ModelState):
         # Addresses captured by CUDA graphs.
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
+        self.row_budget: RowBudget | None = None
+        self.pass_cost: PassCost | None = None
         self._slot_of: dict[str, int] = {}
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
@@ -89,6 +93,17 @@ class ReFusionModelState(ModelState):
             temperature=params.temperature,
             seed=params.seed or 0,
         )
+
+    def measure_passes(self, runner: Any) -> None:
+        """Times forward passes, after the graphs are captured; see ``row_budget.PassCost``."""
+        self.pass_cost = measure_passes(runner)
+
+    def start_row_budget(self, runner: Any) -> RowBudget:
+        """The row budget, in its beginning."""
+        manager = runner.cudagraph_manager
+        sizes = manager.captured_token_counts() if manager is not None else []
+        self.row_budget = RowBudget(self, runner.input_buffers.query_start_loc, sizes)
+        return self.row_budget
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""
@@ -163,6 +178,7 @@ class CanvasSampler:
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
     def __init__(self, model_state: ReFusionModelState) -> None:
+        self.model_state = model_state
         self.model = model_state.model
         self.operations = model_state.operations
         self.state = model_state.decode_state
@@ -189,6 +205,7 @@ class CanvasSampler:
     def __call__(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Args: hidden_states: [canvas rows of the batch, hidden], see ``compute_logits``."""
         num_reqs, rows = input_batch.num_reqs, hidden_states.shape[0]
+        budget = self.model_state.row_budget
         if rows and not input_batch.num_draft_tokens:
             # Memory profiling: pay for the widest chunk a step can have.
             self.model.row_logits(hidden_states[:1].expand(self.chunk_rows, -1).contiguous())
@@ -216,11 +233,20 @@ class CanvasSampler:
             self.picked,
             self.picked_prob,
             self.given_prob,
+            self._emit_limit(input_batch),
             output.sampled_token_ids,
             output.num_sampled,
             output.num_rejected,
+            budget.speculation if budget else NO_RIDERS,
         )
         return output
+
+    def _emit_limit(self, input_batch: InputBatch) -> torch.Tensor:
+        """The most tokens [R] int32 that the scheduler takes from each request."""
+        budget, requests = self.model_state.row_budget, input_batch.num_reqs
+        if budget is not None and input_batch.num_draft_tokens:
+            return budget.scheduled[:requests]
+        return input_batch.query_start_loc[: requests + 1].diff()
 
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         state = self.state
@@ -230,7 +256,7 @@ class CanvasSampler:
         # What a row may be asked about is the token of the row after it.
         following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
         given = state.canvas_token.view(-1)[following].int()
-        draw = state.ints[:, Field.DRAW].contiguous()
+        draws = state.row_draw.view(-1)[flat]
         for start in range(0, hidden_states.shape[0], self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
             self.operations.token_stats(
@@ -238,9 +264,9 @@ class CanvasSampler:
                 requests[rows],
                 positions[rows],
                 given[rows],
+                draws[rows],
                 temperature=state.temperature,
                 seed=state.seed,
-                draw=draw,
                 min_tokens=state.min_tokens,
                 stop_ids=state.stop_ids,
                 mask_token_id=state.mask_token_id,
