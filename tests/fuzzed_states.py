@@ -104,7 +104,12 @@ class Fuzz:
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL
         state.ints[slot] = torch.tensor([fields[name] for name in Field])
-        if resume != Phase.START:
+        if resume == Phase.START:
+            first = min(block_length, budget)
+            state.ints[slot, [Field.ROWS, Field.CANVAS]] = first
+            state.row_position[slot] = -1
+            state.row_position[slot, :first] = torch.arange(first).int()
+        else:
             state.ints[slot, Field.PHASE] = resume
             compose_reference(state, slot, self.speculation())
             state.ints[slot, Field.PHASE] = fields[Field.PHASE]
@@ -116,7 +121,8 @@ class Fuzz:
         if phase == Phase.PREFILL:
             self.num_computed[slot] = computed = rng.randrange(prompt_len + again)
             left = prompt_len + again - computed
-            return rng.choice((left, rng.randint(1, left))), 0
+            beyond = rng.choice((0, needed, rng.randint(0, width)))
+            return rng.choice(((left + beyond, beyond), (rng.randint(1, left), 0)))
         if phase == Phase.REPLAY:
             self.num_computed[slot] = prompt_len + rng.randrange(committed)
             rows = rng.randint(1, width)

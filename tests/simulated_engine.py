@@ -201,7 +201,10 @@ class SimulatedEngine:
         left = len(job.prefill) - int(self.num_computed[job.slot])
         if left > 0:
             chunk = self.weather.chunk
-            return min(left, self.random.randint(1, chunk) if self.weather.ragged else chunk)
+            width = min(left, self.random.randint(1, chunk) if self.weather.ragged else chunk)
+            if width == left and self._chance(self.weather.riders):
+                width += self.random.randint(1, self.state.canvas_length)
+            return width
         params = job.request.params
         width = min(params.block_length, params.budget(job.request.max_tokens) - len(job.output))
         if self._chance(self.weather.riders):
@@ -232,9 +235,11 @@ class SimulatedEngine:
             prefilling = job is not None and computed < len(job.prefill)
             if prefilling:
                 tokens = torch.tensor(job.prefill[computed : computed + width])
+                beyond = width - len(tokens)
+                tokens = torch.cat((tokens, state.canvas_token[slot, :beyond]))
             input_ids[start : start + width] = tokens
             slot_mappings[:, start : start + width] = torch.arange(computed, computed + width)
-            logit_rows.append(0 if prefilling else width)
+            logit_rows.append(beyond if prefilling else width)
         logits_start = _starts(logit_rows)
 
         positions = torch.full((rows,), POISON, dtype=torch.int64)
@@ -267,7 +272,10 @@ class SimulatedEngine:
             fed.append(entries[: sum(written)])
             if job is not None and logit_rows[row] and fed[row]:
                 first = int(logits_start[row])
-                logits[first : first + len(fed[row])] = self._forward(job.kv, fed[row])
+                decoded = fed[row][len(entries) - logit_rows[row] :]
+                if decoded:
+                    rows_logits = self._forward(job.kv, fed[row])[-len(decoded) :]
+                    logits[first : first + len(decoded)] = rows_logits
 
         sampled = torch.full((len(batch), canvas_length), POISON, dtype=torch.int32)
         num_sampled = torch.full((len(batch),), POISON, dtype=torch.int32)

@@ -25,10 +25,13 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_EMITTED,
     F_PHASE,
     F_PROMPT_LEN,
+    F_RESUME,
     F_ROWS,
     IDLE,
     NUM_FIELDS,
+    PREFILL,
     REPLAY,
+    START,
 )
 
 
@@ -45,6 +48,7 @@ def _allocate_kernel(
     num_computed_ptr,  # [max_reqs] int32
     idx_mapping_ptr,  # [R] int64
     scheduled_ptr,  # [R] int32
+    prompt_rows_ptr,  # [R] int32
     query_start_loc_ptr,  # [>=R+1] int32
     logits_start_ptr,  # [R+1] int32
     totals_ptr,  # [TOTALS] int32
@@ -71,13 +75,15 @@ def _allocate_kernel(
     replayed = tl.load(num_computed_ptr + slot, mask=exists, other=0) - prompt_len
     replaying = phase == REPLAY
     idle = (phase == IDLE) | (phase == DONE)
+    fresh = tl.load(ints + F_RESUME, mask=exists, other=IDLE) == START
+    idle = idle | ((phase == PREFILL) & (fresh == 0))
     needed = tl.where(replaying, tl.minimum(committed - replayed, scheduled), needed)
     needed = tl.where(idle | ((replaying == 0) & (needed > room)), 0, needed)
     canvas = tl.where(replaying | idle, needed, tl.maximum(tl.minimum(canvas, room), needed))
 
     through = tl.cumsum(needed, axis=0)
     given = tl.where(through <= rows, needed, 0)
-    served = exists & (replaying == 0) & (idle == 0)
+    served = exists & (replaying == 0) & (idle == 0) & (phase != PREFILL)
     tl.store(ints + F_CANVAS, canvas, mask=served & (needed > 0))
     extra = tl.where((given > 0) | (needed == 0), canvas - needed, 0)
     given += _deal(extra, rows - tl.sum(given, axis=0))
@@ -89,8 +95,7 @@ def _allocate_kernel(
 
     # in the order of the batch: decoding requests, then prompts
     given = tl.load(logits_start_ptr + lane, mask=exists, other=0)
-    prompt = (lane >= num_decoding) & (lane < num_requests)
-    length = given + tl.load(scheduled_ptr + lane, mask=prompt, other=0)
+    length = given + tl.load(prompt_rows_ptr + lane, mask=lane < num_requests, other=0)
     tl.debug_barrier()
     tl.store(logits_start_ptr, 0)
     tl.store(query_start_loc_ptr, 0)
@@ -103,6 +108,7 @@ def allocate(
     num_computed: torch.Tensor,
     idx_mapping: torch.Tensor,
     scheduled: torch.Tensor,
+    prompt_rows: torch.Tensor,
     query_start_loc: torch.Tensor,
     logits_start: torch.Tensor,
     totals: torch.Tensor,
@@ -112,7 +118,8 @@ def allocate(
 ) -> None:
     """Same arguments and effects as ``allocate_reference``, as one kernel."""
     requests = len(idx_mapping)
-    check(scheduled, (requests,), torch.int32)
+    for per_request in (scheduled, prompt_rows):
+        check(per_request, (requests,), torch.int32)
     check(logits_start, (requests + 1,), torch.int32)
     check(totals, (TOTALS,), torch.int32)
     assert query_start_loc.is_contiguous() and len(query_start_loc) > requests
@@ -123,6 +130,7 @@ def allocate(
         num_computed,
         idx_mapping,
         scheduled,
+        prompt_rows,
         query_start_loc,
         logits_start,
         totals,

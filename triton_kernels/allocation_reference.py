@@ -14,6 +14,7 @@ def allocate_reference(
     num_computed: torch.Tensor,
     idx_mapping: torch.Tensor,
     scheduled: torch.Tensor,
+    prompt_rows: torch.Tensor,
     query_start_loc: torch.Tensor,
     logits_start: torch.Tensor,
     totals: torch.Tensor,
@@ -28,7 +29,8 @@ def allocate_reference(
     Args:
         num_computed: [max_requests] int32, KV entries of each request before this pass.
         idx_mapping: [R] int64, request slot of each batch row.
-        scheduled: [R] int32, the most rows of a decoding request, the rows of a prompt.
+        scheduled: [R] int32, the most decode rows of each request.
+        prompt_rows: [R] int32, rows of a request that feed its prompt, before the others.
         query_start_loc: [>= R+1] int32, out: where each request's query rows start.
         logits_start: [R+1] int32, out: the same for decode rows.
         totals: [TOTALS] int32, out: rows needed by all phases, and with riders.
@@ -44,6 +46,9 @@ def allocate_reference(
         if phase == Phase.REPLAY:
             replayed = int(num_computed[slots[request]]) - int(ints[Field.PROMPT_LEN])
             needed[request] = canvas[request] = min(committed - replayed, most[request])
+        elif phase == Phase.PREFILL:
+            if ints[Field.RESUME] == Phase.START and ints[Field.ROWS] <= most[request]:
+                needed[request] = canvas[request] = int(ints[Field.ROWS])
         elif phase not in (Phase.IDLE, Phase.DONE):
             # pages are reserved behind what has been delivered
             room = most[request] - (committed - int(ints[Field.EMITTED]))
@@ -69,8 +74,8 @@ def allocate_reference(
             given[request] += more
             left -= more
 
-    lengths = given + most[num_decoding:]
     decode_lengths = given + [0] * (len(slots) - num_decoding)
+    lengths = [a + b for a, b in zip(decode_lengths, prompt_rows.tolist())]
     for starts, values in ((query_start_loc, lengths), (logits_start, decode_lengths)):
         starts[0] = 0
         starts[1 : len(values) + 1] = torch.tensor(values).cumsum(0)

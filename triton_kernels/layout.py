@@ -16,12 +16,14 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_COMMITTED,
     F_PHASE,
     F_PROMPT_LEN,
+    F_RESUME,
     F_ROWS,
     F_SLOT_SIZE,
     IDLE,
     NUM_FIELDS,
     PREFILL,
     REPLAY,
+    START,
 )
 from vllm_refusion.triton_kernels.transition_reference import UNSEEN
 
@@ -64,7 +66,7 @@ def _layout_kernel(
     rows = tl.load(ints + F_ROWS)
     # a truncated canvas is not fed at all
     unfed = (phase == IDLE) | (phase == DONE) | (length < rows)
-    rows = tl.where(unfed, 0, tl.load(ints + F_CANVAS))
+    canvas = tl.where(unfed, 0, tl.load(ints + F_CANVAS))
 
     for first in range(0, length, BLOCK):
         row = first + tl.arange(0, BLOCK)
@@ -72,8 +74,11 @@ def _layout_kernel(
         kv = context + row
         if (phase == PREFILL) | (phase == REPLAY):
             entry = kv - prompt_len
-            used = exists & (entry < committed)
-            replayed = used & (entry >= 0)
+            # the first plan may be fed with the end of the prompt
+            plans = (phase == PREFILL) & (tl.load(ints + F_RESUME) == START)
+            plans = plans & (context + length - prompt_len >= rows)
+            used = exists & (entry < tl.where(plans, rows, committed))
+            replayed = used & (entry >= 0) & (entry < committed)
             at = slot * max_response + entry
             position = tl.load(order_ptr + at, mask=replayed, other=0)
             group = tl.load(group_context_ptr + at, mask=replayed, other=-1)
@@ -86,7 +91,7 @@ def _layout_kernel(
             own_start = tl.where(isolated, kv - position % size, 0)
             rope = tl.where(replayed, prompt_len + position, kv)
         else:
-            used = exists & (row < rows)
+            used = exists & (row < canvas)
             at = slot * canvas_length + row
             rope = prompt_len + tl.load(row_position_ptr + at, mask=used, other=0)
             run_start = context + tl.load(row_run_start_ptr + at, mask=used, other=0)

@@ -441,7 +441,8 @@ def _transition_kernel(
     pick_probs = picked_prob_ptr + first_row
     slot_threshold = tl.load(slot_threshold_ptr + slot)
     if phase == PREFILL:
-        kept = query_len
+        kept = tl.minimum(query_len, tl.load(prefill_len_ptr + slot) - computed)
+        fed = query_len - kept  # the first plan
         if computed + query_len >= tl.load(prefill_len_ptr + slot):
             replayed = tl.load(prefill_len_ptr + slot) - prompt_len
             next_phase = tl.where(replayed < committed, REPLAY, tl.load(ints + F_RESUME))
@@ -510,8 +511,9 @@ def _transition_kernel(
         masked = tl.sum((status == MASKED).to(tl.int32), axis=0)
         next_phase = tl.where(masked > 0, PLAN, following)
     else:
-        last_slot = LANES
-        next_start = tl.where(next_phase == START, 0, next_start)  # after the prompt
+        # after the prompt the first block starts; its plan may have been fed with the prompt
+        last_slot = tl.where((next_phase == START) & (phase == PREFILL) & (fed >= rows), -1, LANES)
+        next_start = tl.where(next_phase == START, 0, next_start)
 
     if next_phase == START:
         decided = 1
@@ -524,7 +526,7 @@ def _transition_kernel(
     # What comes next is done at once where its rows were in this canvas.
     if (next_phase == PLAN) & (last_slot < LANES) & (cut == LANES):
         masked = status == MASKED
-        rider = _at(rider_row + 1, p, last_slot) - 1
+        rider = tl.where(phase == PREFILL, 0, _at(rider_row + 1, p, last_slot) - 1)
         if (rider >= 0) & (rider + tl.sum(masked.to(tl.int32), axis=0) <= fed):
             draw += 1
             status, token, confidence = _plan(
@@ -546,7 +548,8 @@ def _transition_kernel(
         tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
 
     if decided == 1:
-        tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, tl.maximum(fed - rows, 0))
+        if counter >= 0:
+            tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, tl.maximum(fed - rows, 0))
         tl.store(status_ptr + of_block, status, mask=p < CANVAS)
         tl.store(token_ptr + of_block, token, mask=p < CANVAS)
         tl.store(confidence_ptr + of_block, confidence, mask=p < CANVAS)

@@ -58,8 +58,12 @@ def layout_reference(
         if phase in (Phase.PREFILL, Phase.REPLAY):
             entry = (kv - prompt_len).long()
             replayed = entry >= 0
-            used = entry < max(ints[Field.COMMITTED], 0)
+            # the first plan may be fed with the end of the prompt
+            plans = phase == Phase.PREFILL and ints[Field.RESUME] == Phase.START
+            plans &= context + length - prompt_len >= ints[Field.ROWS]
+            used = entry < (ints[Field.ROWS] if plans else ints[Field.COMMITTED])
             used |= ~replayed
+            replayed &= entry < ints[Field.COMMITTED]
             entry = entry.clamp(0, state.max_response - 1)
             position = torch.where(replayed, state.order[slot, entry], kv - prompt_len)
             group = torch.where(replayed, state.group_context[slot, entry], -1)
@@ -129,8 +133,10 @@ def transition_reference(
             continue
         step = _Step.load(state, slot, speculation)
         step.query_len = query_len
-        step.fed = min(query_len, ints[Field.CANVAS])
         step.computed, step.prefill_len = int(num_computed[slot]), int(prefill_len[slot])
+        step.fed = min(query_len, ints[Field.CANVAS])
+        if ints[Field.PHASE] == Phase.PREFILL:
+            step.fed = max(0, query_len - (step.prefill_len - step.computed))
         rows = slice(first_logit[row], first_logit[row] + step.fed)
         step.picked, step.picked_prob = picked[rows].tolist(), picked_prob[rows]
         step.given_prob = given_prob[rows]
@@ -206,7 +212,7 @@ class _Step:
         if phase == Phase.PREFILL:
             if self.computed + self.query_len >= self.prefill_len:
                 self._resume(self.prefill_len - ints[Field.PROMPT_LEN])
-            return self.query_len
+            return self.query_len - self.fed
         if phase == Phase.REPLAY:
             done = self.computed - ints[Field.PROMPT_LEN]
             kept = min(self.query_len, ints[Field.COMMITTED] - done)
@@ -428,6 +434,9 @@ class _Step:
             ints[Field.PHASE] = Phase.REPLAY
         elif ints[Field.RESUME] == Phase.START:
             self._start_block(0)
+            if self.fed >= ints[Field.ROWS] and ints[Field.COMMITTED] == 0:
+                self._count(Counter.PLANS_RIDDEN)
+                self._plan(0)
             self.compose()
         else:
             ints[Field.PHASE] = ints[Field.RESUME]

@@ -201,7 +201,7 @@ class DecodeState:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Starts a request in ``slot``: its prompt comes next, then the first plan.
+        """Starts a request in ``slot``: its prompt comes next, then (or with it) the first plan.
 
         Raises:
             ValueError: more stop ids than min_tokens can hold back.
@@ -218,6 +218,9 @@ class DecodeState:
         ints[Field.BUDGET] = ints[Field.LIMIT] = budget
         ints[Field.MAX_TOKENS] = max_tokens
         ints[Field.EOS] = -1 if eos_token_id is None else eos_token_id
+        # The masks of the first block may be fed with the end of the prompt.
+        first = min(params.block_length, budget)
+        ints[Field.ROWS] = ints[Field.CANVAS] = first
         padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
         self._write("ints", slot, ints)
         self._write("slot_threshold", slot, params.slot_threshold)
@@ -226,6 +229,11 @@ class DecodeState:
         self._write("seed", slot, seed)
         self._write("min_tokens", slot, min_tokens)
         self._write("stop_ids", slot, padded_stop_ids)
+        self._write("canvas_token", slot, self.mask_token_id)
+        positions = list(range(first)) + [-1] * (self.canvas_length - first)
+        self._write("row_position", slot, positions)
+        for name in ("row_draw", "row_run_start", "row_run_end", "row_own_start"):
+            self._write(name, slot, 0)
 
     def save(self, slot: int) -> dict[str, torch.Tensor]:
         """A copy of everything about the request in ``slot``, for ``restore``; stays on device."""

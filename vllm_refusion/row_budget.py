@@ -115,7 +115,7 @@ class RowBudget:
         self.cost = model_state.pass_cost
         self.speculation = NO_RIDERS
         device, requests = self.state.device, model_state.max_num_reqs
-        self.scheduled = torch.zeros(requests, dtype=torch.int32, device=device)
+        self.scheduled: torch.Tensor | None = None  # [R] int32, most decode rows in this step
         self.logits_start = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self._totals = torch.zeros(TOTALS, dtype=torch.int32, device=device)
         self._totals_host = torch.zeros(TOTALS, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -140,31 +140,33 @@ class RowBudget:
         self, num_draft_tokens: np.ndarray, num_scheduled: np.ndarray, cu_num_logits: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """A layout of the same size for the host, which does not know the device's."""
-        self._scheduled_host = num_scheduled
+        prompt_rows = num_scheduled - num_draft_tokens
+        self._dealt = np.stack((num_draft_tokens, prompt_rows)).astype(np.int32)
         self._num_decoding = int((num_draft_tokens > 0).sum())
         decode = np.minimum(np.cumsum(num_draft_tokens), self._rows)
         decode = np.diff(decode, prepend=0)
         starts = np.zeros_like(cu_num_logits)
         np.cumsum(decode, out=starts[1:])
-        return (num_scheduled - num_draft_tokens + decode).astype(np.int32), starts
+        return (prompt_rows + decode).astype(np.int32), starts
 
     def reallocate_drafts(
         self, req_ids: list[str], idx_mapping: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Deals the rows out: cu_num_logits [R+1], query_start_loc, decode rows."""
         requests, decoding = len(req_ids), self._num_decoding
-        prompts = int(self._scheduled_host[decoding:].sum())
-        host = torch.from_numpy(self._scheduled_host.astype(np.int32))
+        host = torch.from_numpy(self._dealt)
         if self._copied is not None:
             host = host.pin_memory()
-        scheduled, logits_start = self.scheduled[:requests], self.logits_start[: requests + 1]
-        scheduled.copy_(host, non_blocking=True)
-        self.query_start_loc[requests + 1 :].fill_(prompts + self._rows)
+        self.scheduled, prompt_rows = host.to(self.state.device, non_blocking=True)
+        logits_start = self.logits_start[: requests + 1]
+        total = int(self._dealt[1].sum()) + self._rows
+        self.query_start_loc[requests + 1 :].fill_(total)
         self.operations.allocate(
             self.state,
             self.req_states.num_computed_tokens.gpu,
             idx_mapping,
-            scheduled,
+            self.scheduled,
+            prompt_rows,
             self.query_start_loc,
             logits_start,
             self._totals,

@@ -18,6 +18,8 @@ from vllm_refusion import compat
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.integration import canvas_length, fuses_passes, position_slack, server_defaults
 
+LONGEST_PROMPT_TO_PLAN_WITH = 2048  # tokens in the last chunk
+
 
 class _CanvasScheduling:
     """What ReFusion adds to both of vLLM's schedulers."""
@@ -69,7 +71,30 @@ class _CanvasScheduling:
         compat.stop_hashing_output(request)
         super().add_request(request)
 
+    def _plan_with_prompts(self, scheduled: SchedulerOutput) -> None:
+        """Adds the first canvas to requests whose prompt ends in this step; pages are reserved.
+
+        Not to long prompts: they have attention kernels of their own, and gain little.
+        """
+        for request_id, rows in scheduled.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            prompt = request.num_prompt_tokens
+            params = self._params(request)
+            canvas = min(params.block_length, params.budget(request.max_tokens))
+            if (
+                rows <= LONGEST_PROMPT_TO_PLAN_WITH
+                and request.num_computed_tokens + rows == prompt == request.num_tokens
+                and not request.num_preemptions
+                and prompt + canvas <= self.vllm_config.model_config.max_model_len
+                and scheduled.total_num_scheduled_tokens + canvas <= self.max_num_scheduled_tokens
+            ):
+                scheduled.num_scheduled_tokens[request_id] += canvas
+                scheduled.total_num_scheduled_tokens += canvas
+                scheduled.scheduled_spec_decode_tokens[request_id] = [-1] * canvas
+
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        if self.fuses_passes:
+            self._plan_with_prompts(scheduler_output)
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]

@@ -245,7 +245,7 @@ class CanvasSampler:
         """The most tokens [R] int32 that the scheduler takes from each request."""
         budget, requests = self.model_state.row_budget, input_batch.num_reqs
         if budget is not None and input_batch.num_draft_tokens:
-            return budget.scheduled[:requests]
+            return budget.scheduled
         return input_batch.query_start_loc[: requests + 1].diff()
 
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
