@@ -148,6 +148,11 @@ CASES = [
     ),
     Case("splits-unused-rows", FEW_ROWS, every_third_unused, tiling=replace(SMALL, num_splits=4)),
     Case("splits-nothing-seen", FEW_ROWS, nothing, tiling=replace(SMALL, num_splits=2)),
+    Case("splits-shorter-than-asked", FEW_ROWS, tiling=replace(SMALL, num_splits=6, min_steps=3)),
+    Case("splits-one-has-all", FEW_ROWS, tiling=replace(SMALL, num_splits=3, min_steps=64)),
+    Case("pages-loaded-ahead", page=3, tiling=replace(SMALL, ahead=True)),
+    Case("descriptors", page=48, tiling=replace(SMALL, tma=True, ahead=True)),
+    Case("descriptors-nhd", layout="NHD", view=isolated_slots, tiling=replace(SMALL, tma=True)),
     Case("splits-bf16", FEW_ROWS, dtype=torch.bfloat16, tiling=replace(SMALL, num_splits=4)),
 ]
 # what only a GPU can afford: the shapes that choose_tiling distinguishes

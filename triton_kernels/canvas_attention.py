@@ -15,23 +15,30 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 16
+_MAX_SPLITS = 32
 
 
 @triton.jit
-def _request_of_tile(query_start_loc_ptr, num_requests, tile, BLOCK_Q: tl.constexpr):
-    """The last request r whose first tile, query_start_loc[r] // BLOCK_Q + r, is <= ``tile``."""
-    low = 0
-    high = num_requests
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
+def _tile_position(
+    query_start_loc_ptr, num_requests, tile, BLOCK_Q: tl.constexpr, REQUESTS: tl.constexpr
+):
+    """(request, tile of the request, its tiles); request >= num_requests past the last tile.
+
+    A request of n rows owns cdiv(n, BLOCK_Q) tiles, in the order of the requests.
+    """
+    index = tl.arange(0, REQUESTS)
+    exists = index < num_requests
+    start = tl.load(query_start_loc_ptr + index, mask=exists, other=0)
+    stop = tl.load(query_start_loc_ptr + index + 1, mask=exists, other=0)
+    end_tile = tl.cumsum((stop - start + BLOCK_Q - 1) // BLOCK_Q, axis=0)
+    before = end_tile <= tile
+    request = tl.sum(before.to(tl.int32), axis=0)
+    first_tile = tl.max(tl.where(before, end_tile, 0), axis=0)
+    next_first = tl.min(tl.where(before, 2147483647, end_tile), axis=0)
+    return request, tile - first_tile, next_first - first_tile
 
 
 @triton.jit
@@ -49,17 +56,24 @@ def _attend_range(
     total,  # [BLOCK_M] fp32, sum of exp2(score - peak)
     peak,  # [BLOCK_M] fp32, largest score so far, in units of log2
     query,  # [BLOCK_M, HEAD_PADDED]
-    first, last, kv_ptr, table_ptr,
+    first, last, kv_ptr, kv_desc, kv_head, table_ptr,
     context_end, run_start, run_end, own_start, own_end,  # [BLOCK_M] int32
     scale_log2, kv_stride_block, kv_stride_entry,
     PAGE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the KV entries [first, last).
 
     Without MASKED these must be whole tiles that every row sees.
     """
     dims = tl.arange(0, HEAD_PADDED)
+    if AHEAD:
+        index = first + tl.arange(0, BLOCK_N)
+        if PAGE % BLOCK_N == 0:
+            next_block = tl.load(table_ptr + first // PAGE, mask=first < last, other=0)
+        else:
+            next_block = tl.load(table_ptr + index // PAGE, mask=index < last, other=0)
     for start in range(first, last, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
         if MASKED:
@@ -72,38 +86,53 @@ def _attend_range(
             # an entry that no row sees may hold NaN from a freed page, and 0 * NaN is NaN
             seen = tl.max(sees.to(tl.int32), axis=0) > 0
 
-        if PAGE % BLOCK_N == 0:
+        if AHEAD:
+            block = next_block
+            following = start + BLOCK_N
+            if PAGE % BLOCK_N == 0:
+                next_block = tl.load(table_ptr + following // PAGE, mask=following < last, other=0)
+            else:
+                next_block = tl.load(
+                    table_ptr + (index + BLOCK_N) // PAGE, mask=index + BLOCK_N < last, other=0
+                )
+        elif PAGE % BLOCK_N == 0:
             block = tl.load(table_ptr + start // PAGE)
         elif MASKED:
             block = tl.load(table_ptr + index // PAGE, mask=exists, other=0)
         else:
             block = tl.load(table_ptr + index // PAGE)
-        entry = block.to(tl.int64) * kv_stride_block + (index % PAGE).to(tl.int64) * kv_stride_entry
-        k_ptr = kv_ptr + entry[:, None] + dims[None, :]
 
-        if MASKED:
-            in_head = dims[None, :] < HEAD_SIZE
-            k = tl.load(k_ptr, mask=exists[:, None] & in_head, other=0.0)
-            v = tl.load(k_ptr + HEAD_SIZE, mask=seen[:, None] & in_head, other=0.0)
-        elif HEAD_PADDED > HEAD_SIZE:
-            in_head = tl.broadcast_to(dims[None, :] < HEAD_SIZE, (BLOCK_N, HEAD_PADDED))
-            k = tl.load(k_ptr, mask=in_head, other=0.0)
-            v = tl.load(k_ptr + HEAD_SIZE, mask=in_head, other=0.0)
+        if TMA:
+            at = start % PAGE
+            k = kv_desc.load([block, kv_head, at, 0]).reshape(BLOCK_N, HEAD_SIZE)
+            v = kv_desc.load([block, kv_head, at, HEAD_SIZE]).reshape(BLOCK_N, HEAD_SIZE)
         else:
-            k = tl.load(k_ptr)
-            v = tl.load(k_ptr + HEAD_SIZE)
+            entry = (
+                block.to(tl.int64) * kv_stride_block + (index % PAGE).to(tl.int64) * kv_stride_entry
+            )
+            k_ptr = kv_ptr + entry[:, None] + dims[None, :]
+            if MASKED:
+                in_head = dims[None, :] < HEAD_SIZE
+                k = tl.load(k_ptr, mask=exists[:, None] & in_head, other=0.0)
+                v = tl.load(k_ptr + HEAD_SIZE, mask=seen[:, None] & in_head, other=0.0)
+            elif HEAD_PADDED > HEAD_SIZE:
+                in_head = tl.broadcast_to(dims[None, :] < HEAD_SIZE, (BLOCK_N, HEAD_PADDED))
+                k = tl.load(k_ptr, mask=in_head, other=0.0)
+                v = tl.load(k_ptr + HEAD_SIZE, mask=in_head, other=0.0)
+            else:
+                k = tl.load(k_ptr)
+                v = tl.load(k_ptr + HEAD_SIZE)
 
         score = _dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), UPCAST)
-        score *= scale_log2
         if MASKED:
             score = tl.where(sees, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, axis=1))
+        new_peak = tl.maximum(peak, tl.max(score, axis=1) * scale_log2)
         # a row that has seen nothing yet keeps -inf, and -inf - -inf is NaN
         if MASKED:
             finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         else:
             finite_peak = new_peak
-        weight = tl.exp2(score - finite_peak[:, None])
+        weight = tl.exp2(score * scale_log2 - finite_peak[:, None])
         decay = tl.exp2(peak - finite_peak)
         total = total * decay + tl.sum(weight, axis=1)
         acc = _dot(weight.to(v.dtype), v, acc * decay[:, None], UPCAST)
@@ -111,34 +140,37 @@ def _attend_range(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits"])
 def _canvas_attention_kernel(
-    query_ptr, kv_ptr, output_ptr,
+    query_ptr, kv_ptr, kv_desc, output_ptr,
     block_table_ptr, query_start_loc_ptr, seq_lens_ptr, visibility_ptr,
-    # fp32 [N, Hq, NUM_SPLITS, HEAD_SIZE] and twice [N, Hq, NUM_SPLITS]; None without splits
-    partial_acc_ptr, partial_total_ptr, partial_peak_ptr,
-    scale_log2, num_requests,
+    # fp32 [N, Hq, splits, HEAD_SIZE] and [N, Hq, splits], int32 [N]; None without splits
+    partial_output_ptr, partial_lse_ptr, parts_ptr,
+    scale_log2, num_requests, num_splits,
     query_stride_row, query_stride_head, kv_stride_block, kv_stride_head, kv_stride_entry,
     output_stride_row, output_stride_head, table_stride, visibility_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, PAGE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, REQUESTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_STEPS: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program per (tile of BLOCK_Q query rows x GROUP_PADDED query heads, KV head, split)."""
+    """One program per (KV head, split, tile of BLOCK_Q query rows x GROUP_PADDED query heads)."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
 
-    request = _request_of_tile(query_start_loc_ptr, num_requests, tile, BLOCK_Q)
+    request, tile, tiles = _tile_position(
+        query_start_loc_ptr, num_requests, tl.program_id(2), BLOCK_Q, REQUESTS
+    )
+    if request >= num_requests:
+        return
     query_start = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - query_start
-    first_row = (tile - (query_start // BLOCK_Q + request)) * BLOCK_Q
-    if first_row >= query_len:
-        return
     seq_len = tl.load(seq_lens_ptr + request)
 
+    # the last rows of a prompt see the most: start with them
     lane = tl.arange(0, BLOCK_M)
-    row = first_row + lane // GROUP_PADDED
+    row = (tiles - 1 - tile) * BLOCK_Q + lane // GROUP_PADDED
     is_row = row < query_len
     token = (query_start + row).to(tl.int64)
 
@@ -153,24 +185,28 @@ def _canvas_attention_kernel(
     own_end = tl.where(is_row & (own_start <= own), own + 1, 0)
     kv_end = tl.max(tl.maximum(context_end, tl.maximum(run_end, own_end)), axis=0)
 
+    # every split that has work gets at least MIN_STEPS tiles of it; the others end here
+    parts = 1
+    first = 0
+    last = kv_end
+    if SPLIT:
+        steps = tl.cdiv(kv_end, BLOCK_N)
+        steps_per_part = tl.maximum(tl.cdiv(steps, num_splits), MIN_STEPS)
+        parts = tl.maximum(tl.cdiv(steps, steps_per_part), 1)
+        if split >= parts:
+            return
+        first = split * steps_per_part * BLOCK_N
+        last = tl.minimum(first + steps_per_part * BLOCK_N, kv_end)
+
     # how far each row sees from entry 0 without a gap: up to the shortest no mask is needed
     unbroken = tl.maximum(context_end, 0)
     unbroken = tl.where(run_start <= unbroken, tl.maximum(unbroken, run_end), unbroken)
     unbroken = tl.where(own_start <= unbroken, tl.maximum(unbroken, own_end), unbroken)
     mask_from = tl.min(tl.where(is_row, unbroken, kv_end), axis=0) // BLOCK_N * BLOCK_N
 
-    if NUM_SPLITS == 1:
-        split_start = 0
-        split_end = kv_end
-    else:
-        split = tl.program_id(2)
-        length = tl.cdiv(tl.cdiv(kv_end, BLOCK_N), NUM_SPLITS) * BLOCK_N
-        split_start = split * length
-        split_end = tl.minimum(split_start + length, kv_end)
-
     group_head = lane % GROUP_PADDED
     is_head_row = is_row & (group_head < GROUP)
-    head = kv_head * GROUP + group_head
+    head = kv_head.to(tl.int64) * GROUP + group_head
     dims = tl.arange(0, HEAD_PADDED)
     in_tile = is_head_row[:, None] & (dims[None, :] < HEAD_SIZE)
     query = tl.load(
@@ -182,70 +218,79 @@ def _canvas_attention_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_PADDED), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    kv_head_ptr = kv_ptr + kv_head * kv_stride_head
+    kv_head_ptr = kv_ptr + kv_head.to(tl.int64) * kv_stride_head
     table_ptr = block_table_ptr + request.to(tl.int64) * table_stride
     # fmt: off
     acc, total, peak = _attend_range(
-        acc, total, peak, query, split_start, tl.minimum(split_end, mask_from),
-        kv_head_ptr, table_ptr, context_end, run_start, run_end, own_start, own_end,
+        acc, total, peak, query, first, tl.minimum(last, mask_from),
+        kv_head_ptr, kv_desc, kv_head, table_ptr,
+        context_end, run_start, run_end, own_start, own_end,
         scale_log2, kv_stride_block, kv_stride_entry,
-        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=False)
+        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=False, TMA=TMA, AHEAD=AHEAD)
     acc, total, peak = _attend_range(
-        acc, total, peak, query, tl.maximum(split_start, mask_from), split_end,
-        kv_head_ptr, table_ptr, context_end, run_start, run_end, own_start, own_end,
+        acc, total, peak, query, tl.maximum(first, mask_from), last,
+        kv_head_ptr, kv_desc, kv_head, table_ptr,
+        context_end, run_start, run_end, own_start, own_end,
         scale_log2, kv_stride_block, kv_stride_entry,
-        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=True)
+        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=True, TMA=False, AHEAD=False)
     # fmt: on
 
-    if NUM_SPLITS == 1:
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(
-            output_ptr
-            + (token * output_stride_row + head * output_stride_head)[:, None]
-            + dims[None, :],
-            result.to(output_ptr.dtype.element_ty),
-            mask=in_tile,
-        )
-    else:
-        slot = (token * HEADS + head) * NUM_SPLITS + split
-        tl.store(partial_total_ptr + slot, total, mask=is_head_row)
-        tl.store(partial_peak_ptr + slot, peak, mask=is_head_row)
-        # what an empty split would have stored is never read
-        tl.store(
-            partial_acc_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
-            acc,
-            mask=in_tile & (total > 0)[:, None],
-        )
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLIT:
+        if (split == 0) & (kv_head == 0):
+            tl.store(parts_ptr + token, tl.zeros_like(row) + parts, mask=is_row & (group_head == 0))
+        if parts > 1:
+            slot = (token * HEADS + head) * num_splits + split
+            # peak is -inf where nothing was seen
+            lse = peak + tl.log2(tl.where(total > 0, total, 1.0))
+            tl.store(partial_lse_ptr + slot, lse, mask=is_head_row)
+            tl.store(
+                partial_output_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
+                result,
+                mask=in_tile,
+            )
+            return
+    tl.store(
+        output_ptr
+        + (token * output_stride_row + head * output_stride_head)[:, None]
+        + dims[None, :],
+        result.to(output_ptr.dtype.element_ty),
+        mask=in_tile,
+    )
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits"])
 def _combine_splits_kernel(
-    partial_acc_ptr, partial_total_ptr, partial_peak_ptr, output_ptr, query_start_loc_ptr,
-    num_requests, output_stride_row, output_stride_head,
+    partial_output_ptr, partial_lse_ptr, parts_ptr, output_ptr, query_start_loc_ptr,
+    num_requests, num_splits, output_stride_row, output_stride_head,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """output = sum_i w_i acc_i / sum_i w_i total_i  with  w_i = exp2(peak_i - max_i peak_i).
+    """output = sum_i w_i output_i / sum_i w_i  with  w_i = exp2(lse_i - max_i lse_i).
 
-    One program per (row, query head); i counts the splits, and w_i = 0 for one that saw nothing.
+    One program per (row, query head); i counts the parts of the row's tile, and a part that saw
+    nothing has w_i = 0. A tile of one part has written its output already.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     if token >= tl.load(query_start_loc_ptr + num_requests):
         return
-    slot = (token * HEADS + head) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
+    parts = tl.load(parts_ptr + token)
+    if parts == 1:
+        return
+    part = tl.arange(0, SPLITS_PADDED)
+    slot = (token * HEADS + head) * num_splits + part
     dims = tl.arange(0, HEAD_PADDED)
-    total = tl.load(partial_total_ptr + slot)
-    peak = tl.load(partial_peak_ptr + slot)
-    top = tl.max(peak, axis=0)
-    weight = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
-    acc = tl.load(
-        partial_acc_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
-        mask=(total > 0)[:, None] & (dims[None, :] < HEAD_SIZE),
+    lse = tl.load(partial_lse_ptr + slot, mask=part < parts, other=float("-inf"))
+    top = tl.max(lse, axis=0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    partial = tl.load(
+        partial_output_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
+        mask=(part < parts)[:, None] & (dims[None, :] < HEAD_SIZE),
         other=0.0,
     )
-    denominator = tl.sum(weight * total, axis=0)
-    result = tl.sum(weight[:, None] * acc, axis=0) / tl.where(denominator > 0, denominator, 1.0)
+    denominator = tl.sum(weight, axis=0)
+    result = tl.sum(weight[:, None] * partial, axis=0) / tl.where(denominator > 0, denominator, 1.0)
     tl.store(
         output_ptr + token * output_stride_row + head.to(tl.int64) * output_stride_head + dims,
         result.to(output_ptr.dtype.element_ty),
@@ -288,7 +333,10 @@ class Tiling:
     Attributes:
         block_m: rows of a query tile (query rows x query heads of a KV head), a power of two >= 16.
         block_n: KV entries of a loop step, a power of two >= 16.
-        num_splits: parts of the KV range, a power of two; above 1 a second kernel combines them.
+        num_splits: the most parts of a tile's KV range; above 1 a second kernel combines them.
+        min_steps: the fewest loop steps of a part, so that a short range has fewer parts.
+        tma: load K and V through tensor descriptors; the page must be a multiple of block_n.
+        ahead: load the page numbers of a loop step during the step before.
         num_warps, num_stages: Triton's launch options.
     """
 
@@ -297,6 +345,10 @@ class Tiling:
     num_splits: int = 1
     num_warps: int = 4
     num_stages: int = 2
+    min_steps: int = 1
+    tma: bool = False
+    ahead: bool = False
+    maxnreg: int | None = None
 
 
 @lru_cache
@@ -410,33 +462,46 @@ def canvas_attention(
     assert tiling.block_m % group_padded == 0, (tiling, group)
     block_q = tiling.block_m // group_padded
     head_padded = max(16, triton.next_power_of_2(head_size))
-    partial_acc = partial_total = partial_peak = None
-    if tiling.num_splits > 1:
-        shape = (num_rows, num_heads, tiling.num_splits)
-        partial_acc = torch.empty(*shape, head_size, dtype=torch.float32, device=device)
-        partial_total = torch.empty(shape, dtype=torch.float32, device=device)
-        partial_peak = torch.empty(shape, dtype=torch.float32, device=device)
+    splits = tiling.num_splits
+    partial_output = partial_lse = parts = kv_desc = None
+    if splits > 1:
+        slots = num_rows * num_heads * splits
+        workspace = torch.empty(
+            slots * (head_size + 1) + num_rows, dtype=torch.float32, device=device
+        )
+        partial_output, partial_lse, parts = workspace.split((slots * head_size, slots, num_rows))
+        parts = parts.view(torch.int32)
+    if tiling.tma:
+        assert page % tiling.block_n == 0 and head_size == head_padded, (tiling, page, head_size)
+        kv_desc = TensorDescriptor(
+            kv_cache, list(kv_cache.shape), list(kv_cache.stride()),
+            [1, 1, tiling.block_n, head_size],
+        )  # fmt: skip
 
     # every request may leave one tile partly filled, hence the + num_requests
-    grid = (num_rows // block_q + num_requests, num_kv_heads, tiling.num_splits)
+    grid = (num_kv_heads, splits, num_rows // block_q + num_requests)
+    options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _canvas_attention_kernel[grid](
-        query, kv_cache, output, block_table, query_start_loc, seq_lens, visibility,
-        partial_acc, partial_total, partial_peak, scale * _LOG2_E, num_requests,
+        query, kv_cache, kv_desc, output, block_table, query_start_loc, seq_lens, visibility,
+        partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits,
         *query.stride()[:2], *kv_cache.stride()[:3], *output.stride()[:2],
         block_table.stride(0), visibility.stride(0),
         HEADS=num_heads, GROUP=group, GROUP_PADDED=group_padded, PAGE=page,
         HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
-        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, NUM_SPLITS=tiling.num_splits,
+        REQUESTS=max(16, triton.next_power_of_2(num_requests)),
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, SPLIT=splits > 1,
+        MIN_STEPS=tiling.min_steps,
         # the interpreter's dot takes the bits of a bf16 for an integer
         UPCAST=device.type == "cpu" and query.dtype == torch.bfloat16,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        TMA=tiling.tma, AHEAD=tiling.ahead,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
-    if tiling.num_splits > 1:
+    if splits > 1:
         _combine_splits_kernel[(num_rows, num_heads)](
-            partial_acc, partial_total, partial_peak, output, query_start_loc, num_requests,
+            partial_output, partial_lse, parts, output, query_start_loc, num_requests, splits,
             *output.stride()[:2],
             HEADS=num_heads, HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
-            NUM_SPLITS=tiling.num_splits, num_warps=1,
+            SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=1,
         )  # fmt: skip
 
 
