@@ -150,9 +150,9 @@ CASES = [
     Case("splits-nothing-seen", FEW_ROWS, nothing, tiling=replace(SMALL, num_splits=2)),
     Case("splits-shorter-than-asked", FEW_ROWS, tiling=replace(SMALL, num_splits=6, min_steps=3)),
     Case("splits-one-has-all", FEW_ROWS, tiling=replace(SMALL, num_splits=3, min_steps=64)),
-    Case("pages-loaded-ahead", page=3, tiling=replace(SMALL, ahead=True)),
-    Case("descriptors", page=48, tiling=replace(SMALL, tma=True, ahead=True)),
-    Case("descriptors-nhd", layout="NHD", view=isolated_slots, tiling=replace(SMALL, tma=True)),
+    Case("descriptors", page=48, tiling=replace(SMALL, tma=True)),
+    Case("descriptors-nhd", layout="NHD", view=every_third_unused, tiling=replace(SMALL, tma=True)),
+    Case("descriptors-splits", FEW_ROWS, tiling=replace(SMALL, tma=True, num_splits=3)),
     Case("splits-bf16", FEW_ROWS, dtype=torch.bfloat16, tiling=replace(SMALL, num_splits=4)),
 ]
 # what only a GPU can afford: the shapes that choose_tiling distinguishes
@@ -348,23 +348,24 @@ def test_chosen_tilings_are_launchable():
             ]:
                 for interpreted in (False, True):
                     tiling = kernels.choose_tiling(
-                        rows, requests, 2, group, head_size, dtype, 4096, 132, interpreted
+                        rows, requests, 2, group, head_size, dtype, 132, interpreted=interpreted
                     )
-                    for size in (tiling.block_m, tiling.block_n, tiling.num_splits):
+                    for size in (tiling.block_m, tiling.block_n):
                         assert size & (size - 1) == 0, tiling
                     assert min(tiling.block_m, tiling.block_n) >= 16 and tiling.block_m >= group
 
 
 def test_splits_fill_idle_processors_only():
-    def splits(rows, requests, max_length=32768):
+    def splits(rows, requests):
         chosen = kernels.choose_tiling(
-            rows, requests, 8, 4, 128, torch.bfloat16, max_length, processors=132
+            rows, requests, 8, 4, 128, torch.bfloat16, processors=132, tma=True
         )
         return chosen.num_splits
 
-    assert splits(1, 1) == 16
-    assert splits(1, 1, max_length=512) == 2
-    assert splits(128 * 64, 64) == splits(128, 128) == 1
+    assert splits(1, 1) == 31
+    assert splits(32, 1) == 16
+    assert splits(128, 1) == 4
+    assert splits(128 * 64, 64) == splits(128 * 4, 4) == splits(128, 128) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
+# entries of a page, or a divisor of them, with which the kernel is fastest on Hopper
+PREFERRED_PAGE = 64
 
 
 @triton.jit
@@ -51,6 +53,16 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _page_of(table_ptr, start, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of every entry of the loop step at ``start``: one number if they share it."""
+    if PAGE % BLOCK_N == 0:
+        return tl.load(table_ptr + start // PAGE, mask=start < last, other=0)
+    else:
+        index = start + tl.arange(0, BLOCK_N)
+        return tl.load(table_ptr + index // PAGE, mask=index < last, other=0)
+
+
+@triton.jit
 def _attend_range(
     acc,  # [BLOCK_M, HEAD_PADDED] fp32, not yet divided by total
     total,  # [BLOCK_M] fp32, sum of exp2(score - peak)
@@ -61,23 +73,18 @@ def _attend_range(
     scale_log2, kv_stride_block, kv_stride_entry,
     PAGE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
-    TMA: tl.constexpr, AHEAD: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the KV entries [first, last).
 
     Without MASKED these must be whole tiles that every row sees.
     """
     dims = tl.arange(0, HEAD_PADDED)
-    if AHEAD:
-        index = first + tl.arange(0, BLOCK_N)
-        if PAGE % BLOCK_N == 0:
-            next_block = tl.load(table_ptr + first // PAGE, mask=first < last, other=0)
-        else:
-            next_block = tl.load(table_ptr + index // PAGE, mask=index < last, other=0)
-    for start in range(first, last, BLOCK_N):
+    # loaded one step ahead: K and V can then be requested two steps before they are needed
+    next_page = _page_of(table_ptr, first, last, PAGE, BLOCK_N)
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         index = start + tl.arange(0, BLOCK_N)
         if MASKED:
-            exists = index < last
             sees = (
                 (index[None, :] < context_end[:, None])
                 | ((index[None, :] >= run_start[:, None]) & (index[None, :] < run_end[:, None]))
@@ -86,37 +93,23 @@ def _attend_range(
             # an entry that no row sees may hold NaN from a freed page, and 0 * NaN is NaN
             seen = tl.max(sees.to(tl.int32), axis=0) > 0
 
-        if AHEAD:
-            block = next_block
-            following = start + BLOCK_N
-            if PAGE % BLOCK_N == 0:
-                next_block = tl.load(table_ptr + following // PAGE, mask=following < last, other=0)
-            else:
-                next_block = tl.load(
-                    table_ptr + (index + BLOCK_N) // PAGE, mask=index + BLOCK_N < last, other=0
-                )
-        elif PAGE % BLOCK_N == 0:
-            block = tl.load(table_ptr + start // PAGE)
-        elif MASKED:
-            block = tl.load(table_ptr + index // PAGE, mask=exists, other=0)
-        else:
-            block = tl.load(table_ptr + index // PAGE)
-
+        page = next_page
+        next_page = _page_of(table_ptr, start + BLOCK_N, last, PAGE, BLOCK_N)
         if TMA:
             at = start % PAGE
-            k = kv_desc.load([block, kv_head, at, 0]).reshape(BLOCK_N, HEAD_SIZE)
-            v = kv_desc.load([block, kv_head, at, HEAD_SIZE]).reshape(BLOCK_N, HEAD_SIZE)
-        else:
-            entry = (
-                block.to(tl.int64) * kv_stride_block + (index % PAGE).to(tl.int64) * kv_stride_entry
-            )
-            k_ptr = kv_ptr + entry[:, None] + dims[None, :]
+            k = kv_desc.load([page, kv_head, at, 0]).reshape(BLOCK_N, HEAD_SIZE)
+            v = kv_desc.load([page, kv_head, at, HEAD_SIZE]).reshape(BLOCK_N, HEAD_SIZE)
             if MASKED:
-                in_head = dims[None, :] < HEAD_SIZE
-                k = tl.load(k_ptr, mask=exists[:, None] & in_head, other=0.0)
+                v = tl.where(seen[:, None], v, 0.0)
+        else:
+            entry = page.to(tl.int64) * kv_stride_block
+            entry += (index % PAGE).to(tl.int64) * kv_stride_entry
+            k_ptr = kv_ptr + entry[:, None] + dims[None, :]
+            in_head = tl.broadcast_to(dims[None, :] < HEAD_SIZE, (BLOCK_N, HEAD_PADDED))
+            if MASKED:
+                k = tl.load(k_ptr, mask=(index < last)[:, None] & in_head, other=0.0)
                 v = tl.load(k_ptr + HEAD_SIZE, mask=seen[:, None] & in_head, other=0.0)
             elif HEAD_PADDED > HEAD_SIZE:
-                in_head = tl.broadcast_to(dims[None, :] < HEAD_SIZE, (BLOCK_N, HEAD_PADDED))
                 k = tl.load(k_ptr, mask=in_head, other=0.0)
                 v = tl.load(k_ptr + HEAD_SIZE, mask=in_head, other=0.0)
             else:
@@ -140,19 +133,19 @@ def _attend_range(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits", "min_steps"])
 def _canvas_attention_kernel(
     query_ptr, kv_ptr, kv_desc, output_ptr,
     block_table_ptr, query_start_loc_ptr, seq_lens_ptr, visibility_ptr,
     # fp32 [N, Hq, splits, HEAD_SIZE] and [N, Hq, splits], int32 [N]; None without splits
     partial_output_ptr, partial_lse_ptr, parts_ptr,
-    scale_log2, num_requests, num_splits,
+    scale_log2, num_requests, num_splits, min_steps,
     query_stride_row, query_stride_head, kv_stride_block, kv_stride_head, kv_stride_entry,
     output_stride_row, output_stride_head, table_stride, visibility_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, PAGE: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, REQUESTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MIN_STEPS: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, split, tile of BLOCK_Q query rows x GROUP_PADDED query heads)."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
@@ -185,14 +178,15 @@ def _canvas_attention_kernel(
     own_end = tl.where(is_row & (own_start <= own), own + 1, 0)
     kv_end = tl.max(tl.maximum(context_end, tl.maximum(run_end, own_end)), axis=0)
 
-    # every split that has work gets at least MIN_STEPS tiles of it; the others end here
+    # only as many splits work as get min_steps loop steps each; the others end here
     parts = 1
     first = 0
     last = kv_end
     if SPLIT:
         steps = tl.cdiv(kv_end, BLOCK_N)
-        steps_per_part = tl.maximum(tl.cdiv(steps, num_splits), MIN_STEPS)
-        parts = tl.maximum(tl.cdiv(steps, steps_per_part), 1)
+        parts = tl.maximum(tl.minimum(steps // min_steps, num_splits), 1)
+        steps_per_part = tl.cdiv(steps, parts)
+        parts = tl.maximum(tl.cdiv(steps, tl.maximum(steps_per_part, 1)), 1)
         if split >= parts:
             return
         first = split * steps_per_part * BLOCK_N
@@ -226,13 +220,15 @@ def _canvas_attention_kernel(
         kv_head_ptr, kv_desc, kv_head, table_ptr,
         context_end, run_start, run_end, own_start, own_end,
         scale_log2, kv_stride_block, kv_stride_entry,
-        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=False, TMA=TMA, AHEAD=AHEAD)
+        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=False,
+        TMA=TMA, STAGES=STAGES)
     acc, total, peak = _attend_range(
         acc, total, peak, query, tl.maximum(first, mask_from), last,
         kv_head_ptr, kv_desc, kv_head, table_ptr,
         context_end, run_start, run_end, own_start, own_end,
         scale_log2, kv_stride_block, kv_stride_entry,
-        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=True, TMA=False, AHEAD=False)
+        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=True,
+        TMA=TMA, STAGES=min(STAGES, 2))
     # fmt: on
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -335,8 +331,8 @@ class Tiling:
         block_n: KV entries of a loop step, a power of two >= 16.
         num_splits: the most parts of a tile's KV range; above 1 a second kernel combines them.
         min_steps: the fewest loop steps of a part, so that a short range has fewer parts.
-        tma: load K and V through tensor descriptors; the page must be a multiple of block_n.
-        ahead: load the page numbers of a loop step during the step before.
+        tma: Hopper's tensor descriptors load K and V; the page must be a multiple of block_n, the
+            head size a power of two.
         num_warps, num_stages: Triton's launch options.
     """
 
@@ -347,8 +343,6 @@ class Tiling:
     num_stages: int = 2
     min_steps: int = 1
     tma: bool = False
-    ahead: bool = False
-    maxnreg: int | None = None
 
 
 @lru_cache
@@ -358,6 +352,24 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _takes_descriptors(kv_cache: torch.Tensor) -> bool:
+    """Whether K and V of 64 entries can be one box each of a tensor descriptor."""
+    page, width = kv_cache.shape[2:]
+    return (
+        _is_hopper(kv_cache.device)
+        and kv_cache.dtype in (torch.bfloat16, torch.float16)
+        and page % PREFERRED_PAGE == 0
+        and width in (128, 256)  # head sizes 64 and 128
+        and all(stride % 8 == 0 for stride in kv_cache.stride()[:3])
+        and kv_cache.data_ptr() % 16 == 0
+    )
+
+
 def choose_tiling(
     num_rows: int,
     num_requests: int,
@@ -365,8 +377,9 @@ def choose_tiling(
     group: int,
     head_size: int,
     dtype: torch.dtype,
-    max_length: int,
     processors: int,
+    *,
+    tma: bool = False,
     interpreted: bool = False,
 ) -> Tiling:
     """The tiling for a launch, from shapes alone (a captured graph replays it for other values).
@@ -374,8 +387,8 @@ def choose_tiling(
     Args:
         num_rows, num_requests, num_kv_heads, head_size, dtype: the shape of the call.
         group: query heads per KV head.
-        max_length: the most KV entries that a row of the block table can hold.
         processors: multiprocessors of the device.
+        tma: the cache can be read through descriptors.
         interpreted: Triton's interpreter runs the kernel: a program costs more than its arithmetic.
     """
     group_padded = triton.next_power_of_2(group)
@@ -393,18 +406,33 @@ def choose_tiling(
         block_m, block_n, num_warps, num_stages = 32, 16, 8, 1
     elif head_padded > 128:
         block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
-    elif programs(128) >= 2 * processors:
+    elif not tma and programs(128) >= 2 * processors:
         # more rows halve the reads of K and V, once they still fill the device twice over
         block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
     else:
+        # a processor holds two of these, and one multiplies while the other takes exponentials
         block_m, block_n, num_warps, num_stages = 64, 64, 4, 3
     if wanted_m < block_m:
         block_m, num_warps = wanted_m, 4
     block_m = max(16, group_padded, block_m)
 
-    # splits only fill idle processors, and each keeps some steps of its own
-    room = min(processors // programs(block_m), max_length // (4 * block_n), _MAX_SPLITS)
-    return Tiling(block_m, block_n, 1 << max(room, 1).bit_length() - 1, num_warps, num_stages)
+    splits = _choose_splits(programs(block_m), 2 * processors)
+    # two or three parts gain little: only a long range is worth the second kernel
+    min_steps = 4 if splits > 3 else 32
+    return Tiling(block_m, block_n, splits, num_warps, num_stages, min_steps, tma)
+
+
+def _choose_splits(programs: int, room: int) -> int:
+    """The fewest splits that fill the last of at most two waves of ``room`` programs well."""
+    if programs >= 0.8 * room:
+        return 1
+
+    def filled(splits: int) -> float:
+        return programs * splits / (room * -(-programs * splits // room))
+
+    candidates = range(1, min(2 * room // programs, _MAX_SPLITS) + 1)
+    best = max(map(filled, candidates))
+    return next(splits for splits in candidates if filled(splits) >= 0.95 * best)
 
 
 def canvas_attention(
@@ -434,7 +462,7 @@ def canvas_attention(
     """
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, page = kv_cache.shape[1:3]
-    num_requests, max_pages = block_table.shape
+    num_requests = block_table.shape[0]
     assert query.dtype in (torch.float32, torch.bfloat16, torch.float16), query.dtype
     assert kv_cache.dtype == query.dtype, (kv_cache.dtype, query.dtype)
     assert output.dtype == query.dtype, (output.dtype, query.dtype)
@@ -455,8 +483,8 @@ def canvas_attention(
     group = num_heads // num_kv_heads
     device = query.device
     tiling = tiling or choose_tiling(
-        num_rows, num_requests, num_kv_heads, group, head_size, query.dtype,
-        max_pages * page, _processors(device), interpreted=device.type == "cpu",
+        num_rows, num_requests, num_kv_heads, group, head_size, query.dtype, _processors(device),
+        tma=_takes_descriptors(kv_cache), interpreted=device.type == "cpu",
     )  # fmt: skip
     group_padded = triton.next_power_of_2(group)
     assert tiling.block_m % group_padded == 0, (tiling, group)
@@ -480,21 +508,18 @@ def canvas_attention(
 
     # every request may leave one tile partly filled, hence the + num_requests
     grid = (num_kv_heads, splits, num_rows // block_q + num_requests)
-    options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _canvas_attention_kernel[grid](
         query, kv_cache, kv_desc, output, block_table, query_start_loc, seq_lens, visibility,
-        partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits,
+        partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits, tiling.min_steps,
         *query.stride()[:2], *kv_cache.stride()[:3], *output.stride()[:2],
         block_table.stride(0), visibility.stride(0),
         HEADS=num_heads, GROUP=group, GROUP_PADDED=group_padded, PAGE=page,
         HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
         REQUESTS=max(16, triton.next_power_of_2(num_requests)),
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, SPLIT=splits > 1,
-        MIN_STEPS=tiling.min_steps,
         # the interpreter's dot takes the bits of a bf16 for an integer
         UPCAST=device.type == "cpu" and query.dtype == torch.bfloat16,
-        TMA=tiling.tma, AHEAD=tiling.ahead,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
+        TMA=tiling.tma, STAGES=tiling.num_stages, num_warps=tiling.num_warps,
     )  # fmt: skip
     if splits > 1:
         _combine_splits_kernel[(num_rows, num_heads)](

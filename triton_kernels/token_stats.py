@@ -26,12 +26,12 @@ _LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
 
 # Tokens of a row held at once: 16 per thread. The interpreter pays per operation instead, so a
 # CPU takes tiles as wide as its cache likes.
-GPU_TILE = 8192
+GPU_TILE = 2048
 CPU_TILE = 65536
 THREADS_PER_WARP = 32
 TOKENS_PER_THREAD = 16
 # Programs that keep a GPU's memory busy; with fewer rows than that, a row is cut into parts.
-GPU_PROGRAMS = 2048
+GPU_PROGRAMS = 1056
 CPU_PROGRAMS = 1
 
 
@@ -95,9 +95,17 @@ def _token_stats_kernel(
     best = float("-inf")
     picked = 0
     first = part * tiles_per_part
-    for tile in range(first, tl.minimum(first + tiles_per_part, tiles)):
-        token = tile * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    last = tl.minimum(first + tiles_per_part, tiles)
+    lane = tl.arange(0, BLOCK)
+    token = first * BLOCK + lane
+    following = tl.load(logits + token, mask=token < vocab, other=float("-inf"))
+    for tile in range(first, last):
+        x = following.to(tl.float32)
+        token = tile * BLOCK + lane
+        if tile + 1 < last:  # in flight while this tile is worked on
+            following = tl.load(
+                logits + token + BLOCK, mask=token + BLOCK < vocab, other=float("-inf")
+            )
         # FLOOR for -inf and NaN keeps the maximum finite; a NaN still reaches the sum
         floored = tl.where(x > _FLOOR, x, _FLOOR)
         maximum = tl.max(floored, axis=0)
