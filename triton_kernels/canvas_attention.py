@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
+
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
-# entries of a page, or a divisor of them, with which the kernel is fastest on Hopper
-PREFERRED_PAGE = 64
 
 
 @triton.jit
@@ -357,15 +357,22 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def _descriptor_strides(kv_cache: torch.Tensor) -> list[int]:
+    """The cache's strides; a dimension of one entry may have any, and gets a legal one."""
+    width = kv_cache.shape[3]
+    dimensions = zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True)
+    return [stride if size > 1 else width for size, stride in dimensions]
+
+
 def _takes_descriptors(kv_cache: torch.Tensor) -> bool:
     """Whether K and V of 64 entries can be one box each of a tensor descriptor."""
     page, width = kv_cache.shape[2:]
     return (
         _is_hopper(kv_cache.device)
         and kv_cache.dtype in (torch.bfloat16, torch.float16)
-        and page % PREFERRED_PAGE == 0
+        and page % HOPPER_PAGE == 0
         and width in (128, 256)  # head sizes 64 and 128
-        and all(stride % 8 == 0 for stride in kv_cache.stride()[:3])
+        and all(stride % 8 == 0 for stride in _descriptor_strides(kv_cache))
         and kv_cache.data_ptr() % 16 == 0
     )
 
@@ -502,7 +509,7 @@ def canvas_attention(
     if tiling.tma:
         assert page % tiling.block_n == 0 and head_size == head_padded, (tiling, page, head_size)
         kv_desc = TensorDescriptor(
-            kv_cache, list(kv_cache.shape), list(kv_cache.stride()),
+            kv_cache, list(kv_cache.shape), [*_descriptor_strides(kv_cache), 1],
             [1, 1, tiling.block_n, head_size],
         )  # fmt: skip
 
