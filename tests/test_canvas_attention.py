@@ -174,6 +174,9 @@ GPU_CASES = [
         ("canvas", ((777, 128),), drafts_and_branches, 16, "HND"),
         ("long-prompt", ((0, 2500), (1000, 1), (0, 0)), causal, 64, "NHD"),
         ("many-canvases", ((300, 128),) * 40, isolated_slots, 48, "HND"),
+        ("one-row-pages-of-64", ((3001, 1),), causal, 64, "NHD"),
+        ("canvases-pages-of-64", ((777, 128), (2000, 5)), drafts_and_branches, 64, "HND"),
+        ("unused-rows-pages-of-128", ((500, 64),) * 3, every_third_unused, 128, "NHD"),
     ]
     for dtype, head_size, group in [
         (torch.bfloat16, 64, 1),

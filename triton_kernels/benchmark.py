@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from vllm_refusion.triton_kernels.canvas_attention import canvas_attention, write_kv
+from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
 from vllm_refusion.triton_kernels.token_stats import token_stats
 
 HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 32, 8, 128, 151_936
@@ -86,9 +87,9 @@ def time_calls(calls: list[Callable[[], object]]) -> float:
 
 def measure_ceilings() -> Ceilings:
     """The rates of a large copy (bytes read and written) and a large bf16 matrix product."""
-    source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
+    source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / (time_calls([partial(target.copy_, source)] * 3) * 1e-6)
+    copied = 2 * source.nbytes / (time_calls([partial(torch.neg, source, out=target)] * 3) * 1e-6)
     del source, target
     a, b = (torch.randn(8192, 8192, dtype=DTYPE, device="cuda") for _ in range(2))
     multiplied = 2 * 8192**3 / (time_calls([lambda: a @ b] * 5) * 1e-6)
@@ -102,7 +103,7 @@ class Shape:
     batch: int
     context: int
     width: int
-    page: int = 16
+    page: int = HOPPER_PAGE
     layout: str = "NHD"  # memory order of a page
 
     def __str__(self) -> str:
@@ -220,6 +221,8 @@ def benchmark_canvas_attention(ceilings: Ceilings) -> list[Measured]:
         for context in (1024, 8192, 32768)
     ]
     shapes += [Shape(1, 0, 1024), Shape(1, 0, 8192)]  # prompts
+    # what a user who sets vLLM's usual block size gets
+    shapes += [Shape(1, 8192, 128, page=16), Shape(16, 8192, 128, page=16)]
     lines = []
     for shape in shapes:
         problem = Attention(shape)

@@ -145,7 +145,7 @@ def _canvas_attention_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, PAGE: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, REQUESTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, split, tile of BLOCK_Q query rows x GROUP_PADDED query heads)."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
@@ -228,7 +228,7 @@ def _canvas_attention_kernel(
         context_end, run_start, run_end, own_start, own_end,
         scale_log2, kv_stride_block, kv_stride_entry,
         PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=True,
-        TMA=TMA, STAGES=min(STAGES, 2))
+        TMA=TMA, STAGES=MASKED_STAGES)
     # fmt: on
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -526,7 +526,10 @@ def canvas_attention(
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, SPLIT=splits > 1,
         # the interpreter's dot takes the bits of a bf16 for an integer
         UPCAST=device.type == "cpu" and query.dtype == torch.bfloat16,
-        TMA=tiling.tma, STAGES=tiling.num_stages, num_warps=tiling.num_warps,
+        TMA=tiling.tma, STAGES=tiling.num_stages,
+        # most tiles of rows have one masked tile, so deeper pipelines only take longer to fill
+        MASKED_STAGES=min(tiling.num_stages, 2),
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     if splits > 1:
         _combine_splits_kernel[(num_rows, num_heads)](
