@@ -17,7 +17,8 @@ if not HAS_GPU:
 
 from vllm_refusion.triton_kernels import attention_reference as twin  # noqa: E402
 from vllm_refusion.triton_kernels import canvas_attention as kernels  # noqa: E402
-from vllm_refusion.triton_kernels.canvas_attention import Tiling  # noqa: E402
+from vllm_refusion.triton_kernels import write_kv as write_kv_module  # noqa: E402
+from vllm_refusion.triton_kernels.tiling import Tiling, choose_tiling  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # several tiles in either direction even at the small shapes that the interpreter can afford
@@ -350,7 +351,7 @@ def test_chosen_tilings_are_launchable():
                 (256, torch.float16),
             ]:
                 for interpreted in (False, True):
-                    tiling = kernels.choose_tiling(
+                    tiling = choose_tiling(
                         rows, requests, 2, group, head_size, dtype, 132, interpreted=interpreted
                     )
                     for size in (tiling.block_m, tiling.block_n):
@@ -360,9 +361,7 @@ def test_chosen_tilings_are_launchable():
 
 def test_splits_fill_idle_processors_only():
     def splits(rows, requests):
-        chosen = kernels.choose_tiling(
-            rows, requests, 8, 4, 128, torch.bfloat16, processors=132, tma=True
-        )
+        chosen = choose_tiling(rows, requests, 8, 4, 128, torch.bfloat16, processors=132, tma=True)
         return chosen.num_splits
 
     assert splits(1, 1) == 31
@@ -394,7 +393,7 @@ def test_launcher_refuses(position, broken):
         kernels.canvas_attention(*arguments)
 
 
-@pytest.mark.parametrize("write_kv", [kernels.write_kv, twin.write_kv_reference])
+@pytest.mark.parametrize("write_kv", [write_kv_module.write_kv, twin.write_kv_reference])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("page, heads, head_size", [(1, 1, 32), (3, 5, 80), (16, 2, 128)])
 def test_write_kv(write_kv, page, heads, head_size, layout):
@@ -421,7 +420,7 @@ def test_addresses_are_64_bit():
     memory = torch.empty(stride + 4 * 64, dtype=torch.float16, device=DEVICE)
     cache = memory.as_strided((2, 1, 4, 64), (stride, 0, 64, 1))
     key, value, query = torch.randn(3, 3, 1, 32, device=DEVICE).half()
-    kernels.write_kv(key, value, cache, torch.tensor([4, 5, 6], device=DEVICE))
+    write_kv_module.write_kv(key, value, cache, torch.tensor([4, 5, 6], device=DEVICE))
     assert torch.equal(cache[1, 0, :3], torch.cat((key, value), dim=-1)[:, 0])
     table, start, length = (
         torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[1]], [0, 3], [3])

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_refusion.triton_kernels.canvas_attention import canvas_attention, write_kv
+from vllm_refusion.triton_kernels.canvas_attention import canvas_attention
 from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
 from vllm_refusion.triton_kernels.token_stats import token_stats
+from vllm_refusion.triton_kernels.write_kv import write_kv
 
 HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 32, 8, 128, 151_936
 SCALE = HEAD_SIZE**-0.5

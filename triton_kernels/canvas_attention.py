@@ -1,4 +1,4 @@
-"""Attention of canvas and prompt tokens over a paged KV cache, and the write into that cache.
+"""Attention of canvas and prompt tokens over a paged KV cache.
 
     output[l] = sum_j p[j] V[j],  p = softmax over the visible j of  scale * query[l] . K[j]
     j is visible  iff  j < context_end  or  run_start <= j < run_end  or  own_start <= j <= s
@@ -9,7 +9,6 @@ A row that sees nothing gives zeros. The folder's README derives the tiling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,29 +17,33 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
+from vllm_refusion.triton_kernels.tiling import Tiling, choose_tiling
 
 _LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 32
 
 
 @triton.jit
-def _tile_position(
-    query_start_loc_ptr, num_requests, tile, BLOCK_Q: tl.constexpr, REQUESTS: tl.constexpr
+def _work_of_program(
+    query_start_loc_ptr, num_requests, work, BLOCK_Q: tl.constexpr, REQUESTS: tl.constexpr
 ):
-    """(request, tile of the request, its tiles); request >= num_requests past the last tile.
+    """(split, request, tile of the request, its tiles) of the ``work``-th program of a KV head.
 
-    A request of n rows owns cdiv(n, BLOCK_Q) tiles, in the order of the requests.
+    A request of n rows owns cdiv(n, BLOCK_Q) tiles. First come the first splits of all tiles in the
+    order of the requests, then the second splits and so on: splits that turn out to have nothing to
+    do, and programs past the last split, then keep no other from starting.
     """
     index = tl.arange(0, REQUESTS)
     exists = index < num_requests
     start = tl.load(query_start_loc_ptr + index, mask=exists, other=0)
     stop = tl.load(query_start_loc_ptr + index + 1, mask=exists, other=0)
     end_tile = tl.cumsum((stop - start + BLOCK_Q - 1) // BLOCK_Q, axis=0)
+    all_tiles = tl.maximum(tl.max(end_tile, axis=0), 1)
+    tile = work % all_tiles
     before = end_tile <= tile
     request = tl.sum(before.to(tl.int32), axis=0)
     first_tile = tl.max(tl.where(before, end_tile, 0), axis=0)
     next_first = tl.min(tl.where(before, 2147483647, end_tile), axis=0)
-    return request, tile - first_tile, next_first - first_tile
+    return work // all_tiles, request, tile - first_tile, next_first - first_tile
 
 
 @triton.jit
@@ -147,15 +150,15 @@ def _canvas_attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     UPCAST: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per (KV head, split, tile of BLOCK_Q query rows x GROUP_PADDED query heads)."""
+    """One program per (split, tile of BLOCK_Q query rows x GROUP_PADDED query heads, KV head)."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
-    kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-
-    request, tile, tiles = _tile_position(
-        query_start_loc_ptr, num_requests, tl.program_id(2), BLOCK_Q, REQUESTS
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    kv_head = tl.program_id(0) % KV_HEADS
+    split, request, tile, tiles = _work_of_program(
+        query_start_loc_ptr, num_requests, tl.program_id(0) // KV_HEADS, BLOCK_Q, REQUESTS
     )
-    if request >= num_requests:
+    # without any tile, request is past the last
+    if (split >= num_splits) | (request >= num_requests):
         return
     query_start = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - query_start
@@ -294,57 +297,6 @@ def _combine_splits_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _write_kv_kernel(
-    key_ptr, value_ptr, kv_ptr, slot_mapping_ptr, num_rows,
-    key_stride_row, key_stride_head, value_stride_row, value_stride_head,
-    kv_stride_block, kv_stride_head, kv_stride_entry,
-    PAGE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program per (BLOCK_ROWS rows, KV head)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    head = tl.program_id(1).to(tl.int64)
-    dims = tl.arange(0, HEAD_PADDED)
-    slot = tl.load(slot_mapping_ptr + row, mask=row < num_rows, other=-1)
-    mask = (slot >= 0)[:, None] & (dims[None, :] < HEAD_SIZE)
-    key = tl.load(
-        key_ptr + (row * key_stride_row + head * key_stride_head)[:, None] + dims[None, :],
-        mask=mask,
-    )
-    value = tl.load(
-        value_ptr + (row * value_stride_row + head * value_stride_head)[:, None] + dims[None, :],
-        mask=mask,
-    )
-    entry = slot // PAGE * kv_stride_block + head * kv_stride_head + slot % PAGE * kv_stride_entry
-    k_ptr = kv_ptr + entry[:, None] + dims[None, :]
-    tl.store(k_ptr, key, mask=mask)
-    tl.store(k_ptr + HEAD_SIZE, value, mask=mask)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the work is cut; any choice gives the same answer up to rounding.
-
-    Attributes:
-        block_m: rows of a query tile (query rows x query heads of a KV head), a power of two >= 16.
-        block_n: KV entries of a loop step, a power of two >= 16.
-        num_splits: the most parts of a tile's KV range; above 1 a second kernel combines them.
-        min_steps: the fewest loop steps of a part, so that a short range has fewer parts.
-        tma: Hopper's tensor descriptors load K and V; the page must be a multiple of block_n, the
-            head size a power of two.
-        num_warps, num_stages: Triton's launch options.
-    """
-
-    block_m: int
-    block_n: int
-    num_splits: int = 1
-    num_warps: int = 4
-    num_stages: int = 2
-    min_steps: int = 1
-    tma: bool = False
-
-
 @lru_cache
 def _processors(device: torch.device) -> int:
     if device.type == "cpu":
@@ -375,71 +327,6 @@ def _takes_descriptors(kv_cache: torch.Tensor) -> bool:
         and all(stride % 8 == 0 for stride in _descriptor_strides(kv_cache))
         and kv_cache.data_ptr() % 16 == 0
     )
-
-
-def choose_tiling(
-    num_rows: int,
-    num_requests: int,
-    num_kv_heads: int,
-    group: int,
-    head_size: int,
-    dtype: torch.dtype,
-    processors: int,
-    *,
-    tma: bool = False,
-    interpreted: bool = False,
-) -> Tiling:
-    """The tiling for a launch, from shapes alone (a captured graph replays it for other values).
-
-    Args:
-        num_rows, num_requests, num_kv_heads, head_size, dtype: the shape of the call.
-        group: query heads per KV head.
-        processors: multiprocessors of the device.
-        tma: the cache can be read through descriptors.
-        interpreted: Triton's interpreter runs the kernel: a program costs more than its arithmetic.
-    """
-    group_padded = triton.next_power_of_2(group)
-    head_padded = max(16, triton.next_power_of_2(head_size))
-    rows_per_request = -(-num_rows // max(num_requests, 1))
-    wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
-    if interpreted:
-        return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
-
-    def programs(block_m: int) -> int:
-        return max(num_requests, -(-num_rows * group_padded // block_m)) * num_kv_heads
-
-    if dtype == torch.float32:
-        # no tensor cores: both operands of a dot live in registers, and larger tiles spill
-        block_m, block_n, num_warps, num_stages = 32, 16, 8, 1
-    elif head_padded > 128:
-        block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
-    elif not tma and programs(128) >= 2 * processors:
-        # more rows halve the reads of K and V, once they still fill the device twice over
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
-    else:
-        # a processor holds two of these, and one multiplies while the other takes exponentials
-        block_m, block_n, num_warps, num_stages = 64, 64, 4, 3
-    if wanted_m < block_m:
-        block_m, num_warps = wanted_m, 4
-    block_m = max(16, group_padded, block_m)
-
-    splits = _choose_splits(programs(block_m), 2 * processors)
-    # two or three parts gain little: only a long range is worth the second kernel
-    min_steps = 4 if splits > 3 else 32
-    return Tiling(block_m, block_n, splits, num_warps, num_stages, min_steps, tma)
-
-
-def _choose_splits(programs: int, room: int) -> int:
-    """The fewest splits that fill the last of at most two waves of ``room`` programs well."""
-    if programs >= 0.8 * room:
-        return 1
-
-    def filled(splits: int) -> float:
-        return programs * splits / (room * -(-programs * splits // room))
-
-    candidates = range(1, min(2 * room // programs, _MAX_SPLITS) + 1)
-    best = max(map(filled, candidates))
-    return next(splits for splits in candidates if filled(splits) >= 0.95 * best)
 
 
 def canvas_attention(
@@ -514,7 +401,7 @@ def canvas_attention(
         )  # fmt: skip
 
     # every request may leave one tile partly filled, hence the + num_requests
-    grid = (num_kv_heads, splits, num_rows // block_q + num_requests)
+    grid = (num_kv_heads * splits * (num_rows // block_q + num_requests),)
     _canvas_attention_kernel[grid](
         query, kv_cache, kv_desc, output, block_table, query_start_loc, seq_lens, visibility,
         partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits, tiling.min_steps,
@@ -538,36 +425,3 @@ def canvas_attention(
             HEADS=num_heads, HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
             SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=1,
         )  # fmt: skip
-
-
-def write_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Stores each row's key and value in the entry ``slot_mapping`` names.
-
-    Args:
-        key, value: [N, Hkv, D], last dim contiguous.
-        kv_cache: [blocks, Hkv, page, 2 * D], last dim contiguous.
-        slot_mapping: [N] int64, block * page + offset; -1 skips the row.
-    """
-    num_rows, num_heads, head_size = key.shape
-    page = kv_cache.shape[2]
-    assert value.shape == key.shape, (value.shape, key.shape)
-    assert kv_cache.shape[1] == num_heads, (kv_cache.shape, num_heads)
-    assert kv_cache.shape[3] == 2 * head_size, (kv_cache.shape, head_size)
-    assert key.dtype == value.dtype == kv_cache.dtype, (key.dtype, value.dtype, kv_cache.dtype)
-    assert slot_mapping.shape == (num_rows,), (slot_mapping.shape, num_rows)
-    assert slot_mapping.dtype == torch.int64, slot_mapping.dtype
-    for tensor in (key, value, kv_cache, slot_mapping):
-        assert tensor.stride(-1) == 1, (tensor.shape, tensor.stride())
-        assert tensor.device == key.device, (tensor.device, key.device)
-    if num_rows == 0:
-        return
-
-    block_rows = min(triton.next_power_of_2(num_rows), 1024 if key.device.type == "cpu" else 8)
-    _write_kv_kernel[(triton.cdiv(num_rows, block_rows), num_heads)](
-        key, value, kv_cache, slot_mapping, num_rows,
-        *key.stride()[:2], *value.stride()[:2], *kv_cache.stride()[:3],
-        PAGE=page, HEAD_SIZE=head_size, HEAD_PADDED=triton.next_power_of_2(head_size),
-        BLOCK_ROWS=block_rows, num_warps=4,
-    )  # fmt: skip

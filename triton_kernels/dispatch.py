@@ -57,11 +57,11 @@ def _load(twins: bool) -> Operations:
             layout=steps.layout_reference,
             transition=steps.transition_reference,
         )
-    from vllm_refusion.triton_kernels import canvas_attention, token_stats, transition
+    from vllm_refusion.triton_kernels import canvas_attention, token_stats, transition, write_kv
 
     return Operations(
         canvas_attention=canvas_attention.canvas_attention,
-        write_kv=canvas_attention.write_kv,
+        write_kv=write_kv.write_kv,
         token_stats=token_stats.token_stats,
         layout=transition.layout,
         transition=transition.transition,
