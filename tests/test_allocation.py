@@ -29,7 +29,8 @@ def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
         rows = rng.randint(0, int(scheduled.sum()))
         inputs = (fuzz.num_computed, fuzz.idx_mapping, scheduled, prompts)
         outputs = [
-            torch.full((n,), POISON, dtype=torch.int32) for n in (requests + 3, requests + 1, TOTALS)
+            torch.full((n,), POISON, dtype=torch.int32)
+            for n in (requests + 3, requests + 1, TOTALS)
         ]
         scalars = (decoding, rows, rng.randrange(decoding))
         copied = copy_state(state, KERNEL_DEVICE)

@@ -5,7 +5,9 @@ A test that fails under a later vLLM says that its patch in compat.py can go, or
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +108,22 @@ def test_stock_models_on_a_cpu_still_break_in_the_interpreter():
     logits, k = torch.randn(2, 64), torch.tensor([5, 5], dtype=torch.int32)
     with pytest.raises(Exception, match="'int' object has no attribute 'to'"):
         topk_topp_triton.apply_top_k_top_p_triton(logits, k, torch.tensor([0.9, 0.9]))
+
+
+def test_flash_attention_still_takes_our_arguments():
+    import vllm
+    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides  # noqa: F401
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    # its package cannot be imported without the CUDA extensions
+    file = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    functions = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(functions["flash_attn_varlen_func"]) >= {
+        *("q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k"),
+        *("block_table", "softmax_scale", "causal", "fa_version"),
+    }
+    assert "head_size" in inspect.signature(get_flash_attn_version).parameters

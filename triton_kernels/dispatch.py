@@ -16,6 +16,8 @@ from functools import cache
 import torch
 
 CPU_KERNELS_ENV = "VLLM_REFUSION_CPU_KERNELS"
+# entries of a KV page, or a divisor of them, with which canvas_attention is fastest on Hopper
+HOPPER_PAGE = 64
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,17 @@ def _load(twins: bool) -> Operations:
             transition=steps.transition_reference,
             allocate=allocation.allocate_reference,
         )
-    from vllm_refusion.triton_kernels import allocation, canvas_attention, token_stats, transition
+    from vllm_refusion.triton_kernels import (
+        allocation,
+        canvas_attention,
+        token_stats,
+        transition,
+        write_kv,
+    )
 
     return Operations(
         canvas_attention=canvas_attention.canvas_attention,
-        write_kv=canvas_attention.write_kv,
+        write_kv=write_kv.write_kv,
         token_stats=token_stats.token_stats,
         layout=transition.layout,
         transition=transition.transition,

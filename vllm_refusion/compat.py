@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -208,3 +208,28 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
 def stop_hashing_output(request: Any) -> None:
     """Block hashes of a request then cover its prompt only, whatever is appended."""
     request._block_hasher = None
+
+
+def flash_attention_3(head_size: int) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention 3, where it is what vLLM itself would use: on Hopper, 16-bit types.
+
+    A plain function of paged K and V. vLLM's own backend around it would need its metadata.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or head_size % 8 or head_size > 256:
+        return None
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if get_flash_attn_version(head_size=head_size) != 3:
+        return None
+    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    return functools.partial(flash_attn_varlen_func, fa_version=3)
+
+
+def canonicalize_singleton_dim_strides(tensor: Any) -> Any:
+    """FlashAttention's descriptors refuse the strides that PyTorch leaves on dimensions of one."""
+    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides as canonicalize
+
+    return canonicalize(tensor)

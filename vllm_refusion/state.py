@@ -11,6 +11,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -22,6 +23,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_refusion.admission import ending_token_ids
+from vllm_refusion.attention import PromptTail
 from vllm_refusion.decoding import DecodeState
 from vllm_refusion.integration import canvas_length, position_slack, server_defaults
 from vllm_refusion.riders import NO_RIDERS
@@ -54,6 +56,8 @@ class ReFusionModelState(ModelState):
         self.row_budget: RowBudget | None = None
         self.pass_cost: PassCost | None = None
         self._slot_of: dict[str, int] = {}
+        # by slot: its prefill repeats committed tokens, which saw what their slots could see
+        self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -78,6 +82,7 @@ class ReFusionModelState(ModelState):
         room = self.max_model_len - prompt_len
         self._slot_of[new_req_data.req_id] = req_index
         saved = self._suspended.pop(new_req_data.req_id, None)
+        self._repeats_tokens[req_index] = saved is not None
         if saved is not None:
             emitted = len(new_req_data.prefill_token_ids) - prompt_len
             self.decode_state.restore(req_index, saved, emitted)
@@ -166,9 +171,22 @@ class ReFusionModelState(ModelState):
             kv_cache_config=kv_cache_config,
             for_cudagraph_capture=for_capture,
         )
+        # a graph would replay the tail of the batch that it was captured with
+        prompt_tail = None if full or for_capture else self._prompt_tail(input_batch)
         for layer_metadata in metadata.values():
             layer_metadata.visibility = self.visibility[:num_tokens]
+            layer_metadata.prompt_tail = prompt_tail
         return metadata
+
+    def _prompt_tail(self, input_batch: InputBatch) -> PromptTail | None:
+        is_prompt = input_batch.is_prefilling_np & ~self._repeats_tokens[input_batch.idx_mapping_np]
+        if input_batch.num_draft_tokens_per_req is not None:
+            is_prompt &= input_batch.num_draft_tokens_per_req == 0
+        return PromptTail.of_batch(
+            is_prompt,
+            input_batch.query_start_loc_np,
+            input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens,
+        )
 
 
 class CanvasSampler:
