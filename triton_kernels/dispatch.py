@@ -27,6 +27,7 @@ class Operations:
     token_stats: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     layout: Callable[..., None]
     transition: Callable[..., None]
+    replay_stats: Callable[..., None]
 
 
 def operations(device: torch.device) -> Operations:
@@ -45,6 +46,7 @@ def operations(device: torch.device) -> Operations:
 def _load(twins: bool) -> Operations:
     if twins:
         from vllm_refusion.triton_kernels import attention_reference as attention
+        from vllm_refusion.triton_kernels import replay_reference
         from vllm_refusion.triton_kernels import stats_reference as stats
         from vllm_refusion.triton_kernels import transition_reference as steps
 
@@ -54,8 +56,9 @@ def _load(twins: bool) -> Operations:
             token_stats=stats.token_stats_reference,
             layout=steps.layout_reference,
             transition=steps.transition_reference,
+            replay_stats=replay_reference.replay_stats_reference,
         )
-    from vllm_refusion.triton_kernels import canvas_attention, token_stats, transition
+    from vllm_refusion.triton_kernels import canvas_attention, replay, token_stats, transition
 
     return Operations(
         canvas_attention=canvas_attention.canvas_attention,
@@ -63,4 +66,5 @@ def _load(twins: bool) -> Operations:
         token_stats=token_stats.token_stats,
         layout=transition.layout,
         transition=transition.transition,
+        replay_stats=replay.replay_stats,
     )

@@ -184,3 +184,23 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
 def stop_hashing_output(request: Any) -> None:
     """Block hashes of a request then cover its prompt only, whatever is appended."""
     request._block_hasher = None
+
+
+class ScheduledTokens:
+    """Counts the tokens that an engine in this process feeds, prompts and unused rows included.
+
+    vLLM's statistics have the prompt's and the delivered tokens, but not the rows of a pass.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def watch(self, scheduler: Scheduler) -> None:
+        schedule = scheduler.schedule
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.total += output.total_num_scheduled_tokens
+            return output
+
+        scheduler.schedule = counted
