@@ -94,10 +94,11 @@ class Side:
         say(f"{side}: started in {self.start_s:.0f} s")
         self.prompts = prompts
         prompts.prepare(self.llm)
-        self.scheduled = compat.ScheduledTokens()
-        if self.in_process:
-            self.scheduled.watch(self.llm.llm_engine.engine_core.engine_core.scheduler)
         self.args = args
+        self.watch = None
+        if self.in_process:
+            core = self.llm.llm_engine.engine_core.engine_core
+            self.watch = compat.ScheduleWatch(core.scheduler)
 
     def describe(self) -> dict[str, Any]:
         config = self.llm.llm_engine.vllm_config
@@ -147,11 +148,13 @@ class Side:
 
         def load(name: str, number: int, max_tokens: int) -> Load:
             requests = [(prompts[i], self.sampling(i, preset, max_tokens)) for i in range(number)]
-            return run_load(engine, requests, concurrency, f"{label} {name}")
+            return run_load(engine, requests, concurrency, f"{label} {name}", self.watch)
 
         load("warm-up", concurrency, min(settings.warmup_tokens, length))
-        before, scheduled = self.counters(), self.scheduled.total
+        before = self.counters()
+        scheduled = self.watch and self.watch.tokens
         measured = load("measured", count, length)
+        scheduled = self.watch and self.watch.tokens - scheduled
         counters = {name: value - before[name] for name, value in self.counters().items()}
         level = {
             "side": self.side,
@@ -166,7 +169,7 @@ class Side:
             "counters": counters,
             "gpu_memory_mib": gpu_memory_mib(),
         }
-        level |= self.per_token(level, self.scheduled.total - scheduled)
+        level |= self.per_token(level, scheduled)
         if settings.profile is not None and concurrency == settings.profile_level and not canvas:
             name = label.replace("/", "-").replace(" ", "_")
             self.llm.start_profile(name)
@@ -191,7 +194,7 @@ class Side:
         found = [metric for metric in self.llm.get_metrics() if metric.name == drafted]
         return {"drafted_tokens": sum(int(metric.value) for metric in found)}
 
-    def per_token(self, level: dict[str, Any], scheduled: int) -> dict[str, Any]:
+    def per_token(self, level: dict[str, Any], scheduled: int | None) -> dict[str, Any]:
         """Tokens per forward of a request; tokens fed, prompts apart, per token delivered."""
         tokens, counters = level["output_tokens"], level["counters"]
         # The prompt's pass gives stock decoding its first token.
@@ -200,11 +203,12 @@ class Side:
         decoded = tokens - level["requests_done"]
         if self.side == "refusion":
             passes, fed, decoded = counters["forward_passes"], counters["rows_fed"], tokens
-        padded = scheduled - level["prompt_tokens"]
         return {
             "tokens_per_forward": decoded / max(1, passes),
             "fed_per_token": fed / tokens,
-            "scheduled_per_token": padded / tokens if self.in_process else None,
+            "scheduled_per_token": None
+            if scheduled is None
+            else (scheduled - level["prompt_tokens"]) / tokens,
         }
 
 

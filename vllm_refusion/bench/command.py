@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base-url", help="measure a running ReFusion server instead, with `vllm bench serve`")
     add("--stock-base-url", help="measure a running stock server")
     add("--served-model", help="name of the model at the servers (default: --model)")
+    add("--tokenizer", help="for the servers' random prompts (default: the model's)")
     add("--out", default="bench-results", help="folder for JSON, logs, table and plot")
     add("--name", help="name of the JSON file (default: the time)")
     add("--verbose", action="store_true", help="show the engines' logs, not only in files")
@@ -210,7 +211,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.base_url or arguments.stock_base_url:
             from vllm_refusion.bench.server import run_servers
 
-            result |= run_servers(arguments, Path(folder), out / f"{name}.log")
+            presets = arguments.presets or [parse_preset(DEFAULT_PRESET)]
+            result |= run_servers(arguments, presets, Path(folder), out / f"{name}.log")
         else:
             settings = settings_from(arguments, Path(folder))
             result |= {"kind": "offline", "settings": settings.to_json(), "sides": []}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Clock = Callable[[], float]
+SETTLED_STEPS = 3  # scheduled without a prompt: the step before, the one measured, the next
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Load:
     Attributes:
         wall: from the first request added to the last token, in seconds.
         steps: calls of the engine's step, i.e. forward passes of the batch.
-        settled: (duration, tokens delivered) of every step with the full concurrency in which
-            every request was past its first token before it and none finished.
+        settled: (duration, tokens delivered) of every step in which the full concurrency decoded
+            and neither prompt tokens nor the end of a request were in its way.
     """
 
     traces: list[Trace]
@@ -51,6 +52,7 @@ def run_load(
     requests: Sequence[tuple[Any, Any]],
     concurrency: int,
     name: str,
+    watch: Any = None,
     clock: Clock = time.perf_counter,
 ) -> Load:
     """Keeps ``concurrency`` requests in flight until all are done.
@@ -59,6 +61,8 @@ def run_load(
         engine: an ``LLMEngine``.
         requests: (prompt, sampling parameters) with output kind DELTA.
         name: prefix of the request ids, unique in the engine.
+        watch: ``compat.ScheduleWatch`` of the engine's scheduler. Without one, steps count as
+            settled once every request in flight has a token.
     """
     waiting = deque(enumerate(requests))
     traces: dict[str, Trace] = {}
@@ -79,11 +83,11 @@ def run_load(
     begin = last = clock()
     fill()
     while in_flight:
-        is_settled = not starting and len(in_flight) == concurrency
+        full = len(in_flight) == concurrency
         outputs = engine.step()
         now = clock()
         steps += 1
-        delivered, finished = 0, False
+        delivered, finished, all_started = 0, False, not starting
         for output in outputs:
             count = len(output.outputs[0].token_ids)
             if count:
@@ -94,7 +98,12 @@ def run_load(
                 in_flight.discard(output.request_id)
                 starting.discard(output.request_id)
                 finished = True
-        if is_settled and not finished:
+        if watch is not None:
+            # while a step is waited for, the one after it is scheduled already
+            decoding = watch.steps_since_prompt >= SETTLED_STEPS and watch.requests == concurrency
+        else:
+            decoding = all_started
+        if full and decoding and not finished:
             settled.append((now - last, delivered))
         fill()
         last = now
