@@ -375,7 +375,14 @@ def test_a_failing_side_is_reported(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY_SHAPE))
     command = [sys.executable, "-P", "-m", "vllm_refusion", "bench", "--name", "run"]
     command += ["--shape", str(tmp_path / "config.json"), "--sides", "refusion"]
-    command += ["--max-num-batched-tokens", "64", "--out", str(tmp_path / "out")]
+    command += [
+        "--concurrency",
+        "1",
+        "--max-num-batched-tokens",
+        "64",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1
     assert "max_num_batched_tokens=64 is less than the canvas" in ended.stdout

@@ -118,6 +118,12 @@ class Side:
             "levels": [],
         }
 
+    @property
+    def speculation(self) -> str | None:
+        """What stock decoding speculates with."""
+        config = self.settings.speculative_config
+        return None if config is None else str(config.get("method", "speculative"))
+
     def sampling(self, index: int, preset: Preset | None, max_tokens: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -138,7 +144,8 @@ class Side:
             extra_args=None if preset is None else preset.parameters,
         )
 
-    def run_level(self, preset: Preset | None, concurrency: int) -> dict[str, Any]:
+    def run_level(self, preset: Preset | None, concurrency: int) -> tuple[dict[str, Any], str]:
+        """Warm-up and measurement of a level: its figures, and a line about them."""
         settings, engine = self.settings, self.llm.llm_engine
         canvas = preset is not None and preset.canvas
         count = concurrency if canvas else settings.requests_at(concurrency)
@@ -158,7 +165,7 @@ class Side:
         counters = {name: value - before[name] for name, value in self.counters().items()}
         level = {
             "side": self.side,
-            "preset": None if preset is None else preset.name,
+            "preset": self.speculation if preset is None else preset.name,
             "canvas": preset.block_length if canvas else None,
             "acceptance": "-" if preset is None else preset.acceptance,
             "concurrency": concurrency,
@@ -176,11 +183,10 @@ class Side:
             load("profiled", concurrency, min(PROFILED_TOKENS, length))
             self.llm.stop_profile()
         step = "-" if level["step_ms"] is None else f"{level['step_ms']:.2f}"
-        say(
+        return level, (
             f"{label}: {level['tokens_per_s']:.0f} tokens/s, {step} ms a step, "
             f"{level['tokens_per_forward']:.2f} tokens per forward, {level['wall_s']:.1f} s"
         )
-        return level
 
     def counters(self) -> dict[str, int]:
         """Counters of the engine that a level's figures are differences of."""
@@ -272,10 +278,12 @@ def main(side: str, settings_file: str, result_file: str) -> None:
     result = running.describe() | {"environment": environment()}
     target = Path(result_file)
     for preset, concurrency in levels_of(settings, side):
-        result["levels"].append(running.run_level(preset, concurrency))
+        level, line = running.run_level(preset, concurrency)
+        result["levels"].append(level)
         partial = target.with_suffix(".partial")
         partial.write_text(json.dumps(result, default=str))
         partial.replace(target)
+        say(line)
     running.llm.llm_engine.engine_core.shutdown()
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -215,15 +216,16 @@ def run(arguments: argparse.Namespace) -> int:
             result |= run_servers(arguments, presets, Path(folder), out / f"{name}.log")
         else:
             settings = settings_from(arguments, Path(folder))
-            result |= {"kind": "offline", "settings": settings.to_json(), "sides": []}
+            described = settings.to_json()
+            if settings.shape is not None:
+                described["models"] = {}  # a folder that will be gone
+            result |= {"kind": "offline", "settings": described, "sides": []}
             for side in settings.sides:
                 log = out / f"{name}-{side}.log"
-                result["sides"].append(
-                    run_side(settings, side, Path(folder), log, arguments.verbose)
-                )
-                _write(out / f"{name}.json", result)
-        if arguments.shape is not None and "settings" in result:
-            result["settings"]["models"] = {}  # a folder that is gone
+                for measured in run_side(settings, side, Path(folder), log, arguments.verbose):
+                    others = [other for other in result["sides"] if other["side"] != side]
+                    result["sides"] = [*others, measured]
+                    _write(out / f"{name}.json", result)  # what a run that is cut off leaves
     target = out / f"{name}.json"
     _write(target, result)
     print(report.table([result]))
@@ -241,24 +243,56 @@ def _write(target: Path, result: dict[str, Any]) -> None:
 
 def run_side(
     settings: Settings, side: str, folder: Path, log: Path, verbose: bool
-) -> dict[str, Any]:
-    """What a child process measured; ``error`` is None or says how it ended."""
+) -> Iterator[dict[str, Any]]:
+    """What a child process has measured so far, again with each level; complete at last.
+
+    ``error`` is None in the last one, or says how the child ended.
+    """
     settings_file, result_file = folder / f"{side}-settings.json", folder / f"{side}.json"
     settings_file.write_text(json.dumps(settings.to_json()))
     # -P: a folder named triton_kernels in the working directory would shadow a package of vLLM's
     command = [sys.executable, "-P", "-m", "vllm_refusion.bench.child"]
     command += [side, str(settings_file), str(result_file)]
-    code, lines = _stream(command, child_environment(side), folder, log, verbose)
-    result: dict[str, Any] = {"side": side, "levels": []}
-    if result_file.exists():
-        result = json.loads(result_file.read_text())
-    result["error"] = None
-    if code:
-        result["error"] = f"exit status {code}, see {log.name}"
-        print(f"{side} ended with {result['error']}; the last lines:", *lines, sep="\n  ")
-    if settings.shape is not None and "engine_args" in result:
-        result["engine_args"]["model"] = settings.shape
-    return result
+    last: deque[str] = deque(maxlen=LAST_LINES)
+
+    def measured(error: str | None) -> dict[str, Any]:
+        result: dict[str, Any] = {"side": side, "levels": []}
+        if result_file.exists():
+            result = json.loads(result_file.read_text())
+            if settings.shape is not None:
+                result["engine_args"]["model"] = settings.shape
+        return result | {"error": error}
+
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=child_environment(side),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                last.append(line.rstrip())
+                if line.startswith("bench:"):
+                    yield measured("not finished")
+                if verbose or line.startswith("bench:"):
+                    print(line.rstrip(), flush=True)
+        except BaseException:
+            process.terminate()
+            raise
+    error = None
+    if process.returncode:
+        error = f"exit status {process.returncode}, see {log.name}"
+        print(f"{side} ended with {error}; the last lines:", *last, sep="\n  ")
+    yield measured(error)
 
 
 def child_environment(side: str) -> dict[str, str]:
@@ -281,34 +315,3 @@ def _is_cpu_build() -> bool:
     from vllm_refusion.triton_cpu_stub import vllm_is_cpu_build
 
     return vllm_is_cpu_build()
-
-
-def _stream(
-    command: list[str], environment: dict[str, str], folder: Path, log: Path, verbose: bool
-) -> tuple[int, list[str]]:
-    """Runs a command, shows its progress lines; its exit status and last lines."""
-    last: deque[str] = deque(maxlen=LAST_LINES)
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                last.append(line.rstrip())
-                if verbose or line.startswith("bench:"):
-                    print(line.rstrip(), flush=True)
-        except BaseException:
-            process.terminate()
-            raise
-    return process.returncode, list(last)

@@ -77,10 +77,12 @@ def throughputs(result: Result) -> dict[str, dict[int, float]]:
 
 
 def crossovers(result: Result) -> dict[str, float | None]:
-    """``crossover`` of every ReFusion preset."""
+    """``crossover`` of every ReFusion preset, where stock decoding was measured too."""
     found = throughputs(result)
-    stock = found.pop("stock", {})
-    return {name: crossover(stock, other) for name, other in found.items()} if stock else {}
+    sides = {name_of(level): level["side"] for level in levels_of(result)}
+    stock = next((found[name] for name in found if sides[name] == "stock"), None)
+    ours = {name: found[name] for name in found if sides[name] != "stock"}
+    return {} if stock is None else {name: crossover(stock, ours[name]) for name in ours}
 
 
 def table(results: Sequence[Result]) -> str:
