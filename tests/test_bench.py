@@ -19,7 +19,7 @@ from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_pre
 from vllm_refusion.bench.load import Load, Trace, run_load, summarise
 from vllm_refusion.bench.server import serve_command
 from vllm_refusion.bench.settings import Settings
-from vllm_refusion.bench.shapes import SHAPES, shape_config
+from vllm_refusion.bench.shapes import SHAPES, matrix_parameters, shape_config
 from vllm_refusion.bench.simulate import ReplayedOutcomes, simulate, tokens_per_forward
 from vllm_refusion.cli import build_parser, main
 from vllm_refusion.config import DecodingParams
@@ -135,13 +135,12 @@ def test_stock_runs_without_the_plugin(monkeypatch):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_have_the_size_in_their_name(name):
-    config = shape_config(name)
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"] * 2 + config["num_key_value_heads"] * 2
-    layer = hidden * heads * config["head_dim"] + 3 * hidden * config["intermediate_size"]
-    embeddings = config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2)
+    config = SimpleNamespace(**shape_config(name))
+    size = matrix_parameters(config)
+    if not config.tie_word_embeddings:
+        size += config.vocab_size * config.hidden_size
     billions = float(name.removeprefix("qwen3-").removesuffix("b"))
-    assert (layers * layer + embeddings) / 1e9 == pytest.approx(billions, rel=0.06)
+    assert size / 1e9 == pytest.approx(billions, rel=0.06)
 
 
 class FakeEngine:
@@ -250,13 +249,15 @@ def result(error=None):
     stock = [level("stock", 1, 100.0), level("stock", 4, 400.0)]
     return {
         "kind": "offline",
+        "bf16_tflops": 640.0,
         "settings": {
             "shape": "qwen3-8b", "models": {}, "input_len": 128, "output_len": 256,
             "dtype": "bfloat16",
         },
         "sides": [
             {"side": "stock", "levels": stock, "environment": environment, "error": None},
-            {"side": "refusion", "levels": ours, "environment": environment, "error": error},
+            {"side": "refusion", "levels": ours, "environment": environment, "error": error,
+             "matrix_parameters": 10**11},
         ],
     }  # fmt: skip
 
@@ -265,7 +266,11 @@ def test_table_compares_levels_and_marks_replayed_rows():
     text = report.table([result()])
     rows = [line for line in text.splitlines() if line.startswith("| 1 | refusion")]
     assert len(rows) == 1 and "replayed acceptance" in rows[0]
-    assert "| 250 | 2.50 | 5.00 |" in rows[0] and "Some GPU · vllm 0.32.0" in text
+    # the arithmetic of 32 rows takes 2 x 1e11 x 32 / 640e12 s = 10 ms, twice the stock step
+    assert (
+        "| 250 | 2.50 | 5.00 | 0.50 | 500.0 | 1.00 |" in rows[0]
+        and "Some GPU · vllm 0.32.0" in text
+    )
     assert "crossover with stock decoding at concurrency 2." in text
     assert "| 32 | 1 | 5.500 | 1.100 | 32.0 |" in text
     assert "failed" not in text

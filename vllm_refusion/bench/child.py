@@ -17,6 +17,7 @@ from typing import Any
 from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.load import Load, run_load, summarise
 from vllm_refusion.bench.settings import Preset, Settings
+from vllm_refusion.bench.shapes import matrix_parameters
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
 PROFILED_TOKENS = 32
@@ -113,6 +114,7 @@ class Side:
             "cudagraph_capture_sizes": config.compilation_config.cudagraph_capture_sizes,
             "compilation_mode": str(config.compilation_config.mode),
             "start_s": self.start_s,
+            "matrix_parameters": matrix_parameters(config.model_config.hf_text_config),
             "kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
             "gpu_memory_mib": gpu_memory_mib(),
             "levels": [],

@@ -220,6 +220,7 @@ def run(arguments: argparse.Namespace) -> int:
             if settings.shape is not None:
                 described["models"] = {}  # a folder that will be gone
             result |= {"kind": "offline", "settings": described, "sides": []}
+            result["bf16_tflops"] = bf16_tflops(Path(folder))
             for side in settings.sides:
                 log = out / f"{name}-{side}.log"
                 for measured in run_side(settings, side, Path(folder), log, arguments.verbose):
@@ -239,6 +240,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write(target: Path, result: dict[str, Any]) -> None:
     target.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def bf16_tflops(folder: Path) -> float | None:
+    """See ``machine``; None without a GPU."""
+    command = [sys.executable, "-P", "-m", "vllm_refusion.bench.machine"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if ended.returncode:
+        print(f"the GPU's bf16 rate is unknown: {ended.stderr[-500:]}", file=sys.stderr)
+        return None
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def run_side(

@@ -15,7 +15,9 @@ COLUMNS = (
     ("tokens/s", "tokens_per_s", "{:.0f}"),
     ("x stock", "speedup", "{:.2f}"),
     ("ms a step", "step_ms", "{:.2f}"),
-    ("TTFT ms", "ttft_ms", "{:.0f}"),
+    ("x floor", "floor_ratio", "{:.2f}"),
+    ("TTFT ms", "ttft_ms", "{:.1f}"),
+    ("x stock", "ttft_ratio", "{:.2f}"),
     ("gap p50 ms", "gap_ms_p50", "{:.1f}"),
     ("gap p99 ms", "gap_ms_p99", "{:.1f}"),
     ("tokens per forward", "tokens_per_forward", "{:.2f}"),
@@ -40,9 +42,24 @@ def levels_of(result: Result) -> Iterator[Level]:
         base = stock.get(level["concurrency"])
         if base is not None and level is not base:
             extra["speedup"] = level["tokens_per_s"] / base["tokens_per_s"]
+            if level.get("ttft_ms") and base.get("ttft_ms"):
+                extra["ttft_ratio"] = level["ttft_ms"] / base["ttft_ms"]
             if level.get("step_ms") and base.get("step_ms"):
                 extra["step_ratio"] = level["step_ms"] / base["step_ms"]
+                if bound := arithmetic_bound_ms(result, level):
+                    extra["floor_ratio"] = level["step_ms"] / max(base["step_ms"], bound)
         yield level | extra
+
+
+def arithmetic_bound_ms(result: Result, level: Level) -> float | None:
+    """2 x parameters x rows used in a step of ReFusion over the measured bf16 rate."""
+    rate = result.get("bf16_tflops")
+    (side,) = (side for side in result["sides"] if side["side"] == level["side"])
+    if not rate or level["side"] == "stock":
+        return None
+    counters = level["counters"]
+    rows = level["concurrency"] * counters["rows_fed"] / max(1, counters["forward_passes"])
+    return 2 * side["matrix_parameters"] * rows / (rate * 1e9)
 
 
 def crossover(stock: dict[int, float], other: dict[int, float]) -> float | None:
@@ -187,11 +204,11 @@ def plot(results: Sequence[Result], target: Path) -> None:
                 panel.axvline(at, color=line.get_color(), linestyle=":", linewidth=1)
                 panel.annotate(
                     f"crossover {at:.0f}",
-                    (at, max(series.values())),
+                    (at, 0.02),
+                    xycoords=("data", "axes fraction"),
                     color=line.get_color(),
                     rotation=90,
                     ha="right",
-                    va="top",
                     fontsize="small",
                 )
         panel.set_xscale("log", base=2)

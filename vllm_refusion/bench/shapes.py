@@ -63,6 +63,20 @@ def shape_config(name: str) -> dict[str, Any]:
     return config
 
 
+def matrix_parameters(config: Any) -> int:
+    """Parameters of a dense decoder that a row is multiplied with: input embeddings left out.
+
+    Args:
+        config: a Hugging Face config of Qwen3, Qwen2 or Llama.
+    """
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention = 2 * config.hidden_size * (heads + kv_heads) * head_dim
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+
+
 def write_checkpoints(name: str, folder: Path) -> dict[str, Path]:
     """Folders of a stock and a ReFusion checkpoint of the same shape, without weights."""
     config = shape_config(name)
