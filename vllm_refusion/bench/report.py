@@ -17,7 +17,7 @@ COLUMNS = (
     ("ms a step", "step_ms", "{:.2f}"),
     ("x floor", "floor_ratio", "{:.2f}"),
     ("TTFT ms", "ttft_ms", "{:.1f}"),
-    ("x stock", "ttft_ratio", "{:.2f}"),
+    ("TTFT x stock", "ttft_ratio", "{:.2f}"),
     ("gap p50 ms", "gap_ms_p50", "{:.1f}"),
     ("gap p99 ms", "gap_ms_p99", "{:.1f}"),
     ("tokens per forward", "tokens_per_forward", "{:.2f}"),
