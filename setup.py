@@ -32,9 +32,11 @@ setup(
     install_requires=["torch>=2.11", "transformers>=5.16.1", "triton>=3.6"],
     extras_require={
         "gpu": ["vllm>=0.32,<0.33"],
+        "bench": ["matplotlib>=3.8"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
     },
     entry_points={
+        "console_scripts": ["vllm-refusion = vllm_refusion.cli:main"],
         "vllm.general_plugins": ["refusion = vllm_refusion:register"],
         "triton.backends": ["cpu = vllm_refusion.triton_cpu_stub"],
     },

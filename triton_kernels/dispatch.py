@@ -30,6 +30,7 @@ class Operations:
     layout: Callable[..., None]
     transition: Callable[..., None]
     allocate: Callable[..., None]
+    replay_stats: Callable[..., None]
 
 
 def operations(device: torch.device) -> Operations:
@@ -49,6 +50,7 @@ def _load(twins: bool) -> Operations:
     if twins:
         from vllm_refusion.triton_kernels import allocation_reference as allocation
         from vllm_refusion.triton_kernels import attention_reference as attention
+        from vllm_refusion.triton_kernels import replay_reference
         from vllm_refusion.triton_kernels import stats_reference as stats
         from vllm_refusion.triton_kernels import transition_reference as steps
 
@@ -59,10 +61,12 @@ def _load(twins: bool) -> Operations:
             layout=steps.layout_reference,
             transition=steps.transition_reference,
             allocate=allocation.allocate_reference,
+            replay_stats=replay_reference.replay_stats_reference,
         )
     from vllm_refusion.triton_kernels import (
         allocation,
         canvas_attention,
+        replay,
         token_stats,
         transition,
         write_kv,
@@ -75,4 +79,5 @@ def _load(twins: bool) -> Operations:
         layout=transition.layout,
         transition=transition.transition,
         allocate=allocation.allocate,
+        replay_stats=replay.replay_stats,
     )

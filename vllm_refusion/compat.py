@@ -233,3 +233,40 @@ def canonicalize_singleton_dim_strides(tensor: Any) -> Any:
     from vllm.utils.torch_utils import canonicalize_singleton_dim_strides as canonicalize
 
     return canonicalize(tensor)
+
+
+class ScheduleWatch:
+    """What an engine in this process schedules; vLLM's statistics do not say it per step.
+
+    Attributes:
+        tokens: scheduled so far, prompts and unused rows included.
+        requests: requests of the last step that has any.
+        steps_since_prompt: steps scheduled since the last one with prompt tokens.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.tokens = self.requests = self.steps_since_prompt = 0
+        self._prefilling: set[str] = set()
+        self._known = scheduler.requests
+        schedule = scheduler.schedule
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            if output.total_num_scheduled_tokens:
+                self._note(output)
+            return output
+
+        scheduler.schedule = watched
+
+    def _note(self, output: Any) -> None:
+        self.tokens += output.total_num_scheduled_tokens
+        self.requests = len(output.num_scheduled_tokens)
+        # a resumed request feeds its prompt again
+        self._prefilling.update(output.scheduled_cached_reqs.resumed_req_ids)
+        self._prefilling.update(new.req_id for new in output.scheduled_new_reqs)
+        self.steps_since_prompt = 0 if self._prefilling else self.steps_since_prompt + 1
+        self._prefilling = {
+            name
+            for name in self._prefilling
+            if name in self._known and self._known[name].is_prefill_chunk
+        }

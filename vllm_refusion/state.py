@@ -24,8 +24,9 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_refusion.admission import ending_token_ids
 from vllm_refusion.attention import PromptTail
-from vllm_refusion.decoding import DecodeState
+from vllm_refusion.decoding import DecodeState, Field
 from vllm_refusion.integration import canvas_length, position_slack, server_defaults
+from vllm_refusion.replay import replay_tables
 from vllm_refusion.riders import NO_RIDERS
 from vllm_refusion.row_budget import PassCost, RowBudget, measure_passes
 from vllm_refusion.triton_kernels.dispatch import operations
@@ -213,6 +214,7 @@ class CanvasSampler:
         self.picked = buffer(rows)
         self.picked_prob = buffer(rows, dtype=torch.float32)
         self.given_prob = buffer(rows, dtype=torch.float32)
+        self.replay = replay_tables(model_state.vllm_config, state.device)  # benchmarks only
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """The model state holds the parameters."""
@@ -288,5 +290,18 @@ class CanvasSampler:
                 min_tokens=state.min_tokens,
                 stop_ids=state.stop_ids,
                 mask_token_id=state.mask_token_id,
+                out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
+            )
+        if self.replay is not None:
+            rows = slice(0, hidden_states.shape[0])
+            self.operations.replay_stats(
+                requests,
+                positions,
+                given,
+                draws,
+                seed=state.seed,
+                slot_size=state.ints[:, Field.SLOT_SIZE],
+                slot_threshold=state.slot_threshold,
+                tables=self.replay,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )

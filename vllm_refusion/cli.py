@@ -1,0 +1,36 @@
+"""The command ``vllm-refusion``. A subcommand is a module with HELP, add_arguments and run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "bench": "vllm_refusion.bench.command",
+    "bench-report": "vllm_refusion.bench.report_command",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; importing their modules must be cheap."""
+    parser = argparse.ArgumentParser(prog="vllm-refusion", description="ReFusion on vLLM: tools.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, path in COMMANDS.items():
+        module = importlib.import_module(path)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a subcommand; exits with 2 on bad arguments and 1 on failures that it reports."""
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        code = chosen.run(chosen)
+    except ValueError as error:
+        parser.exit(2, f"vllm-refusion {chosen.command}: {error}\n")
+    sys.exit(code or 0)
