@@ -59,15 +59,18 @@ def engine_args(settings: Settings, side: str, context: int, token_budget: int) 
     if side == "stock" and settings.speculative_config is not None:
         args["speculative_config"] = dict(settings.speculative_config)
         args["disable_log_stats"] = False  # vLLM counts drafted tokens there
-    if side == "refusion":
-        args["diffusion_config"] = {"canvas_length": settings.canvas_length}
+    if side != "stock":
+        schedule = "plain" if side == "plain" else "fused"
+        canvas = settings.canvas_length if side == "plain" else max(256, settings.canvas_length)
+        args["diffusion_config"] = {"canvas_length": canvas}
+        args["additional_config"] = {"refusion_schedule": schedule}
         # the server's default block must fit the canvas too
         args["override_generation_config"] = settings.presets[0].parameters
         if any(preset.replay for preset in settings.presets):
             from vllm_refusion.replay import Profile, to_config
 
             profiles = [Profile(**preset.replay) for preset in settings.presets if preset.replay]
-            args["additional_config"] = to_config(profiles)
+            args["additional_config"] |= to_config(profiles)
     return args | dict(settings.engine_args.get(side, {}))
 
 
@@ -192,7 +195,7 @@ class Side:
 
     def counters(self) -> dict[str, int]:
         """Counters of the engine that a level's figures are differences of."""
-        if self.side == "refusion":
+        if self.side != "stock":
             from vllm_refusion.metrics import snapshot
 
             return snapshot(self.llm)
@@ -209,7 +212,7 @@ class Side:
         passes = level["deliveries"] - level["requests_done"]
         fed = passes + counters.get("drafted_tokens", 0)
         decoded = tokens - level["requests_done"]
-        if self.side == "refusion":
+        if self.side != "stock":
             passes, fed, decoded = counters["forward_passes"], counters["rows_fed"], tokens
         return {
             "tokens_per_forward": decoded / max(1, passes),
@@ -270,6 +273,8 @@ def levels_of(settings: Settings, side: str) -> list[tuple[Preset | None, int]]:
     return [
         (preset, concurrency)
         for preset in settings.presets
+        # with riders a pass is wider than its block
+        if not (preset.canvas and side == "refusion" and "plain" in settings.sides)
         for concurrency in (settings.canvas_concurrency if preset.canvas else settings.concurrency)
     ]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_refusion.bench import BENCHMARK_ENV, report
-from vllm_refusion.bench.settings import SIDES, Preset, Settings
+from vllm_refusion.bench.settings import Preset, Settings
 from vllm_refusion.bench.shapes import SHAPES, write_checkpoints
 
 HELP = "Measure stock autoregressive decoding and ReFusion on the same vLLM."
@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"dummy weights and replayed acceptance instead: {', '.join(SHAPES)}, "
         "or a config.json with a mask_token_id",
     )
-    add("--sides", type=_words, default=SIDES, help="stock,refusion (default) or one of them")
+    add(
+        "--sides",
+        type=_words,
+        default=("stock", "refusion"),
+        help="of stock, plain (ReFusion without fused passes), refusion; default stock,refusion",
+    )
     add(
         "--presets",
         nargs="+",
@@ -144,6 +149,7 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         load_format = "dummy"
     else:
         models = {"refusion": arguments.model, "stock": arguments.stock_model or arguments.model}
+    models["plain"] = models["refusion"]
     dummy = load_format == "dummy"
     if dummy and arguments.prompts:
         raise ValueError("--prompts needs real weights: with dummy ones there is no tokenizer.")
@@ -179,6 +185,7 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         speculative_config=arguments.speculative_config,
         engine_args={
             "stock": both | arguments.stock_args,
+            "plain": both | arguments.refusion_args,
             "refusion": both | arguments.refusion_args,
         },
         seed=arguments.seed,
@@ -309,7 +316,7 @@ def run_side(
 def child_environment(side: str) -> dict[str, str]:
     """Stock vLLM runs without this plugin, as if it were not installed."""
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    if side == "refusion":
+    if side != "stock":
         environment[BENCHMARK_ENV] = "1"
         return environment
     plugins = metadata.entry_points(group="vllm.general_plugins")

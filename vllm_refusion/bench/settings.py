@@ -8,7 +8,8 @@ from typing import Any
 
 from vllm_refusion.config import DecodingParams
 
-SIDES = ("stock", "refusion")
+# "plain" is ReFusion without fused passes.
+SIDES = ("stock", "plain", "refusion")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Settings:
 
     models: Mapping[str, str]
     presets: list[Preset]
-    sides: tuple[str, ...] = SIDES
+    sides: tuple[str, ...] = ("stock", "refusion")
     shape: str | None = None
     concurrency: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
     canvas_concurrency: list[int] = field(default_factory=lambda: [1])
@@ -97,7 +98,7 @@ class Settings:
         unknown = set(self.sides) - set(SIDES)
         if unknown or not self.sides:
             raise ValueError(f"--sides: {self.sides}, known are {', '.join(SIDES)}.")
-        if "refusion" in self.sides and not self.presets:
+        if set(self.sides) != {"stock"} and not self.presets:
             raise ValueError("--presets: the ReFusion side needs one, or --canvas.")
 
     @property
