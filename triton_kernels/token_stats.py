@@ -189,13 +189,15 @@ def _combine_tiles_kernel(
     best = tl.max(bests, axis=1)
     picked = tl.min(tl.where(bests == best[:, None], tokens, vocab), axis=1)
     logits = logits_ptr + row * logits_stride
-    picked_logit = tl.load(logits + picked, mask=used, other=_FLOOR).to(tl.float32)
+    picked_logit = tl.load(logits + picked, mask=used, other=0.0).to(tl.float32)
+    picked_logit = tl.where(used, picked_logit, maximum)
     tl.store(picked_ptr + row, picked, mask=used)
     picked_prob = tl.div_rn(tl.exp(picked_logit - maximum), total)
     tl.store(picked_prob_ptr + row, picked_prob, mask=used)
     given = tl.load(row_given_ptr + row, mask=used, other=-1)
     is_token = (given >= 0) & (given < vocab)
-    given_logit = tl.load(logits + given, mask=is_token, other=_FLOOR).to(tl.float32)
+    given_logit = tl.load(logits + given, mask=is_token, other=0.0).to(tl.float32)
+    given_logit = tl.where(is_token, given_logit, maximum)
     given_prob = tl.div_rn(tl.exp(given_logit - maximum), total)
     tl.store(given_prob_ptr + row, tl.where(is_token, given_prob, 0.0), mask=used)
 
