@@ -26,7 +26,7 @@ _LOG2_E = 1.4426950408889634
 def _work_of_program(
     query_start_loc_ptr, num_requests, work, BLOCK_Q: tl.constexpr, REQUESTS: tl.constexpr
 ):
-    """(split, request, tile of the request, its tiles) of the ``work``-th program of a KV head.
+    """(split, request, tile of the request) of the ``work``-th program of a KV head.
 
     A request of n rows owns cdiv(n, BLOCK_Q) tiles. First come the first splits of all tiles in the
     order of the requests, then the second splits and so on: splits that turn out to have nothing to
@@ -42,8 +42,7 @@ def _work_of_program(
     before = end_tile <= tile
     request = tl.sum(before.to(tl.int32), axis=0)
     first_tile = tl.max(tl.where(before, end_tile, 0), axis=0)
-    next_first = tl.min(tl.where(before, 2147483647, end_tile), axis=0)
-    return work // all_tiles, request, tile - first_tile, next_first - first_tile
+    return work // all_tiles, request, tile - first_tile
 
 
 @triton.jit
@@ -53,16 +52,6 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
         b = b.to(tl.float32)
     # "ieee" only concerns fp32, where the default would be TF32
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _page_of(table_ptr, start, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of every entry of the loop step at ``start``: one number if they share it."""
-    if PAGE % BLOCK_N == 0:
-        return tl.load(table_ptr + start // PAGE, mask=start < last, other=0)
-    else:
-        index = start + tl.arange(0, BLOCK_N)
-        return tl.load(table_ptr + index // PAGE, mask=index < last, other=0)
 
 
 @triton.jit
@@ -84,7 +73,11 @@ def _attend_range(
     """
     dims = tl.arange(0, HEAD_PADDED)
     # loaded one step ahead: K and V can then be requested two steps before they are needed
-    next_page = _page_of(table_ptr, first, last, PAGE, BLOCK_N)
+    if PAGE % BLOCK_N == 0:
+        next_page = tl.load(table_ptr + first // PAGE, mask=first < last, other=0)
+    else:
+        index = first + tl.arange(0, BLOCK_N)
+        next_page = tl.load(table_ptr + index // PAGE, mask=index < last, other=0)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         index = start + tl.arange(0, BLOCK_N)
         if MASKED:
@@ -97,7 +90,12 @@ def _attend_range(
             seen = tl.max(sees.to(tl.int32), axis=0) > 0
 
         page = next_page
-        next_page = _page_of(table_ptr, start + BLOCK_N, last, PAGE, BLOCK_N)
+        following = start + BLOCK_N
+        if PAGE % BLOCK_N == 0:
+            next_page = tl.load(table_ptr + following // PAGE, mask=following < last, other=0)
+        else:
+            following += tl.arange(0, BLOCK_N)
+            next_page = tl.load(table_ptr + following // PAGE, mask=following < last, other=0)
         if TMA:
             at = start % PAGE
             k = kv_desc.load([page, kv_head, at, 0]).reshape(BLOCK_N, HEAD_SIZE)
@@ -154,7 +152,7 @@ def _canvas_attention_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
     KV_HEADS: tl.constexpr = HEADS // GROUP
     kv_head = tl.program_id(0) % KV_HEADS
-    split, request, tile, tiles = _work_of_program(
+    split, request, tile = _work_of_program(
         query_start_loc_ptr, num_requests, tl.program_id(0) // KV_HEADS, BLOCK_Q, REQUESTS
     )
     # without any tile, request is past the last
@@ -166,7 +164,7 @@ def _canvas_attention_kernel(
 
     # the last rows of a prompt see the most: start with them
     lane = tl.arange(0, BLOCK_M)
-    row = (tiles - 1 - tile) * BLOCK_Q + lane // GROUP_PADDED
+    row = ((query_len - 1) // BLOCK_Q - tile) * BLOCK_Q + lane // GROUP_PADDED
     is_row = row < query_len
     token = (query_start + row).to(tl.int64)
 
@@ -186,10 +184,12 @@ def _canvas_attention_kernel(
     first = 0
     last = kv_end
     if SPLIT:
-        steps = tl.cdiv(kv_end, BLOCK_N)
+        steps = (kv_end + BLOCK_N - 1) // BLOCK_N
         parts = tl.maximum(tl.minimum(steps // min_steps, num_splits), 1)
-        steps_per_part = tl.cdiv(steps, parts)
-        parts = tl.maximum(tl.cdiv(steps, tl.maximum(steps_per_part, 1)), 1)
+        steps_per_part = (steps + parts - 1) // parts
+        # 9 steps in 4 parts of 3 are 3 parts
+        parts = (steps + steps_per_part - 1) // tl.maximum(steps_per_part, 1)
+        parts = tl.maximum(parts, 1)
         if split >= parts:
             return
         first = split * steps_per_part * BLOCK_N

@@ -139,7 +139,7 @@ def _token_stats_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tiles", "parts"],
+    do_not_specialize=["num_rows", "tiles", "parts"],
     do_not_specialize_on_alignment=[
         "row_position_ptr",
         "row_given_ptr",
@@ -165,34 +165,42 @@ def _combine_tiles_kernel(
     part_picked_ptr,  # [N, parts] int32
     logits_stride,
     vocab,
+    num_rows,
     tiles,
     parts,
     TILES_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One program per row. The sum's order depends on the tiles alone, not on the parts."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(row_position_ptr + row) < 0:
-        return
-    logits = logits_ptr + row * logits_stride
-    tile = tl.arange(0, TILES_PADDED)
-    maxima = tl.load(tile_maximum_ptr + row * tiles + tile, mask=tile < tiles, other=_FLOOR)
-    sums = tl.load(tile_sum_ptr + row * tiles + tile, mask=tile < tiles, other=0.0)
-    bests = tl.load(part_best_ptr + row * parts + tile, mask=tile < parts, other=float("-inf"))
-    tokens = tl.load(part_picked_ptr + row * parts + tile, mask=tile < parts, other=0)
+    """One program per ROWS rows. A sum's order depends on the tiles alone, not on the parts."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    used = tl.load(row_position_ptr + row, mask=row < num_rows, other=-1) >= 0
+    tile = tl.arange(0, TILES_PADDED)[None, :]
+    is_tile = used[:, None] & (tile < tiles)
+    is_part = used[:, None] & (tile < parts)
+    at_tile = row[:, None] * tiles + tile
+    at_part = row[:, None] * parts + tile
+    maxima = tl.load(tile_maximum_ptr + at_tile, mask=is_tile, other=_FLOOR)
+    sums = tl.load(tile_sum_ptr + at_tile, mask=is_tile, other=0.0)
+    bests = tl.load(part_best_ptr + at_part, mask=is_part, other=float("-inf"))
+    tokens = tl.load(part_picked_ptr + at_part, mask=is_part, other=0)
 
-    maximum = tl.max(maxima, axis=0)
-    total = tl.sum(sums * tl.exp(maxima - maximum), axis=0)
-    picked = tl.min(tl.where(bests == tl.max(bests, axis=0), tokens, vocab), axis=0)
-    picked_logit = tl.load(logits + picked).to(tl.float32)
-    tl.store(picked_ptr + row, picked)
-    tl.store(picked_prob_ptr + row, tl.div_rn(tl.exp(picked_logit - maximum), total))
-    given = tl.load(row_given_ptr + row)
-    given_prob = 0.0
-    if given >= 0:
-        if given < vocab:
-            given_logit = tl.load(logits + given).to(tl.float32)
-            given_prob = tl.div_rn(tl.exp(given_logit - maximum), total)
-    tl.store(given_prob_ptr + row, given_prob)
+    maximum = tl.max(maxima, axis=1)
+    total = tl.sum(sums * tl.exp(maxima - maximum[:, None]), axis=1)
+    total = tl.where(used, total, 1.0)
+    best = tl.max(bests, axis=1)
+    picked = tl.min(tl.where(bests == best[:, None], tokens, vocab), axis=1)
+    logits = logits_ptr + row * logits_stride
+    picked_logit = tl.load(logits + picked, mask=used, other=0.0).to(tl.float32)
+    picked_logit = tl.where(used, picked_logit, maximum)
+    tl.store(picked_ptr + row, picked, mask=used)
+    picked_prob = tl.div_rn(tl.exp(picked_logit - maximum), total)
+    tl.store(picked_prob_ptr + row, picked_prob, mask=used)
+    given = tl.load(row_given_ptr + row, mask=used, other=-1)
+    is_token = (given >= 0) & (given < vocab)
+    given_logit = tl.load(logits + given, mask=is_token, other=0.0).to(tl.float32)
+    given_logit = tl.where(is_token, given_logit, maximum)
+    given_prob = tl.div_rn(tl.exp(given_logit - maximum), total)
+    tl.store(given_prob_ptr + row, tl.where(is_token, given_prob, 0.0), mask=used)
 
 
 def token_stats(
@@ -268,10 +276,11 @@ def token_stats(
         logits.stride(0), vocab, num_stop_ids, mask_token_id, tiles, parts, tiles_per_part,
         BLOCK=block, num_warps=max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD)),
     )  # fmt: skip
-    _combine_tiles_kernel[(rows,)](
+    rows_at_once = 1 if logits.is_cuda else triton.next_power_of_2(rows)
+    _combine_tiles_kernel[(triton.cdiv(rows, rows_at_once),)](
         logits, row_position, row_given, *out, maximum, total, best, token,
-        logits.stride(0), vocab, tiles, parts,
-        TILES_PADDED=triton.next_power_of_2(tiles), num_warps=1,
+        logits.stride(0), vocab, rows, tiles, parts,
+        TILES_PADDED=triton.next_power_of_2(tiles), ROWS=rows_at_once, num_warps=1,
     )  # fmt: skip
     return out
 
