@@ -22,6 +22,14 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "ReFusionLlamaForCausalLM",
 }
 DEFAULT_CANVAS = 256
+CAPTURE_SIZES = (
+    *(1, 2, 4),
+    *range(8, 64, 8),
+    *range(64, 256, 16),
+    *range(256, 512, 32),
+    *range(512, 1024, 64),
+    *range(1024, 2048 + 1, 128),
+)
 MAX_REQUESTS = 256
 # Sampling defaults of a generation config that ReFusion cannot honour yet.
 UNSUPPORTED_DEFAULTS = (
@@ -159,6 +167,7 @@ class ReFusionConfig:
         """
         from vllm.config import CUDAGraphMode
         from vllm.config.diffusion import DiffusionConfig
+        from vllm.platforms import current_platform
 
         refuse_unsupported_options(vllm_config)
         fuses_passes(vllm_config)
@@ -202,9 +211,18 @@ class ReFusionConfig:
             )  # fmt: skip
             scheduler.max_num_seqs = limit
 
+        # Graphs of wide steps too: without one they wait for the host to launch their kernels.
+        compilation = vllm_config.compilation_config
+        graphs = current_platform.is_cuda_alike() and not model_config.enforce_eager
+        if graphs and compilation.cudagraph_capture_sizes is None:
+            widest = min(
+                budget,
+                scheduler.max_num_seqs * canvas,
+                compilation.max_cudagraph_capture_size or CAPTURE_SIZES[-1],
+            )
+            compilation.cudagraph_capture_sizes = [n for n in CAPTURE_SIZES if n <= widest]
         # Steps of every mix of canvases and prompts replay FULL graphs: the attention kernel's
         # grid depends on padded sizes only, and canvas widths differ between requests.
-        compilation = vllm_config.compilation_config
         if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
             compilation.cudagraph_mode = CUDAGraphMode.FULL
         if model_config.get_vocab_size() <= canvas:

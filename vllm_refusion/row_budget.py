@@ -9,6 +9,7 @@ the device. Nothing here waits for the step that is running.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 
-from vllm_refusion.integration import fuses_passes
+from vllm_refusion.integration import CAPTURE_SIZES, fuses_passes
 from vllm_refusion.riders import MAX_PRICE, NO_RIDERS, Speculation
 from vllm_refusion.triton_kernels.allocation_reference import TOTALS
 
@@ -28,10 +29,12 @@ logger = logging.getLogger("vllm.refusion")
 MEASURED_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 1024, 2048)
 REPETITIONS = 3
 
-# Before any measurement: a pass of up to so many rows costs no more than one of a single row.
-DEFAULT_FREE_ROWS = 128
 # The cheapest pass may be exceeded by this much and still count as free.
 FREE_SLACK = 1.06
+# What a request's riders are worth beside its pass itself.
+RIDERS_WORTH = 0.5
+STEPS_REMEMBERED = 64
+ROWS_APART = 256  # sizes of a step beyond those of the graphs
 # Riders are worth a few rows even where rows are all that counts: a saved pass saves its sampling.
 LEAST_PRICE = 4
 
@@ -56,9 +59,19 @@ class PassCost:
 
     @property
     def rows_per_pass(self) -> float:
-        (rows, ms), (more_rows, more_ms) = list(zip(self.rows, self.milliseconds))[-2:]
-        slope = max(more_ms - ms, 1e-6) / (more_rows - rows)
-        return self.milliseconds[0] / slope
+        more_rows = self.rows[-1] - self.free_rows
+        slope = (self.milliseconds[-1] - self.milliseconds[0]) / max(more_rows, 1)
+        return self.milliseconds[0] / slope if slope > 0 else MAX_PRICE
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Milliseconds of passes of so many rows; the last line goes on beyond the last point."""
+        within = np.interp(rows, self.rows, self.milliseconds)
+        slope = self.milliseconds[-1] / self.rows[-1]
+        return within + slope * np.maximum(rows - self.rows[-1], 0)
+
+
+# Where nothing is measured, on a CPU.
+ASSUMED_COST = PassCost((1, 128, 1024), (1.0, 1.0, 3.0))
 
 
 def measure_passes(runner: Any) -> PassCost | None:
@@ -110,7 +123,7 @@ class RowBudget:
         self.operations = model_state.operations
         self.req_states = model_state.req_states
         self.query_start_loc = query_start_loc
-        self.sizes = sizes
+        self.sizes = sizes or list(CAPTURE_SIZES)
         self.riders = fuses_passes(model_state.vllm_config)
         self.cost = model_state.pass_cost
         self.speculation = NO_RIDERS
@@ -121,7 +134,8 @@ class RowBudget:
         self._totals_host = torch.zeros(TOTALS, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._decoding = 0  # requests that the totals on the host are of; 0: no totals
-        self._mean = self._deviation = 0.0  # rows that a request needs
+        # Rows that a request needed, without and with riders, in the last steps.
+        self._recent: deque[np.ndarray] = deque(maxlen=STEPS_REMEMBERED)
         self._step = 0
         self._rows = 0
 
@@ -191,28 +205,26 @@ class RowBudget:
             return
         if self._copied is not None:
             self._copied.synchronize()
-        mean = int(self._totals_host[0]) / self._decoding
-        weight = min(1.0, self._decoding / 32) if self._mean else 1.0
-        self._deviation += weight * 0.25 * (abs(mean - self._mean) - self._deviation)
-        self._mean += weight * 0.25 * (mean - self._mean) if self._mean else mean
+        self._recent.append(self._totals_host.numpy() / self._decoding)
 
     def _choose(self, decoding: int, scheduled: int) -> int:
-        """Decode rows of a step in which so many requests decode."""
-        free = self._free_rows()
-        wanted = scheduled
-        if scheduled > free and self._mean:
-            wanted = max(free, round(decoding * (self._mean + self._deviation) * 1.05))
-        padded = next((size for size in self.sizes if size >= wanted), -(-wanted // 16) * 16)
-        return min(padded, scheduled)
+        """Decode rows of a step in which so many requests decode, of so many scheduled rows.
 
-    def _free_rows(self) -> int:
-        return self.cost.free_rows if self.cost else DEFAULT_FREE_ROWS
+        The size that would have served requests of late best for its time. A request served without
+        its riders counts less than one with them.
+        """
+        if not self._recent or decoding == 0:
+            return scheduled
+        wide = range(self.sizes[-1] + ROWS_APART, scheduled, ROWS_APART)
+        sizes = np.array([*(n for n in (*self.sizes, *wide) if n < scheduled), scheduled])
+        needed, wanted = decoding * np.maximum(np.array(self._recent).T[:, None], 1e-3)
+        served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
+        riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
+        value = (served * (1 + RIDERS_WORTH * riders)).mean(axis=1)
+        cost = (self.cost or ASSUMED_COST).of(sizes)
+        return int(sizes[np.argmin(cost / np.maximum(value, 1e-9))])
 
     def _speculate(self, decoding: int) -> Speculation:
-        free = self._free_rows()
-        fixed = self.cost.rows_per_pass if self.cost else free
-        if self._mean * decoding > free:  # rows are what counts
-            return Speculation(0, LEAST_PRICE)
-        return Speculation(
-            free // decoding, int(min(max(fixed / decoding, LEAST_PRICE), MAX_PRICE))
-        )
+        cost = self.cost or ASSUMED_COST
+        price = min(max(cost.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
+        return Speculation(cost.free_rows // max(decoding, 1), int(price))
