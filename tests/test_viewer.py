@@ -337,8 +337,8 @@ def test_nothing_is_wider_than_the_screen_and_text_is_readable(show, width, sche
       const visible = "#response .token:not(.masked, .dropped)";
       return [...document.querySelectorAll(visible)].map((span) => {
         const style = getComputedStyle(span);
-        let ground = style.backgroundColor;
-        if (ground === "rgba(0, 0, 0, 0)") ground = getComputedStyle(span.parentNode).backgroundColor;
+        const own = style.backgroundColor, clear = "rgba(0, 0, 0, 0)";
+        const ground = own === clear ? getComputedStyle(span.parentNode).backgroundColor : own;
         const [a, b] = [light(style.color), light(ground)].sort((x, y) => y - x);
         return (a + 0.05) / (b + 0.05);
       });

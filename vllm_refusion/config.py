@@ -118,5 +118,5 @@ def expand_preset(values: Mapping[str, Any]) -> dict[str, Any]:
         return own
     name = values["preset"]
     if not isinstance(name, str) or name not in PRESETS:
-        raise ParameterError("preset", name, f"known presets are {', '.join(PRESETS)}")
+        raise ParameterError("preset", name, f"allowed presets are {', '.join(PRESETS)}")
     return vars(PRESETS[name]) | own

@@ -106,8 +106,9 @@ def describe_pass(
         isolated = any(status == Status.ACCEPTED for _, _, _, status in fed)
         tests = []
         for row, position, token, _ in tested:
-            # the row before gives the probability; a slot's first token is accepted without one
-            probability = rows.given_prob[row - 1] if row and position % size else None
+            # accepted untested: a slot's first token, then its first proposal of each round
+            first = position % size == 0 or before.status_at(position - 1) == Status.ACCEPTED
+            probability = None if first else rows.given_prob[row - 1]
             tests.append([position, token, _rounded(probability), accepted(position)])
         operations.append({"kind": "infill_verify" if isolated else "verify", "tests": tests})
     if predicted:
