@@ -1,21 +1,36 @@
-"""The command ``vllm-refusion``."""
+"""The command ``vllm-refusion``. A subcommand is a module with HELP, add_arguments and run."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Sequence
 
-from vllm_refusion.viewer import command as viewer
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="vllm-refusion", description="Tools for ReFusion models.")
-    subparsers = parser.add_subparsers(required=True, metavar="command")
-    viewer.add_parser(subparsers)
-    args = parser.parse_args(arguments)
-    return args.run(args)
+COMMANDS = {
+    "trace": "vllm_refusion.viewer.trace_command",
+    "view": "vllm_refusion.viewer.view_command",
+}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; importing their modules must be cheap."""
+    parser = argparse.ArgumentParser(prog="vllm-refusion", description="ReFusion on vLLM: tools.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, path in COMMANDS.items():
+        module = importlib.import_module(path)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a subcommand; exits with 2 on bad arguments and 1 on failures that it reports."""
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        code = chosen.run(chosen)
+    except ValueError as error:
+        parser.exit(2, f"vllm-refusion {chosen.command}: {error}\n")
+    sys.exit(code or 0)

@@ -198,13 +198,13 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a trace.
 
     Raises:
-        SystemExit: the file is not a trace of this version.
+        ValueError: the file is not a trace of this version.
     """
     try:
-        trace = json.loads(path.read_text())
+        trace = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     found = (trace.get("format"), trace.get("version")) if isinstance(trace, dict) else None
     if found != (FORMAT, VERSION):
-        raise SystemExit(f"{path} is not a {FORMAT} of version {VERSION}")
+        raise ValueError(f"{path} is not a {FORMAT} of version {VERSION}")
     return trace
