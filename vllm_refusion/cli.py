@@ -34,3 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"vllm-refusion {chosen.command}: {error}\n")
     sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()
