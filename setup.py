@@ -35,7 +35,13 @@ setup(
         "gpu": ["vllm>=0.32,<0.33"],
         # The terminal view and pictures. What vLLM requires itself includes Pillow.
         "view": ["rich>=13", "pillow>=11"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "rich>=13"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "rich>=13",
+            "ruff==0.17.*",
+        ],
         # With Debian's chromium beside it: tests of the viewer's page.
         "browser": ["playwright>=1.50"],
     },

@@ -70,8 +70,10 @@ def _passes(tokens: list[int], size: int, length: int, rng: random.Random) -> An
             drafts = [[p, WRONG if bad and p % size else right(p), 0.5] for p in positions(chosen)]
             yield one(len(left) * size, {"kind": "plan", "slots": slots, "drafts": drafts})
             commits = [[p, right(p)] for p in positions(chosen)]
+            passed = [p % size == 0 or not bad for p, _, _ in drafts]
             tests = [
-                [p, t, 0.1 if p % size else None, not (bad and p % size)] for p, t, _ in drafts
+                [p, t, (0.9 if good else 0.1) if p % size else None, good]
+                for (p, t, _), good in zip(drafts, passed)
             ]
             verify = {"kind": "verify", "tests": tests}
             if bad:

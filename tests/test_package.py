@@ -57,9 +57,11 @@ print(json.dumps([importlib.util.find_spec("triton_kernels") is None, kernels.__
 FORBIDDEN_IMPORTS = {
     "vllm_refusion": ["torch", "triton", "vllm"],
     "vllm_refusion.triton_cpu_stub": ["torch", "triton", "vllm"],
+    "vllm_refusion.cli": ["torch", "triton", "vllm"],
+    "vllm_refusion.viewer.page": ["torch", "triton", "vllm"],
     **{
         f"vllm_refusion.{name}": ["triton", "vllm"]
-        for name in ("config", "noise", "decoding", "reference")
+        for name in ("config", "noise", "decoding", "reference", "trace")
         if (PACKAGE / f"{name}.py").exists()
     },
 }

@@ -3,7 +3,7 @@
 const requests = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const NEVER = "\u2007\u2007\u2007"; // what a position that never got a token takes up
-let request, spans, twinSpans, moments, time, playing, cursor, shown, twinShown;
+let request, spans, texts, names, twinSpans, moments, time, playing, cursor, shown, twinShown;
 
 const hue = (round) => (round * 137.5) % 360;
 const seconds = (value) => `${value.toFixed(value < 10 ? 2 : 1)} s`;
@@ -46,6 +46,7 @@ function open(index) {
   const size = request.parameters.slot_size;
   const settled = request.positions.map((p) => p.e.findLast((e) => e[1] === "committed"));
   request.final = settled.map((event) => (event ? event[2] : NEVER));
+  request.positions.forEach((p, i) => { p.committed = settled[i] ? settled[i][0] : Infinity; });
   spans = makeSpans($("response"), request.positions.length, (span, i) => {
     span.textContent = request.final[i];
     span.dataset.i = i;
@@ -53,6 +54,8 @@ function open(index) {
     span.dataset.base = i % size === 0 ? "token slot" : "token";
     span.className = `${span.dataset.base} masked`;
   });
+  texts = [...request.final];
+  names = [];
   const twin = request.autoregressive;
   $("twin").hidden = !twin;
   twinSpans = [];
@@ -64,8 +67,10 @@ function open(index) {
     });
   }
   const ends = request.passes.map((pass) => pass.end);
-  const after = twin ? twin.seconds.filter((s) => s > ends.at(-1)) : [];
-  moments = [0, ...ends, ...new Set(after)];
+  const after = twin ? [...new Set(twin.seconds.filter((s) => s > ends.at(-1)))] : [];
+  // the twin's rest must not crowd the passes out of the slider
+  const stride = Math.ceil(after.length / Math.max(20, ends.length)) || 1;
+  moments = [0, ...ends, ...after.filter((_, i) => (after.length - 1 - i) % stride === 0)];
   $("slider").max = moments.length - 1;
   $("summary").textContent = `${request.model}: ${request.summary}.`;
   $("prompt").textContent = request.prompt;
@@ -105,11 +110,11 @@ function showPass(pass) {
     const event = eventAt(position, pass);
     const state = event ? event[1] : "masked";
     const text = event && event[2] && state !== "masked" ? event[2] : request.final[i];
-    if (spans[i].textContent !== text) spans[i].textContent = text;
+    if (texts[i] !== text) spans[i].textContent = texts[i] = text;
     const fresh = state === "committed" && event[0] === pass ? " fresh" : "";
     const cut = state === "committed" && i >= request.delivered ? " cut" : "";
     const name = `${spans[i].dataset.base} ${state}${fresh}${cut}${i === cursor ? " cursor" : ""}`;
-    if (spans[i].className !== name) spans[i].className = name;
+    if (names[i] !== name) spans[i].className = names[i] = name;
     if (state === "committed" && i < request.delivered) committed++;
     else if (frontier === null && state !== "dropped" && state !== "cut") frontier = i;
   });
@@ -121,8 +126,11 @@ function showPass(pass) {
       `${now.committed.length} committed · ${seconds(now.end)}`
     : `${number} · everything is masked`;
   if (previous >= 0 && frontier !== null) {
-    const box = $("response"), top = spans[frontier].offsetTop;
-    if (top > box.scrollTop + box.clientHeight - 60 || top < box.scrollTop) box.scrollTop = top - 30;
+    requestAnimationFrame(() => {
+      const box = $("response"), top = spans[frontier]?.offsetTop;
+      const outside = top > box.scrollTop + box.clientHeight - 60 || top < box.scrollTop;
+      if (outside) box.scrollTop = top - 30;
+    });
   }
   if (cursor !== null) inspect(cursor);
   draw();
@@ -131,16 +139,20 @@ function showPass(pass) {
 // --- one token -----------------------------------------------------------------------------------
 
 function inspect(i) {
-  if (cursor !== null && spans[cursor]) spans[cursor].classList.remove("cursor");
+  if (cursor !== null) {
+    spans[cursor].classList.remove("cursor");
+    names[cursor] = "";
+  }
   cursor = i;
   spans[i].classList.add("cursor");
   const position = request.positions[i], size = request.parameters.slot_size;
   const event = eventAt(position, shown);
   const past = position.e.filter((e) => e[0] <= shown);
   const last = (state) => past.findLast((e) => e[1] === state);
+  names[i] = "";
   const parts = [`position ${i}`, `slot ${Math.floor(i / size)}`];
   const [draft, accepted, done] = ["draft", "accepted", "committed"].map(last);
-  parts.push(event ? `${event[1]} “${event[2]}”` : "masked");
+  parts.push(event ? `${event[1]} “\u2068${event[2]}\u2069”` : "masked");
   if (draft) parts.push(`drafted in pass ${draft[0]} with certainty ${percent(draft[3])}`);
   if (accepted) {
     const test = accepted[3] === null ? "without a test" : `at ${percent(accepted[3])}`;
@@ -236,7 +248,7 @@ function drawOrder() {
     context.fillRect(x(position.kv), y(i) - (size - dot) / 2, Math.max(size, wide / total), size);
     context.fillRect(x(position.kv), height - EDGE.bottom - strip, Math.max(1, wide / total + 0.3), strip);
   };
-  const isThere = (position) => position.e.some((e) => e[1] === "committed" && e[0] <= shown);
+  const isThere = (position) => position.committed <= shown;
   positions.forEach((position, i) => {
     if (isThere(position)) mark(position, i, at.fill(position.r), dot);
   });

@@ -24,7 +24,12 @@ def record(llm: LLM, prompts: Sequence[str], sampling: SamplingParams, chat: boo
         llm: a ReFusion model with its tokenizer, started with the options ``TRACING``.
         prompts: user messages for the chat template, or plain text without ``chat``.
         sampling: of every prompt; ``trace`` is added to its ``extra_args``.
+
+    Raises:
+        ValueError: ``sampling`` asks for several answers to a prompt.
     """
+    if sampling.n != 1:
+        raise ValueError(f"n={sampling.n}: a trace has one response to a prompt")
     tokenizer = llm.get_tokenizer()
     sampling = sampling.clone()
     sampling.extra_args = {**(sampling.extra_args or {}), "trace": True}
