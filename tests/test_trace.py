@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 from simulated_engine import Operations, Request, SimulatedEngine, Weather
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
@@ -15,8 +17,11 @@ from vllm import SamplingParams, TokensPrompt
 import conformance
 from engine import engine
 from vllm_refusion.config import DecodingParams
+from vllm_refusion.decoding import Field, Phase, Status
 from vllm_refusion.reference import decode
-from vllm_refusion.trace import MAX_KEPT, Recorder
+from vllm_refusion.state import ReFusionModelState
+from vllm_refusion.trace import MAX_KEPT, Recorder, Rows, Snapshot, describe_pass
+from vllm_refusion.triton_kernels.dispatch import operations as operations_of
 from vllm_refusion.triton_kernels.stats_reference import token_stats_reference
 from vllm_refusion.triton_kernels.transition_reference import (
     layout_reference,
@@ -125,6 +130,90 @@ def test_untraced_requests_are_left_alone(model):
     calls = []
     recorder.around(lambda state, idx_mapping: calls.append(idx_mapping))(state, None)
     assert calls == [None] and recorder.take() == []
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
+    """Elsewhere the sampler calls the transition itself."""
+    made = object.__new__(ReFusionModelState)
+    original = operations_of(torch.device("cpu"))
+    config = SimpleNamespace(
+        additional_config={"refusion_trace": True} if enabled else {},
+        diffusion_config=SimpleNamespace(canvas_length=8),
+    )
+    vars(made).update(
+        vllm_config=config,
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(mask_token_id=9),
+            get_vocab_size=lambda: 10,
+            max_model_len=16,
+        ),
+        max_num_reqs=2,
+        slack=16,
+        device=torch.device("cpu"),
+        operations=original,
+        recorder=None,
+        model=None,
+        dtype=torch.float32,
+    )
+    states = SimpleNamespace(draft_tokens=torch.zeros(2, 8, dtype=torch.int64))
+    sampler, _ = made.custom_sampler(SimpleNamespace(req_states=states))
+    assert (sampler.operations.transition is original.transition) is not enabled
+    assert (made.recorder is None) is not enabled
+
+
+def snapshot(phase, statuses, rows, order=(), response=(), limit=16, block_start=0):
+    """State of a request with slots of 2 in blocks of 4; ``rows`` are (position, token)."""
+    ints = [0] * len(Field)
+    values = {
+        Field.PHASE: phase,
+        Field.SLOT_SIZE: 2,
+        Field.BLOCK_LENGTH: 4,
+        Field.BLOCK_START: block_start,
+        Field.LIMIT: limit,
+        Field.COMMITTED: len(order),
+        Field.ROWS: len(rows),
+    }
+    for field, value in values.items():
+        ints[field] = value
+    positions, tokens = zip(*rows) if rows else ((), ())
+    return Snapshot(
+        ints, list(statuses), list(positions), list(tokens), list(response), list(order)
+    )
+
+
+MASK = 99
+M, C, A, K = Status.MASKED, Status.CHOSEN, Status.ACCEPTED, Status.COMMITTED
+FUSED = {  # statuses after the pass, positions it committed
+    "plan counts": ((K, K, C, C), (0, 1)),
+    "plan is void: the drafts failed": ((A, C, M, M), ()),
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_a_pass_may_verify_and_plan(case):
+    """Drafts of slot 0 and masks of slot 1 in one pass: two operations of one pass."""
+    statuses, order = FUSED[case]
+    before = snapshot(Phase.VERIFY, (C, C, M, M), [(0, 5), (1, 6), (2, MASK), (3, MASK)])
+    after = snapshot(Phase.VERIFY, statuses, [], order, (5, 6))
+    rows = Rows([0, 0, 7, 8], [0.0, 0.0, 0.95, 0.6], [0.8, 0.0, 0.0, 0.0])
+    verify, plan = describe_pass(before, after, rows, MASK)["operations"]
+    kept = bool(order)
+    assert verify == {"kind": "verify", "tests": [[0, 5, None, True], [1, 6, 0.8, kept]]}
+    assert plan["slots"] == [{"start": 2, "certainty": 0.95, "chosen": kept}]
+    assert plan["drafts"] == ([[2, 7, 0.95], [3, 8, 0.6]] if kept else [])
+
+
+def test_a_pass_may_verify_and_plan_the_next_block():
+    before = snapshot(
+        Phase.VERIFY, (K, K, C, C), [(2, 5), (3, 6), (4, MASK), (5, MASK)], (0, 1), (1, 2)
+    )
+    after = snapshot(Phase.VERIFY, (C, C, M, M), [], (0, 1, 2, 3), (1, 2, 5, 6), block_start=4)
+    rows = Rows([0, 0, 7, 8], [0.0, 0.0, 0.95, 0.6], [0.8, 0.0, 0.0, 0.0])
+    described = describe_pass(before, after, rows, MASK)
+    assert [operation["kind"] for operation in described["operations"]] == ["verify", "plan"]
+    assert described["committed"] == [[2, 5], [3, 6]]
+    assert described["operations"][1]["drafts"] == [[4, 7, 0.95], [5, 8, 0.6]]
 
 
 def test_old_recordings_are_dropped(model):
