@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_refusion.viewer.record import FORMAT, VERSION
 
+ENGLISH = ["The ", "quick ", "brown ", "fox\n", "jumps ", "over ", "the ", "lazy ", "dog", "."] * 4
 WRONG = 1  # a token that drafts get wrong
 
 

@@ -9,6 +9,7 @@ The time that takes is kept out of the passes' durations. ``docs/trace.md`` desc
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def describe_pass(
     masks = [entry for entry in fed if entry[2] == mask_token_id]
     planned = [entry for entry in masks if entry[3] == Status.MASKED]
     predicted = [entry for entry in masks if entry[3] != Status.MASKED]
-    tested = [entry for entry in fed if entry not in masks and entry[3] == Status.CHOSEN]
+    tested = [e for e in fed if e[2] != mask_token_id and e[3] == Status.CHOSEN]
     operations: list[dict[str, Any]] = []
     if tested:
         isolated = any(status == Status.ACCEPTED for _, _, _, status in fed)
@@ -130,7 +131,10 @@ def describe_pass(
 
 
 def _rounded(probability: float | None) -> float | None:
-    return None if probability is None else round(probability, 6)
+    if probability is None:
+        return None
+    # JSON has no NaN, which passes no threshold either
+    return 0.0 if math.isnan(probability) else round(probability, 6)
 
 
 class Recorder:
