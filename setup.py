@@ -44,11 +44,12 @@ setup(
         ],
         # With Debian's chromium beside it: tests of the viewer's page.
         "browser": ["playwright>=1.50"],
+        "bench": ["matplotlib>=3.8"],
     },
     entry_points={
+        "console_scripts": ["vllm-refusion = vllm_refusion.cli:main"],
         "vllm.general_plugins": ["refusion = vllm_refusion:register"],
         "triton.backends": ["cpu = vllm_refusion.triton_cpu_stub"],
-        "console_scripts": ["vllm-refusion = vllm_refusion.cli:main"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

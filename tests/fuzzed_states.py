@@ -7,22 +7,16 @@ import random
 import torch
 
 from vllm_refusion.decoding import DecodeState, Field, Phase, Status
+from vllm_refusion.riders import Speculation
+from vllm_refusion.triton_kernels.transition_reference import compose_reference
 
 MASK_TOKEN_ID = 23
 POISON = 1_000_003  # where nobody may look
 
 PROBABILITIES = (0.0, 0.25, 0.5, 0.75, 1.0)  # few values, so that thresholds are hit exactly
 TOKENS = 6  # so few that EOS is everywhere
-INFILL = (Phase.PREDICT, Phase.INFILL_VERIFY)
-DECODING = (Phase.PLAN, Phase.VERIFY, *INFILL)
+DECODING = (Phase.PLAN, Phase.VERIFY, Phase.INFILL)
 FUZZED = (Phase.IDLE, Phase.PREFILL, *DECODING, Phase.REPLAY, Phase.DONE)
-
-MEMBERS = {
-    Phase.PLAN: (Status.MASKED,),
-    Phase.VERIFY: (Status.CHOSEN,),
-    Phase.PREDICT: (Status.CHOSEN, Status.ACCEPTED),
-    Phase.INFILL_VERIFY: (Status.CHOSEN, Status.ACCEPTED),
-}
 
 
 class Fuzz:
@@ -58,6 +52,10 @@ class Fuzz:
     def probability(self) -> float:
         return self.rng.choice([*PROBABILITIES, self.rng.random()])
 
+    def speculation(self) -> Speculation:
+        free = self.rng.choice((0, 0, self.rng.randint(0, 200), 1000))
+        return Speculation(free, self.rng.choice((0, 0, 30, 1000)))
+
     def request(self, slot: int, phase: Phase) -> tuple[int, int]:
         """Puts a request in ``phase`` into ``slot``; its rows in the pass and in the logits."""
         rng, state, width = self.rng, self.state, self.state.canvas_length
@@ -70,16 +68,11 @@ class Fuzz:
         # an idle slot still holds what the request before left there
         suspended = phase in (Phase.IDLE, Phase.PREFILL, Phase.REPLAY)
         resume = rng.choice((Phase.START, *DECODING, Phase.DONE) if suspended else (phase,))
-        if size == 1 and resume in INFILL:  # a single token is never infilled
+        if size == 1 and resume == Phase.INFILL:  # a single token is never infilled
             resume = Phase.VERIFY
         status, limit = self.block(resume, size, length)
-        members = [p for p, s in enumerate(status) if s in MEMBERS.get(resume, ())]
-        if resume == Phase.PREDICT:  # complete slots do not take part
-            incomplete = {p // size for p in members if status[p] == Status.CHOSEN}
-            members = [p for p in members if p // size in incomplete]
         state.status[slot] = torch.tensor(status)
-        state.row_position[slot] = -1
-        state.row_position[slot, : len(members)] = torch.tensor(members) + block_start
+        state.confidence[slot] = torch.tensor([self.probability() for _ in range(width)])
         state.slot_threshold[slot] = rng.choice(PROBABILITIES)
         state.token_threshold[slot] = rng.choice(PROBABILITIES)
         state.order[slot] = torch.tensor(rng.sample(range(state.max_response), state.max_response))
@@ -103,13 +96,24 @@ class Fuzz:
             Field.LIMIT: budget if limit is None else block_start + limit,
             Field.EMITTED: emitted,
             Field.COMMITTED: committed,
-            Field.ROWS: len(members),
+            Field.ROWS: 0,
+            Field.CANVAS: 0,
             Field.DRAW: rng.randrange(100),
             Field.PASSES: rng.randrange(100),
         }
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL
         state.ints[slot] = torch.tensor([fields[name] for name in Field])
+        if resume == Phase.START:
+            first = min(block_length, budget)
+            state.ints[slot, [Field.ROWS, Field.CANVAS]] = first
+            state.row_position[slot] = -1
+            state.row_position[slot, :first] = torch.arange(first).int()
+        else:
+            state.ints[slot, Field.PHASE] = resume
+            compose_reference(state, slot, self.speculation())
+            state.ints[slot, Field.PHASE] = fields[Field.PHASE]
+        needed, canvas = state.ints[slot, [Field.ROWS, Field.CANVAS]].tolist()
 
         again = rng.randint(0, committed)
         self.prefill_len[slot] = prompt_len + again
@@ -117,14 +121,15 @@ class Fuzz:
         if phase == Phase.PREFILL:
             self.num_computed[slot] = computed = rng.randrange(prompt_len + again)
             left = prompt_len + again - computed
-            return rng.choice((left, rng.randint(1, left))), 0
+            beyond = rng.choice((0, needed, rng.randint(0, width)))
+            return rng.choice(((left + beyond, beyond), (rng.randint(1, left), 0)))
         if phase == Phase.REPLAY:
             self.num_computed[slot] = prompt_len + rng.randrange(committed)
             rows = rng.randint(1, width)
         elif rng.random() < 0.1:
-            rows = rng.randint(0, max(0, len(members) - 1))
+            rows = rng.randint(0, max(0, needed - 1))
         else:
-            rows = rng.choice((len(members), rng.randint(len(members), width)))
+            rows = rng.choice((needed, canvas, rng.randint(needed, width)))
         return rows, rows
 
     def block(self, phase: Phase, size: int, length: int) -> tuple[list[int], int | None]:
@@ -141,16 +146,18 @@ class Fuzz:
         if kinds:
             of_slot[needed] = kinds[0]
         status = [s for s in of_slot for _ in range(size)]
-        if phase in INFILL:
+        if phase == Phase.INFILL:
             for index, kind in enumerate(of_slot):
                 if kind == Status.CHOSEN:
                     done = rng.randint(1, size - 1 if index == needed else size)
-                    status[index * size : index * size + done] = [Status.ACCEPTED] * done
+                    slot = slice(index * size, index * size + size)
+                    kind = rng.choice((Status.CHOSEN, Status.BLANK))
+                    status[slot] = [Status.ACCEPTED] * done + [kind] * (size - done)
         limit = None
         if needed + 1 < count and rng.random() < 0.3:
             limit = rng.randint((needed + 1) * size + 1, length)
             ending = (limit - 1) // size * size
-            accepted = phase in INFILL and rng.random() < 0.5
+            accepted = phase == Phase.INFILL and rng.random() < 0.5
             kind = Status.ACCEPTED if accepted else Status.COMMITTED
             status[ending:limit] = [kind] * (limit - ending)
             status[limit:] = [

@@ -17,6 +17,7 @@ import torch
 
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.decoding import DecodeState, Field, Phase
+from vllm_refusion.riders import Speculation
 
 # What nobody may look at: outputs before they are written, rows that are not used.
 POISON = 1_000_003
@@ -57,6 +58,7 @@ class Weather:
         lose: chance that the tokens of a step are lost since its request is preempted at once.
         abort: chance that a request is aborted.
         strangers: chance that an idle slot takes part in a step.
+        riders: chance that canvases take riders, of a random choice, and get rows for them.
     """
 
     chunk: int = 64
@@ -67,6 +69,7 @@ class Weather:
     lose: float = 0.0
     abort: float = 0.0
     strangers: float = 0.0
+    riders: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -198,9 +201,14 @@ class SimulatedEngine:
         left = len(job.prefill) - int(self.num_computed[job.slot])
         if left > 0:
             chunk = self.weather.chunk
-            return min(left, self.random.randint(1, chunk) if self.weather.ragged else chunk)
+            width = min(left, self.random.randint(1, chunk) if self.weather.ragged else chunk)
+            if width == left and self._chance(self.weather.riders):
+                width += self.random.randint(1, self.state.canvas_length)
+            return width
         params = job.request.params
         width = min(params.block_length, params.budget(job.request.max_tokens) - len(job.output))
+        if self._chance(self.weather.riders):
+            width = self.random.randint(width, self.state.canvas_length)
         return self.random.randint(1, width) if self._chance(self.weather.truncate) else width
 
     def _step(self) -> None:
@@ -227,9 +235,11 @@ class SimulatedEngine:
             prefilling = job is not None and computed < len(job.prefill)
             if prefilling:
                 tokens = torch.tensor(job.prefill[computed : computed + width])
+                beyond = width - len(tokens)
+                tokens = torch.cat((tokens, state.canvas_token[slot, :beyond]))
             input_ids[start : start + width] = tokens
             slot_mappings[:, start : start + width] = torch.arange(computed, computed + width)
-            logit_rows.append(0 if prefilling else width)
+            logit_rows.append(beyond if prefilling else width)
         logits_start = _starts(logit_rows)
 
         positions = torch.full((rows,), POISON, dtype=torch.int64)
@@ -262,7 +272,10 @@ class SimulatedEngine:
             fed.append(entries[: sum(written)])
             if job is not None and logit_rows[row] and fed[row]:
                 first = int(logits_start[row])
-                logits[first : first + len(fed[row])] = self._forward(job.kv, fed[row])
+                decoded = fed[row][len(entries) - logit_rows[row] :]
+                if decoded:
+                    rows_logits = self._forward(job.kv, fed[row])[-len(decoded) :]
+                    logits[first : first + len(decoded)] = rows_logits
 
         sampled = torch.full((len(batch), canvas_length), POISON, dtype=torch.int32)
         num_sampled = torch.full((len(batch),), POISON, dtype=torch.int32)
@@ -275,9 +288,11 @@ class SimulatedEngine:
             self.num_computed,
             self.prefill_len,
             *self._statistics(logits, idx_mapping, logit_rows),
+            torch.tensor([width for _, _, width in batch], dtype=torch.int32),
             sampled,
             num_sampled,
             num_rejected,
+            self._speculation(),
         )
         for row, (_, job, width) in enumerate(batch):
             count, kept = int(num_sampled[row]), width - int(num_rejected[row])
@@ -288,6 +303,12 @@ class SimulatedEngine:
             job.kv += fed[row][:kept]
             self.num_computed[job.slot] += kept
             self._deliver(job, sampled[row, :count].tolist())
+
+    def _speculation(self) -> Speculation:
+        if not self._chance(self.weather.riders):
+            return Speculation()
+        free = self.random.choice((0, self.state.canvas_length, self.random.randint(0, 200)))
+        return Speculation(free, self.random.choice((0, 8, 100)))
 
     def _deliver(self, job: _Job, tokens: list[int]) -> None:
         if self._chance(self.weather.lose):
@@ -323,9 +344,9 @@ class SimulatedEngine:
             row_request,
             state.row_position.view(-1)[flat],
             state.canvas_token.view(-1)[following].int(),
+            state.row_draw.view(-1)[flat],
             temperature=state.temperature,
             seed=state.seed,
-            draw=state.ints[:, Field.DRAW].contiguous(),
             min_tokens=state.min_tokens,
             stop_ids=state.stop_ids,
             mask_token_id=state.mask_token_id,

@@ -17,7 +17,8 @@ if not HAS_GPU:
 
 from vllm_refusion.triton_kernels import attention_reference as twin  # noqa: E402
 from vllm_refusion.triton_kernels import canvas_attention as kernels  # noqa: E402
-from vllm_refusion.triton_kernels.canvas_attention import Tiling  # noqa: E402
+from vllm_refusion.triton_kernels import write_kv as write_kv_module  # noqa: E402
+from vllm_refusion.triton_kernels.tiling import Tiling, choose_tiling  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # several tiles in either direction even at the small shapes that the interpreter can afford
@@ -148,6 +149,11 @@ CASES = [
     ),
     Case("splits-unused-rows", FEW_ROWS, every_third_unused, tiling=replace(SMALL, num_splits=4)),
     Case("splits-nothing-seen", FEW_ROWS, nothing, tiling=replace(SMALL, num_splits=2)),
+    Case("splits-shorter-than-asked", FEW_ROWS, tiling=replace(SMALL, num_splits=6, min_steps=3)),
+    Case("splits-one-has-all", FEW_ROWS, tiling=replace(SMALL, num_splits=3, min_steps=64)),
+    Case("descriptors", page=48, tiling=replace(SMALL, tma=True)),
+    Case("descriptors-nhd", layout="NHD", view=every_third_unused, tiling=replace(SMALL, tma=True)),
+    Case("descriptors-splits", FEW_ROWS, tiling=replace(SMALL, tma=True, num_splits=3)),
     Case("splits-bf16", FEW_ROWS, dtype=torch.bfloat16, tiling=replace(SMALL, num_splits=4)),
 ]
 # what only a GPU can afford: the shapes that choose_tiling distinguishes
@@ -169,6 +175,9 @@ GPU_CASES = [
         ("canvas", ((777, 128),), drafts_and_branches, 16, "HND"),
         ("long-prompt", ((0, 2500), (1000, 1), (0, 0)), causal, 64, "NHD"),
         ("many-canvases", ((300, 128),) * 40, isolated_slots, 48, "HND"),
+        ("one-row-pages-of-64", ((3001, 1),), causal, 64, "NHD"),
+        ("canvases-pages-of-64", ((777, 128), (2000, 5)), drafts_and_branches, 64, "HND"),
+        ("unused-rows-pages-of-128", ((500, 64),) * 3, every_third_unused, 128, "NHD"),
     ]
     for dtype, head_size, group in [
         (torch.bfloat16, 64, 1),
@@ -342,24 +351,23 @@ def test_chosen_tilings_are_launchable():
                 (256, torch.float16),
             ]:
                 for interpreted in (False, True):
-                    tiling = kernels.choose_tiling(
-                        rows, requests, 2, group, head_size, dtype, 4096, 132, interpreted
+                    tiling = choose_tiling(
+                        rows, requests, 2, group, head_size, dtype, 132, interpreted=interpreted
                     )
-                    for size in (tiling.block_m, tiling.block_n, tiling.num_splits):
+                    for size in (tiling.block_m, tiling.block_n):
                         assert size & (size - 1) == 0, tiling
                     assert min(tiling.block_m, tiling.block_n) >= 16 and tiling.block_m >= group
 
 
 def test_splits_fill_idle_processors_only():
-    def splits(rows, requests, max_length=32768):
-        chosen = kernels.choose_tiling(
-            rows, requests, 8, 4, 128, torch.bfloat16, max_length, processors=132
-        )
+    def splits(rows, requests):
+        chosen = choose_tiling(rows, requests, 8, 4, 128, torch.bfloat16, processors=132, tma=True)
         return chosen.num_splits
 
-    assert splits(1, 1) == 16
-    assert splits(1, 1, max_length=512) == 2
-    assert splits(128 * 64, 64) == splits(128, 128) == 1
+    assert splits(1, 1) == 31
+    assert splits(32, 1) == 16
+    assert splits(128, 1) == 4
+    assert splits(128 * 64, 64) == splits(128 * 4, 4) == splits(128, 128) == 1
 
 
 @pytest.mark.parametrize(
@@ -385,7 +393,7 @@ def test_launcher_refuses(position, broken):
         kernels.canvas_attention(*arguments)
 
 
-@pytest.mark.parametrize("write_kv", [kernels.write_kv, twin.write_kv_reference])
+@pytest.mark.parametrize("write_kv", [write_kv_module.write_kv, twin.write_kv_reference])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("page, heads, head_size", [(1, 1, 32), (3, 5, 80), (16, 2, 128)])
 def test_write_kv(write_kv, page, heads, head_size, layout):
@@ -412,7 +420,7 @@ def test_addresses_are_64_bit():
     memory = torch.empty(stride + 4 * 64, dtype=torch.float16, device=DEVICE)
     cache = memory.as_strided((2, 1, 4, 64), (stride, 0, 64, 1))
     key, value, query = torch.randn(3, 3, 1, 32, device=DEVICE).half()
-    kernels.write_kv(key, value, cache, torch.tensor([4, 5, 6], device=DEVICE))
+    write_kv_module.write_kv(key, value, cache, torch.tensor([4, 5, 6], device=DEVICE))
     assert torch.equal(cache[1, 0, :3], torch.cat((key, value), dim=-1)[:, 0])
     table, start, length = (
         torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[1]], [0, 3], [3])

@@ -5,7 +5,9 @@ A test that fails under a later vLLM says that its patch in compat.py can go, or
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +108,68 @@ def test_stock_models_on_a_cpu_still_break_in_the_interpreter():
     logits, k = torch.randn(2, 64), torch.tensor([5, 5], dtype=torch.int32)
     with pytest.raises(Exception, match="'int' object has no attribute 'to'"):
         topk_topp_triton.apply_top_k_top_p_triton(logits, k, torch.tensor([0.9, 0.9]))
+
+
+def test_flash_attention_still_takes_our_arguments():
+    import vllm
+    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides  # noqa: F401
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    # its package cannot be imported without the CUDA extensions
+    file = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    functions = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(functions["flash_attn_varlen_func"]) >= {
+        *("q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k"),
+        *("block_table", "softmax_scale", "causal", "fa_version"),
+    }
+    assert "head_size" in inspect.signature(get_flash_attn_version).parameters
+
+
+def test_schedules_still_say_which_requests_and_prompts_they_hold():
+    """ScheduleWatch on a made-up scheduler whose outputs and requests have vLLM's fields."""
+    from dataclasses import fields
+    from types import SimpleNamespace
+
+    from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    names = {field.name for field in fields(SchedulerOutput)}
+    assert {"scheduled_new_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens"} <= names
+    assert "resumed_req_ids" in {field.name for field in fields(CachedRequestData)}
+    assert "is_prefill_chunk" in inspect.getsource(Scheduler._update_after_schedule)
+
+    requests = {name: SimpleNamespace(is_prefill_chunk=False) for name in "ab"}
+    steps = iter(
+        [
+            # tokens by request, new ones, resumed ones, prompts that go on afterwards
+            ({"a": 8}, "a", "", "a"),
+            ({"a": 4, "b": 1}, "b", "", ""),
+            ({}, "", "", ""),
+            ({"a": 2, "b": 2}, "", "", ""),
+            ({"a": 2, "b": 2}, "", "", ""),
+            ({"b": 2}, "", "b", ""),
+        ]
+    )
+
+    def schedule():
+        tokens, new, resumed, unfinished = next(steps)
+        for name, request in requests.items():
+            request.is_prefill_chunk = name in unfinished
+        return SimpleNamespace(
+            num_scheduled_tokens=tokens,
+            total_num_scheduled_tokens=sum(tokens.values()),
+            scheduled_new_reqs=[SimpleNamespace(req_id=name) for name in new],
+            scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set(resumed)),
+        )
+
+    scheduler = SimpleNamespace(requests=requests, schedule=schedule)
+    watch = compat.ScheduleWatch(scheduler)
+    seen = []
+    for _ in range(6):
+        scheduler.schedule()
+        seen.append((watch.tokens, watch.requests, watch.steps_since_prompt))
+    assert seen == [(8, 1, 0), (13, 2, 0), (13, 2, 0), (17, 2, 1), (21, 2, 2), (23, 1, 0)]

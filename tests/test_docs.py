@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_refusion.cli import build_parser
 from vllm_refusion.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ DOCUMENTS = [
 ]
 PUBLISHED = "GSAI-ML/ReFusion"  # tests put the bundled checkpoint in its place
 # Written beside this file's first version; drop the names once the files are here.
-ELSEWHERE = {"docs/performance.md", "docs/serving.md"}
+ELSEWHERE = {"docs/serving.md"}
 
 RUN, SLOW = "test_command", "test_slow_command"
 # The first entry that a command starts with says what runs it.
@@ -39,6 +40,9 @@ RUN_BY = {
     "pip install": "test_installation",
     "vllm serve": "test_server_and_its_clients",
     "curl http://localhost:8000": "test_server_and_its_clients",
+    "vllm-refusion bench --shape": "test_benchmark_commands_parse",  # hours on a GPU
+    "vllm-refusion bench --model": "test_benchmark_commands_parse",
+    "vllm-refusion bench-report": "test_benchmark_commands_parse",
     "vllm-refusion view": RUN,
     "vllm-refusion trace": SLOW,
     "python examples/": SLOW,
@@ -207,6 +211,14 @@ def test_installation():
         elif command != "pip install .":  # there: in editable form
             on_gpu = "vllm==" in made
             assert on_gpu or f"-m {command}" in made
+
+
+def test_benchmark_commands_parse():
+    """The command line takes them; tests/test_bench.py runs the command itself on tiny models."""
+    parser = build_parser()
+    for _, command in documented("sh"):
+        if command.startswith("vllm-refusion bench"):
+            assert parser.parse_args(shlex.split(command, comments=True)[1:]).run
 
 
 @pytest.mark.slow

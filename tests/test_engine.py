@@ -87,9 +87,9 @@ def test_parallel_samples_are_those_of_their_seeds(checkpoints):
 
 def test_wide_blocks_are_refused_and_harm_nobody(checkpoints):
     checkpoint = checkpoints()
-    wide = Case("wide", (1, 2), DecodingParams(32, 256), 40)
+    wide = Case("wide", (1, 2), DecodingParams(32, 512), 40)
     with engine(checkpoint.path) as llm:
-        with pytest.raises(VLLMValidationError, match="block_length=256"):
+        with pytest.raises(VLLMValidationError, match="block_length=512"):
             run(llm, [wide])
         checkpoint.run(llm, [0])
 

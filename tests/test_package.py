@@ -43,6 +43,11 @@ def test_vllm_finds_the_plugin():
     assert callable(entry.load())
 
 
+def test_command_is_installed():
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="vllm-refusion")
+    assert entry.value == "vllm_refusion.cli:main"
+
+
 def test_kernels_do_not_shadow_the_package_vllm_imports(tmp_path):
     code = """
 import importlib.util, json, vllm_refusion.triton_kernels as kernels
@@ -56,6 +61,8 @@ print(json.dumps([importlib.util.find_spec("triton_kernels") is None, kernels.__
 # Triton, so that import has to stay light.
 FORBIDDEN_IMPORTS = {
     "vllm_refusion": ["torch", "triton", "vllm"],
+    "vllm_refusion.cli, vllm_refusion.bench.command": ["torch", "triton", "vllm"],
+    "vllm_refusion.bench.simulate": ["triton", "vllm"],
     "vllm_refusion.triton_cpu_stub": ["torch", "triton", "vllm"],
     "vllm_refusion.cli": ["torch", "triton", "vllm"],
     "vllm_refusion.viewer.page": ["torch", "triton", "vllm"],

@@ -39,7 +39,6 @@ def requests_state(vocab: int, **changes) -> dict:
     state = {
         "temperature": torch.tensor(TEMPERATURES),
         "seed": torch.tensor(SEEDS),
-        "draw": torch.tensor(DRAWS, dtype=torch.int32),
         "min_tokens": torch.tensor(MIN_TOKENS, dtype=torch.int32),
         "stop_ids": stop,
     }
@@ -52,6 +51,7 @@ def rows_of(requests: list[int], positions: list[int], given: list[int]) -> tupl
         torch.tensor(requests, dtype=torch.int64, device=DEVICE),
         torch.tensor(positions, dtype=torch.int32, device=DEVICE),
         torch.tensor(given, dtype=torch.int32, device=DEVICE),
+        torch.tensor([DRAWS[r % REQUESTS] for r in requests], dtype=torch.int32, device=DEVICE),
     )
 
 
@@ -269,6 +269,22 @@ def test_the_tile_changes_no_pick(tile, monkeypatch):
     torch.testing.assert_close(given_prob, expected[2])
 
 
+def test_cutting_rows_into_parts_changes_no_bit(monkeypatch):
+    count, vocab = 6, 1000
+    logits = random_logits(count, vocab).round()
+    rows = random_rows(count, vocab)
+    state = requests_state(vocab) | {"mask_token_id": 3}
+    for name in ("CPU_TILE", "GPU_TILE"):
+        monkeypatch.setattr(kernel_module, name, 64)
+    results = []
+    for programs in (1, 20, 10**6):  # 16 tiles a row: 1 part, 4 parts, 16 parts
+        for name in ("CPU_PROGRAMS", "GPU_PROGRAMS"):
+            monkeypatch.setattr(kernel_module, name, programs)
+        results.append(token_stats(logits, *rows, **state))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 @IMPLEMENTATIONS
 def test_a_sampled_pick_is_the_argmax_of_perturbed_logits(stats):
     logits = random_logits(20, 257)
@@ -334,7 +350,6 @@ def test_the_largest_noise_does_not_beat_every_logit(stats):
         74944,
         temperature=torch.ones(REQUESTS),
         seed=torch.full((REQUESTS,), 2),
-        draw=torch.zeros(REQUESTS, dtype=torch.int32),
     )
     picked = stats(logits, *rows_of([0], [25], [-1]), **state, mask_token_id=-1)[0]
     assert picked.item() == 74000

@@ -17,10 +17,9 @@ from vllm import SamplingParams, TokensPrompt
 import conformance
 from engine import engine
 from vllm_refusion.config import DecodingParams
-from vllm_refusion.decoding import Field, Phase, Status
 from vllm_refusion.reference import decode
 from vllm_refusion.state import ReFusionModelState
-from vllm_refusion.trace import MAX_KEPT, Recorder, Rows, Snapshot, describe_pass
+from vllm_refusion.trace import MAX_KEPT, Recorder
 from vllm_refusion.triton_kernels.dispatch import operations as operations_of
 from vllm_refusion.triton_kernels.stats_reference import token_stats_reference
 from vllm_refusion.triton_kernels.transition_reference import (
@@ -36,6 +35,7 @@ REQUESTS = {
     "several_slots": Request([3, 1, 4], DecodingParams(4, 16, 0.2, 0.4), 24, None, 0.7),
     "infill": Request([5, 9, 2, 6], DecodingParams(4, 16, 0.2, 0.4), 20, None, 1.5, 7),
     "eos": Request([1, 2], DecodingParams(2, 8, 0.1, 0.02), 24, EOS),
+    "all_accepted": Request([4, 4], DecodingParams(2, 8, 0.0, 0.0), 22),
     "single_slots": Request([8, 3], DecodingParams(4, 4, 0.3, 0.02), 11),
 }
 KINDS = {"plan", "verify", "predict", "infill_verify"}
@@ -98,7 +98,8 @@ def record_simulated(model, requests: list[Request], weather: Weather | None = N
 
 
 def operations(recording):
-    """(kind, rows) of the passes that decoded."""
+    """(kind, rows) of the passes that decoded, each carrying one operation."""
+    assert all(len(entry["operations"]) == 1 for entry in recording["passes"])
     return [
         (entry["operations"][0]["kind"], entry["rows"])
         for entry in recording["passes"]
@@ -162,58 +163,38 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
     assert (made.recorder is None) is not enabled
 
 
-def snapshot(phase, statuses, rows, order=(), response=(), limit=16, block_start=0):
-    """State of a request with slots of 2 in blocks of 4; ``rows`` are (position, token)."""
-    ints = [0] * len(Field)
-    values = {
-        Field.PHASE: phase,
-        Field.SLOT_SIZE: 2,
-        Field.BLOCK_LENGTH: 4,
-        Field.BLOCK_START: block_start,
-        Field.LIMIT: limit,
-        Field.COMMITTED: len(order),
-        Field.ROWS: len(rows),
-    }
-    for field, value in values.items():
-        ints[field] = value
-    positions, tokens = zip(*rows) if rows else ((), ())
-    return Snapshot(
-        ints, list(statuses), list(positions), list(tokens), list(response), list(order)
-    )
+def told(recording):
+    """Plans and verifications in order; proposals and tests of infill by slot, as slots may be a
+    step ahead of each other. Probabilities to 4 digits."""
+    size = recording["parameters"]["slot_size"]
+    ordered, by_slot = [], {}
+    for entry in recording["passes"]:
+        for operation in entry["operations"]:
+            kind = operation["kind"]
+            if kind in ("plan", "verify"):
+                ordered.append(operation)
+            elif kind in ("predict", "infill_verify"):
+                for item in operation.get("tests", operation.get("proposals")):
+                    by_slot.setdefault(item[0] // size, []).append((kind, item))
+    return json.loads(json.dumps([ordered, sorted(by_slot.items())]), parse_float=four_digits)
 
 
-MASK = 99
-M, C, A, K = Status.MASKED, Status.CHOSEN, Status.ACCEPTED, Status.COMMITTED
-FUSED = {  # statuses after the pass, positions it committed
-    "plan counts": ((K, K, C, C), (0, 1)),
-    "plan is void: the drafts failed": ((A, C, M, M), ()),
-}
+def four_digits(text):
+    return round(float(text), 4)
 
 
-@pytest.mark.parametrize("case", FUSED)
-def test_a_pass_may_verify_and_plan(case):
-    """Drafts of slot 0 and masks of slot 1 in one pass: two operations of one pass."""
-    statuses, order = FUSED[case]
-    before = snapshot(Phase.VERIFY, (C, C, M, M), [(0, 5), (1, 6), (2, MASK), (3, MASK)])
-    after = snapshot(Phase.VERIFY, statuses, [], order, (5, 6))
-    rows = Rows([0, 0, 7, 8], [0.0, 0.0, 0.95, 0.6], [0.8, 0.0, 0.0, 0.0])
-    verify, plan = describe_pass(before, after, rows, MASK)["operations"]
-    kept = bool(order)
-    assert verify == {"kind": "verify", "tests": [[0, 5, None, True], [1, 6, 0.8, kept]]}
-    assert plan["slots"] == [{"start": 2, "certainty": 0.95, "chosen": kept}]
-    assert plan["drafts"] == ([[2, 7, 0.95], [3, 8, 0.6]] if kept else [])
-
-
-def test_a_pass_may_verify_and_plan_the_next_block():
-    before = snapshot(
-        Phase.VERIFY, (K, K, C, C), [(2, 5), (3, 6), (4, MASK), (5, MASK)], (0, 1), (1, 2)
-    )
-    after = snapshot(Phase.VERIFY, (C, C, M, M), [], (0, 1, 2, 3), (1, 2, 5, 6), block_start=4)
-    rows = Rows([0, 0, 7, 8], [0.0, 0.0, 0.95, 0.6], [0.8, 0.0, 0.0, 0.0])
-    described = describe_pass(before, after, rows, MASK)
-    assert [operation["kind"] for operation in described["operations"]] == ["verify", "plan"]
-    assert described["committed"] == [[2, 5], [3, 6]]
-    assert described["operations"][1]["drafts"] == [[4, 7, 0.95], [5, 8, 0.6]]
+def test_fused_passes_tell_the_same_operations(model):
+    """Riders change which pass an operation is in, and nothing that the operations say."""
+    requests = list(REQUESTS.values())
+    plain, _ = record_simulated(model, requests)
+    fused, _ = record_simulated(model, requests, Weather(riders=0.8))
+    assert [told(recording) for recording in fused] == [told(recording) for recording in plain]
+    assert [committed(recording) for recording in fused] == [committed(r) for r in plain]
+    passes = [entry for recording in fused for entry in recording["passes"]]
+    assert len(passes) < sum(len(recording["passes"]) for recording in plain)
+    assert any(entry.get("rider_rows") for entry in passes)
+    carried = {tuple(op["kind"] for op in entry["operations"]) for entry in passes}
+    assert {("verify", "plan"), ("verify", "predict")} <= carried
 
 
 def test_old_recordings_are_dropped(model):
@@ -230,9 +211,11 @@ def traced(tiny_checkpoint, dev_problems_file):
     lines = dev_problems_file.read_text().splitlines()
     prompts = [json.loads(lines[number])["query"] for number in (2, 34)]
     options = {"skip_tokenizer_init": False, "max_model_len": 640, "max_num_batched_tokens": 4096}
+    schedule = {"refusion_schedule": "plain"}  # one operation a pass, as in the reference
+    options["additional_config"] = TRACING["additional_config"] | schedule
     params = DecodingParams(8, 64, 0.9, 0.5)
     sampling = SamplingParams(temperature=0, max_tokens=120, extra_args=vars(params))
-    with engine(tiny_checkpoint, **options, **TRACING) as llm:
+    with engine(tiny_checkpoint, **options) as llm:
         trace = record(llm, prompts, sampling)
         plain = TokensPrompt(prompt_token_ids=trace["requests"][0]["prompt"]["tokens"])
         (untraced,) = llm.generate(plain, sampling, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""Attention of canvas and prompt tokens over a paged KV cache, and the write into that cache.
+"""Attention of canvas and prompt tokens over a paged KV cache.
 
     output[l] = sum_j p[j] V[j],  p = softmax over the visible j of  scale * query[l] . K[j]
     j is visible  iff  j < context_end  or  run_start <= j < run_end  or  own_start <= j <= s
@@ -9,29 +9,41 @@ A row that sees nothing gives zeros. The folder's README derives the tiling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
+from vllm_refusion.triton_kernels.tiling import Tiling, choose_tiling
 
 _LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 16
 
 
 @triton.jit
-def _request_of_tile(query_start_loc_ptr, num_requests, tile, BLOCK_Q: tl.constexpr):
-    """The last request r whose first tile, query_start_loc[r] // BLOCK_Q + r, is <= ``tile``."""
-    low = 0
-    high = num_requests
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
+def _work_of_program(
+    query_start_loc_ptr, num_requests, work, BLOCK_Q: tl.constexpr, REQUESTS: tl.constexpr
+):
+    """(split, request, tile of the request, its tiles) of the ``work``-th program of a KV head.
+
+    A request of n rows owns cdiv(n, BLOCK_Q) tiles. First come the first splits of all tiles in the
+    order of the requests, then the second splits and so on: splits that turn out to have nothing to
+    do, and programs past the last split, then keep no other from starting.
+    """
+    index = tl.arange(0, REQUESTS)
+    exists = index < num_requests
+    start = tl.load(query_start_loc_ptr + index, mask=exists, other=0)
+    stop = tl.load(query_start_loc_ptr + index + 1, mask=exists, other=0)
+    end_tile = tl.cumsum((stop - start + BLOCK_Q - 1) // BLOCK_Q, axis=0)
+    all_tiles = tl.maximum(tl.max(end_tile, axis=0), 1)
+    tile = work % all_tiles
+    before = end_tile <= tile
+    request = tl.sum(before.to(tl.int32), axis=0)
+    first_tile = tl.max(tl.where(before, end_tile, 0), axis=0)
+    next_first = tl.min(tl.where(before, 2147483647, end_tile), axis=0)
+    return work // all_tiles, request, tile - first_tile, next_first - first_tile
 
 
 @triton.jit
@@ -44,26 +56,38 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _page_of(table_ptr, start, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of every entry of the loop step at ``start``: one number if they share it."""
+    if PAGE % BLOCK_N == 0:
+        return tl.load(table_ptr + start // PAGE, mask=start < last, other=0)
+    else:
+        index = start + tl.arange(0, BLOCK_N)
+        return tl.load(table_ptr + index // PAGE, mask=index < last, other=0)
+
+
+@triton.jit
 def _attend_range(
     acc,  # [BLOCK_M, HEAD_PADDED] fp32, not yet divided by total
     total,  # [BLOCK_M] fp32, sum of exp2(score - peak)
     peak,  # [BLOCK_M] fp32, largest score so far, in units of log2
     query,  # [BLOCK_M, HEAD_PADDED]
-    first, last, kv_ptr, table_ptr,
+    first, last, kv_ptr, kv_desc, kv_head, table_ptr,
     context_end, run_start, run_end, own_start, own_end,  # [BLOCK_M] int32
     scale_log2, kv_stride_block, kv_stride_entry,
     PAGE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the KV entries [first, last).
 
     Without MASKED these must be whole tiles that every row sees.
     """
     dims = tl.arange(0, HEAD_PADDED)
-    for start in range(first, last, BLOCK_N):
+    # loaded one step ahead: K and V can then be requested two steps before they are needed
+    next_page = _page_of(table_ptr, first, last, PAGE, BLOCK_N)
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         index = start + tl.arange(0, BLOCK_N)
         if MASKED:
-            exists = index < last
             sees = (
                 (index[None, :] < context_end[:, None])
                 | ((index[None, :] >= run_start[:, None]) & (index[None, :] < run_end[:, None]))
@@ -72,38 +96,39 @@ def _attend_range(
             # an entry that no row sees may hold NaN from a freed page, and 0 * NaN is NaN
             seen = tl.max(sees.to(tl.int32), axis=0) > 0
 
-        if PAGE % BLOCK_N == 0:
-            block = tl.load(table_ptr + start // PAGE)
-        elif MASKED:
-            block = tl.load(table_ptr + index // PAGE, mask=exists, other=0)
+        page = next_page
+        next_page = _page_of(table_ptr, start + BLOCK_N, last, PAGE, BLOCK_N)
+        if TMA:
+            at = start % PAGE
+            k = kv_desc.load([page, kv_head, at, 0]).reshape(BLOCK_N, HEAD_SIZE)
+            v = kv_desc.load([page, kv_head, at, HEAD_SIZE]).reshape(BLOCK_N, HEAD_SIZE)
+            if MASKED:
+                v = tl.where(seen[:, None], v, 0.0)
         else:
-            block = tl.load(table_ptr + index // PAGE)
-        entry = block.to(tl.int64) * kv_stride_block + (index % PAGE).to(tl.int64) * kv_stride_entry
-        k_ptr = kv_ptr + entry[:, None] + dims[None, :]
-
-        if MASKED:
-            in_head = dims[None, :] < HEAD_SIZE
-            k = tl.load(k_ptr, mask=exists[:, None] & in_head, other=0.0)
-            v = tl.load(k_ptr + HEAD_SIZE, mask=seen[:, None] & in_head, other=0.0)
-        elif HEAD_PADDED > HEAD_SIZE:
+            entry = page.to(tl.int64) * kv_stride_block
+            entry += (index % PAGE).to(tl.int64) * kv_stride_entry
+            k_ptr = kv_ptr + entry[:, None] + dims[None, :]
             in_head = tl.broadcast_to(dims[None, :] < HEAD_SIZE, (BLOCK_N, HEAD_PADDED))
-            k = tl.load(k_ptr, mask=in_head, other=0.0)
-            v = tl.load(k_ptr + HEAD_SIZE, mask=in_head, other=0.0)
-        else:
-            k = tl.load(k_ptr)
-            v = tl.load(k_ptr + HEAD_SIZE)
+            if MASKED:
+                k = tl.load(k_ptr, mask=(index < last)[:, None] & in_head, other=0.0)
+                v = tl.load(k_ptr + HEAD_SIZE, mask=seen[:, None] & in_head, other=0.0)
+            elif HEAD_PADDED > HEAD_SIZE:
+                k = tl.load(k_ptr, mask=in_head, other=0.0)
+                v = tl.load(k_ptr + HEAD_SIZE, mask=in_head, other=0.0)
+            else:
+                k = tl.load(k_ptr)
+                v = tl.load(k_ptr + HEAD_SIZE)
 
         score = _dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), UPCAST)
-        score *= scale_log2
         if MASKED:
             score = tl.where(sees, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, axis=1))
+        new_peak = tl.maximum(peak, tl.max(score, axis=1) * scale_log2)
         # a row that has seen nothing yet keeps -inf, and -inf - -inf is NaN
         if MASKED:
             finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         else:
             finite_peak = new_peak
-        weight = tl.exp2(score - finite_peak[:, None])
+        weight = tl.exp2(score * scale_log2 - finite_peak[:, None])
         decay = tl.exp2(peak - finite_peak)
         total = total * decay + tl.sum(weight, axis=1)
         acc = _dot(weight.to(v.dtype), v, acc * decay[:, None], UPCAST)
@@ -111,34 +136,37 @@ def _attend_range(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits", "min_steps"])
 def _canvas_attention_kernel(
-    query_ptr, kv_ptr, output_ptr,
+    query_ptr, kv_ptr, kv_desc, output_ptr,
     block_table_ptr, query_start_loc_ptr, seq_lens_ptr, visibility_ptr,
-    # fp32 [N, Hq, NUM_SPLITS, HEAD_SIZE] and twice [N, Hq, NUM_SPLITS]; None without splits
-    partial_acc_ptr, partial_total_ptr, partial_peak_ptr,
-    scale_log2, num_requests,
+    # fp32 [N, Hq, splits, HEAD_SIZE] and [N, Hq, splits], int32 [N]; None without splits
+    partial_output_ptr, partial_lse_ptr, parts_ptr,
+    scale_log2, num_requests, num_splits, min_steps,
     query_stride_row, query_stride_head, kv_stride_block, kv_stride_head, kv_stride_entry,
     output_stride_row, output_stride_head, table_stride, visibility_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, PAGE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, REQUESTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per (tile of BLOCK_Q query rows x GROUP_PADDED query heads, KV head, split)."""
+    """One program per (split, tile of BLOCK_Q query rows x GROUP_PADDED query heads, KV head)."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
-
-    request = _request_of_tile(query_start_loc_ptr, num_requests, tile, BLOCK_Q)
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    kv_head = tl.program_id(0) % KV_HEADS
+    split, request, tile, tiles = _work_of_program(
+        query_start_loc_ptr, num_requests, tl.program_id(0) // KV_HEADS, BLOCK_Q, REQUESTS
+    )
+    # without any tile, request is past the last
+    if (split >= num_splits) | (request >= num_requests):
+        return
     query_start = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - query_start
-    first_row = (tile - (query_start // BLOCK_Q + request)) * BLOCK_Q
-    if first_row >= query_len:
-        return
     seq_len = tl.load(seq_lens_ptr + request)
 
+    # the last rows of a prompt see the most: start with them
     lane = tl.arange(0, BLOCK_M)
-    row = first_row + lane // GROUP_PADDED
+    row = (tiles - 1 - tile) * BLOCK_Q + lane // GROUP_PADDED
     is_row = row < query_len
     token = (query_start + row).to(tl.int64)
 
@@ -153,24 +181,29 @@ def _canvas_attention_kernel(
     own_end = tl.where(is_row & (own_start <= own), own + 1, 0)
     kv_end = tl.max(tl.maximum(context_end, tl.maximum(run_end, own_end)), axis=0)
 
+    # only as many splits work as get min_steps loop steps each; the others end here
+    parts = 1
+    first = 0
+    last = kv_end
+    if SPLIT:
+        steps = tl.cdiv(kv_end, BLOCK_N)
+        parts = tl.maximum(tl.minimum(steps // min_steps, num_splits), 1)
+        steps_per_part = tl.cdiv(steps, parts)
+        parts = tl.maximum(tl.cdiv(steps, tl.maximum(steps_per_part, 1)), 1)
+        if split >= parts:
+            return
+        first = split * steps_per_part * BLOCK_N
+        last = tl.minimum(first + steps_per_part * BLOCK_N, kv_end)
+
     # how far each row sees from entry 0 without a gap: up to the shortest no mask is needed
     unbroken = tl.maximum(context_end, 0)
     unbroken = tl.where(run_start <= unbroken, tl.maximum(unbroken, run_end), unbroken)
     unbroken = tl.where(own_start <= unbroken, tl.maximum(unbroken, own_end), unbroken)
     mask_from = tl.min(tl.where(is_row, unbroken, kv_end), axis=0) // BLOCK_N * BLOCK_N
 
-    if NUM_SPLITS == 1:
-        split_start = 0
-        split_end = kv_end
-    else:
-        split = tl.program_id(2)
-        length = tl.cdiv(tl.cdiv(kv_end, BLOCK_N), NUM_SPLITS) * BLOCK_N
-        split_start = split * length
-        split_end = tl.minimum(split_start + length, kv_end)
-
     group_head = lane % GROUP_PADDED
     is_head_row = is_row & (group_head < GROUP)
-    head = kv_head * GROUP + group_head
+    head = kv_head.to(tl.int64) * GROUP + group_head
     dims = tl.arange(0, HEAD_PADDED)
     in_tile = is_head_row[:, None] & (dims[None, :] < HEAD_SIZE)
     query = tl.load(
@@ -182,121 +215,86 @@ def _canvas_attention_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_PADDED), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    kv_head_ptr = kv_ptr + kv_head * kv_stride_head
+    kv_head_ptr = kv_ptr + kv_head.to(tl.int64) * kv_stride_head
     table_ptr = block_table_ptr + request.to(tl.int64) * table_stride
     # fmt: off
     acc, total, peak = _attend_range(
-        acc, total, peak, query, split_start, tl.minimum(split_end, mask_from),
-        kv_head_ptr, table_ptr, context_end, run_start, run_end, own_start, own_end,
+        acc, total, peak, query, first, tl.minimum(last, mask_from),
+        kv_head_ptr, kv_desc, kv_head, table_ptr,
+        context_end, run_start, run_end, own_start, own_end,
         scale_log2, kv_stride_block, kv_stride_entry,
-        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=False)
+        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=False,
+        TMA=TMA, STAGES=STAGES)
     acc, total, peak = _attend_range(
-        acc, total, peak, query, tl.maximum(split_start, mask_from), split_end,
-        kv_head_ptr, table_ptr, context_end, run_start, run_end, own_start, own_end,
+        acc, total, peak, query, tl.maximum(first, mask_from), last,
+        kv_head_ptr, kv_desc, kv_head, table_ptr,
+        context_end, run_start, run_end, own_start, own_end,
         scale_log2, kv_stride_block, kv_stride_entry,
-        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=True)
+        PAGE, HEAD_SIZE, HEAD_PADDED, BLOCK_M, BLOCK_N, UPCAST, MASKED=True,
+        TMA=TMA, STAGES=MASKED_STAGES)
     # fmt: on
 
-    if NUM_SPLITS == 1:
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(
-            output_ptr
-            + (token * output_stride_row + head * output_stride_head)[:, None]
-            + dims[None, :],
-            result.to(output_ptr.dtype.element_ty),
-            mask=in_tile,
-        )
-    else:
-        slot = (token * HEADS + head) * NUM_SPLITS + split
-        tl.store(partial_total_ptr + slot, total, mask=is_head_row)
-        tl.store(partial_peak_ptr + slot, peak, mask=is_head_row)
-        # what an empty split would have stored is never read
-        tl.store(
-            partial_acc_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
-            acc,
-            mask=in_tile & (total > 0)[:, None],
-        )
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLIT:
+        if (split == 0) & (kv_head == 0):
+            tl.store(parts_ptr + token, tl.zeros_like(row) + parts, mask=is_row & (group_head == 0))
+        if parts > 1:
+            slot = (token * HEADS + head) * num_splits + split
+            # peak is -inf where nothing was seen
+            lse = peak + tl.log2(tl.where(total > 0, total, 1.0))
+            tl.store(partial_lse_ptr + slot, lse, mask=is_head_row)
+            tl.store(
+                partial_output_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
+                result,
+                mask=in_tile,
+            )
+            return
+    tl.store(
+        output_ptr
+        + (token * output_stride_row + head * output_stride_head)[:, None]
+        + dims[None, :],
+        result.to(output_ptr.dtype.element_ty),
+        mask=in_tile,
+    )
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits"])
 def _combine_splits_kernel(
-    partial_acc_ptr, partial_total_ptr, partial_peak_ptr, output_ptr, query_start_loc_ptr,
-    num_requests, output_stride_row, output_stride_head,
+    partial_output_ptr, partial_lse_ptr, parts_ptr, output_ptr, query_start_loc_ptr,
+    num_requests, num_splits, output_stride_row, output_stride_head,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """output = sum_i w_i acc_i / sum_i w_i total_i  with  w_i = exp2(peak_i - max_i peak_i).
+    """output = sum_i w_i output_i / sum_i w_i  with  w_i = exp2(lse_i - max_i lse_i).
 
-    One program per (row, query head); i counts the splits, and w_i = 0 for one that saw nothing.
+    One program per (row, query head); i counts the parts of the row's tile, and a part that saw
+    nothing has w_i = 0. A tile of one part has written its output already.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     if token >= tl.load(query_start_loc_ptr + num_requests):
         return
-    slot = (token * HEADS + head) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
+    parts = tl.load(parts_ptr + token)
+    if parts == 1:
+        return
+    part = tl.arange(0, SPLITS_PADDED)
+    slot = (token * HEADS + head) * num_splits + part
     dims = tl.arange(0, HEAD_PADDED)
-    total = tl.load(partial_total_ptr + slot)
-    peak = tl.load(partial_peak_ptr + slot)
-    top = tl.max(peak, axis=0)
-    weight = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
-    acc = tl.load(
-        partial_acc_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
-        mask=(total > 0)[:, None] & (dims[None, :] < HEAD_SIZE),
+    lse = tl.load(partial_lse_ptr + slot, mask=part < parts, other=float("-inf"))
+    top = tl.max(lse, axis=0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    partial = tl.load(
+        partial_output_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
+        mask=(part < parts)[:, None] & (dims[None, :] < HEAD_SIZE),
         other=0.0,
     )
-    denominator = tl.sum(weight * total, axis=0)
-    result = tl.sum(weight[:, None] * acc, axis=0) / tl.where(denominator > 0, denominator, 1.0)
+    denominator = tl.sum(weight, axis=0)
+    result = tl.sum(weight[:, None] * partial, axis=0) / tl.where(denominator > 0, denominator, 1.0)
     tl.store(
         output_ptr + token * output_stride_row + head.to(tl.int64) * output_stride_head + dims,
         result.to(output_ptr.dtype.element_ty),
         mask=dims < HEAD_SIZE,
     )
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _write_kv_kernel(
-    key_ptr, value_ptr, kv_ptr, slot_mapping_ptr, num_rows,
-    key_stride_row, key_stride_head, value_stride_row, value_stride_head,
-    kv_stride_block, kv_stride_head, kv_stride_entry,
-    PAGE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program per (BLOCK_ROWS rows, KV head)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    head = tl.program_id(1).to(tl.int64)
-    dims = tl.arange(0, HEAD_PADDED)
-    slot = tl.load(slot_mapping_ptr + row, mask=row < num_rows, other=-1)
-    mask = (slot >= 0)[:, None] & (dims[None, :] < HEAD_SIZE)
-    key = tl.load(
-        key_ptr + (row * key_stride_row + head * key_stride_head)[:, None] + dims[None, :],
-        mask=mask,
-    )
-    value = tl.load(
-        value_ptr + (row * value_stride_row + head * value_stride_head)[:, None] + dims[None, :],
-        mask=mask,
-    )
-    entry = slot // PAGE * kv_stride_block + head * kv_stride_head + slot % PAGE * kv_stride_entry
-    k_ptr = kv_ptr + entry[:, None] + dims[None, :]
-    tl.store(k_ptr, key, mask=mask)
-    tl.store(k_ptr + HEAD_SIZE, value, mask=mask)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the work is cut; any choice gives the same answer up to rounding.
-
-    Attributes:
-        block_m: rows of a query tile (query rows x query heads of a KV head), a power of two >= 16.
-        block_n: KV entries of a loop step, a power of two >= 16.
-        num_splits: parts of the KV range, a power of two; above 1 a second kernel combines them.
-        num_warps, num_stages: Triton's launch options.
-    """
-
-    block_m: int
-    block_n: int
-    num_splits: int = 1
-    num_warps: int = 4
-    num_stages: int = 2
 
 
 @lru_cache
@@ -306,53 +304,29 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose_tiling(
-    num_rows: int,
-    num_requests: int,
-    num_kv_heads: int,
-    group: int,
-    head_size: int,
-    dtype: torch.dtype,
-    max_length: int,
-    processors: int,
-    interpreted: bool = False,
-) -> Tiling:
-    """The tiling for a launch, from shapes alone (a captured graph replays it for other values).
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
-    Args:
-        num_rows, num_requests, num_kv_heads, head_size, dtype: the shape of the call.
-        group: query heads per KV head.
-        max_length: the most KV entries that a row of the block table can hold.
-        processors: multiprocessors of the device.
-        interpreted: Triton's interpreter runs the kernel: a program costs more than its arithmetic.
-    """
-    group_padded = triton.next_power_of_2(group)
-    head_padded = max(16, triton.next_power_of_2(head_size))
-    rows_per_request = -(-num_rows // max(num_requests, 1))
-    wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
-    if interpreted:
-        return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
 
-    def programs(block_m: int) -> int:
-        return max(num_requests, -(-num_rows * group_padded // block_m)) * num_kv_heads
+def _descriptor_strides(kv_cache: torch.Tensor) -> list[int]:
+    """The cache's strides; a dimension of one entry may have any, and gets a legal one."""
+    width = kv_cache.shape[3]
+    dimensions = zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True)
+    return [stride if size > 1 else width for size, stride in dimensions]
 
-    if dtype == torch.float32:
-        # no tensor cores: both operands of a dot live in registers, and larger tiles spill
-        block_m, block_n, num_warps, num_stages = 32, 16, 8, 1
-    elif head_padded > 128:
-        block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
-    elif programs(128) >= 2 * processors:
-        # more rows halve the reads of K and V, once they still fill the device twice over
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
-    else:
-        block_m, block_n, num_warps, num_stages = 64, 64, 4, 3
-    if wanted_m < block_m:
-        block_m, num_warps = wanted_m, 4
-    block_m = max(16, group_padded, block_m)
 
-    # splits only fill idle processors, and each keeps some steps of its own
-    room = min(processors // programs(block_m), max_length // (4 * block_n), _MAX_SPLITS)
-    return Tiling(block_m, block_n, 1 << max(room, 1).bit_length() - 1, num_warps, num_stages)
+def _takes_descriptors(kv_cache: torch.Tensor) -> bool:
+    """Whether K and V of 64 entries can be one box each of a tensor descriptor."""
+    page, width = kv_cache.shape[2:]
+    return (
+        _is_hopper(kv_cache.device)
+        and kv_cache.dtype in (torch.bfloat16, torch.float16)
+        and page % HOPPER_PAGE == 0
+        and width in (128, 256)  # head sizes 64 and 128
+        and all(stride % 8 == 0 for stride in _descriptor_strides(kv_cache))
+        and kv_cache.data_ptr() % 16 == 0
+    )
 
 
 def canvas_attention(
@@ -382,7 +356,7 @@ def canvas_attention(
     """
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, page = kv_cache.shape[1:3]
-    num_requests, max_pages = block_table.shape
+    num_requests = block_table.shape[0]
     assert query.dtype in (torch.float32, torch.bfloat16, torch.float16), query.dtype
     assert kv_cache.dtype == query.dtype, (kv_cache.dtype, query.dtype)
     assert output.dtype == query.dtype, (output.dtype, query.dtype)
@@ -403,71 +377,51 @@ def canvas_attention(
     group = num_heads // num_kv_heads
     device = query.device
     tiling = tiling or choose_tiling(
-        num_rows, num_requests, num_kv_heads, group, head_size, query.dtype,
-        max_pages * page, _processors(device), interpreted=device.type == "cpu",
+        num_rows, num_requests, num_kv_heads, group, head_size, query.dtype, _processors(device),
+        tma=_takes_descriptors(kv_cache), interpreted=device.type == "cpu",
     )  # fmt: skip
     group_padded = triton.next_power_of_2(group)
     assert tiling.block_m % group_padded == 0, (tiling, group)
     block_q = tiling.block_m // group_padded
     head_padded = max(16, triton.next_power_of_2(head_size))
-    partial_acc = partial_total = partial_peak = None
-    if tiling.num_splits > 1:
-        shape = (num_rows, num_heads, tiling.num_splits)
-        partial_acc = torch.empty(*shape, head_size, dtype=torch.float32, device=device)
-        partial_total = torch.empty(shape, dtype=torch.float32, device=device)
-        partial_peak = torch.empty(shape, dtype=torch.float32, device=device)
+    splits = tiling.num_splits
+    partial_output = partial_lse = parts = kv_desc = None
+    if splits > 1:
+        slots = num_rows * num_heads * splits
+        workspace = torch.empty(
+            slots * (head_size + 1) + num_rows, dtype=torch.float32, device=device
+        )
+        partial_output, partial_lse, parts = workspace.split((slots * head_size, slots, num_rows))
+        parts = parts.view(torch.int32)
+    if tiling.tma:
+        assert page % tiling.block_n == 0 and head_size == head_padded, (tiling, page, head_size)
+        kv_desc = TensorDescriptor(
+            kv_cache, list(kv_cache.shape), [*_descriptor_strides(kv_cache), 1],
+            [1, 1, tiling.block_n, head_size],
+        )  # fmt: skip
 
     # every request may leave one tile partly filled, hence the + num_requests
-    grid = (num_rows // block_q + num_requests, num_kv_heads, tiling.num_splits)
+    grid = (num_kv_heads * splits * (num_rows // block_q + num_requests),)
     _canvas_attention_kernel[grid](
-        query, kv_cache, output, block_table, query_start_loc, seq_lens, visibility,
-        partial_acc, partial_total, partial_peak, scale * _LOG2_E, num_requests,
+        query, kv_cache, kv_desc, output, block_table, query_start_loc, seq_lens, visibility,
+        partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits, tiling.min_steps,
         *query.stride()[:2], *kv_cache.stride()[:3], *output.stride()[:2],
         block_table.stride(0), visibility.stride(0),
         HEADS=num_heads, GROUP=group, GROUP_PADDED=group_padded, PAGE=page,
         HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
-        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, NUM_SPLITS=tiling.num_splits,
+        REQUESTS=max(16, triton.next_power_of_2(num_requests)),
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, SPLIT=splits > 1,
         # the interpreter's dot takes the bits of a bf16 for an integer
         UPCAST=device.type == "cpu" and query.dtype == torch.bfloat16,
+        TMA=tiling.tma, STAGES=tiling.num_stages,
+        # most tiles of rows have one masked tile, so deeper pipelines only take longer to fill
+        MASKED_STAGES=min(tiling.num_stages, 2),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
-    if tiling.num_splits > 1:
+    if splits > 1:
         _combine_splits_kernel[(num_rows, num_heads)](
-            partial_acc, partial_total, partial_peak, output, query_start_loc, num_requests,
+            partial_output, partial_lse, parts, output, query_start_loc, num_requests, splits,
             *output.stride()[:2],
             HEADS=num_heads, HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
-            NUM_SPLITS=tiling.num_splits, num_warps=1,
+            SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=1,
         )  # fmt: skip
-
-
-def write_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Stores each row's key and value in the entry ``slot_mapping`` names.
-
-    Args:
-        key, value: [N, Hkv, D], last dim contiguous.
-        kv_cache: [blocks, Hkv, page, 2 * D], last dim contiguous.
-        slot_mapping: [N] int64, block * page + offset; -1 skips the row.
-    """
-    num_rows, num_heads, head_size = key.shape
-    page = kv_cache.shape[2]
-    assert value.shape == key.shape, (value.shape, key.shape)
-    assert kv_cache.shape[1] == num_heads, (kv_cache.shape, num_heads)
-    assert kv_cache.shape[3] == 2 * head_size, (kv_cache.shape, head_size)
-    assert key.dtype == value.dtype == kv_cache.dtype, (key.dtype, value.dtype, kv_cache.dtype)
-    assert slot_mapping.shape == (num_rows,), (slot_mapping.shape, num_rows)
-    assert slot_mapping.dtype == torch.int64, slot_mapping.dtype
-    for tensor in (key, value, kv_cache, slot_mapping):
-        assert tensor.stride(-1) == 1, (tensor.shape, tensor.stride())
-        assert tensor.device == key.device, (tensor.device, key.device)
-    if num_rows == 0:
-        return
-
-    block_rows = min(triton.next_power_of_2(num_rows), 1024 if key.device.type == "cpu" else 8)
-    _write_kv_kernel[(triton.cdiv(num_rows, block_rows), num_heads)](
-        key, value, kv_cache, slot_mapping, num_rows,
-        *key.stride()[:2], *value.stride()[:2], *kv_cache.stride()[:3],
-        PAGE=page, HEAD_SIZE=head_size, HEAD_PADDED=triton.next_power_of_2(head_size),
-        BLOCK_ROWS=block_rows, num_warps=4,
-    )  # fmt: skip

@@ -16,6 +16,8 @@ from functools import cache
 import torch
 
 CPU_KERNELS_ENV = "VLLM_REFUSION_CPU_KERNELS"
+# entries of a KV page, or a divisor of them, with which canvas_attention is fastest on Hopper
+HOPPER_PAGE = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Operations:
     token_stats: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     layout: Callable[..., None]
     transition: Callable[..., None]
+    allocate: Callable[..., None]
+    replay_stats: Callable[..., None]
 
 
 def operations(device: torch.device) -> Operations:
@@ -44,7 +48,9 @@ def operations(device: torch.device) -> Operations:
 @cache
 def _load(twins: bool) -> Operations:
     if twins:
+        from vllm_refusion.triton_kernels import allocation_reference as allocation
         from vllm_refusion.triton_kernels import attention_reference as attention
+        from vllm_refusion.triton_kernels import replay_reference
         from vllm_refusion.triton_kernels import stats_reference as stats
         from vllm_refusion.triton_kernels import transition_reference as steps
 
@@ -54,13 +60,24 @@ def _load(twins: bool) -> Operations:
             token_stats=stats.token_stats_reference,
             layout=steps.layout_reference,
             transition=steps.transition_reference,
+            allocate=allocation.allocate_reference,
+            replay_stats=replay_reference.replay_stats_reference,
         )
-    from vllm_refusion.triton_kernels import canvas_attention, token_stats, transition
+    from vllm_refusion.triton_kernels import (
+        allocation,
+        canvas_attention,
+        replay,
+        token_stats,
+        transition,
+        write_kv,
+    )
 
     return Operations(
         canvas_attention=canvas_attention.canvas_attention,
-        write_kv=canvas_attention.write_kv,
+        write_kv=write_kv.write_kv,
         token_stats=token_stats.token_stats,
         layout=transition.layout,
         transition=transition.transition,
+        allocate=allocation.allocate,
+        replay_stats=replay.replay_stats,
     )

@@ -12,15 +12,18 @@ import triton.language as tl
 from vllm_refusion.decoding import DecodeState
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
+    F_CANVAS,
     F_COMMITTED,
     F_PHASE,
     F_PROMPT_LEN,
+    F_RESUME,
     F_ROWS,
     F_SLOT_SIZE,
     IDLE,
     NUM_FIELDS,
     PREFILL,
     REPLAY,
+    START,
 )
 from vllm_refusion.triton_kernels.transition_reference import UNSEEN
 
@@ -32,6 +35,8 @@ ROWS_PER_TILE = 1024
 def _layout_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     row_position_ptr,  # [max_reqs, W] int32
+    row_run_start_ptr,  # [max_reqs, W] int32
+    row_run_end_ptr,  # [max_reqs, W] int32
     row_own_start_ptr,  # [max_reqs, W] int32
     response_ptr,  # [max_reqs, P] int32
     order_ptr,  # [max_reqs, P] int32
@@ -60,7 +65,8 @@ def _layout_kernel(
     committed = tl.load(ints + F_COMMITTED)
     rows = tl.load(ints + F_ROWS)
     # a truncated canvas is not fed at all
-    rows = tl.where((phase == IDLE) | (phase == DONE) | (length < rows), 0, rows)
+    unfed = (phase == IDLE) | (phase == DONE) | (length < rows)
+    canvas = tl.where(unfed, 0, tl.load(ints + F_CANVAS))
 
     for first in range(0, length, BLOCK):
         row = first + tl.arange(0, BLOCK)
@@ -68,8 +74,11 @@ def _layout_kernel(
         kv = context + row
         if (phase == PREFILL) | (phase == REPLAY):
             entry = kv - prompt_len
-            used = exists & (entry < committed)
-            replayed = used & (entry >= 0)
+            # the first plan may be fed with the end of the prompt
+            plans = (phase == PREFILL) & (tl.load(ints + F_RESUME) == START)
+            plans = plans & (context + length - prompt_len >= rows)
+            used = exists & (entry < tl.where(plans, rows, committed))
+            replayed = used & (entry >= 0) & (entry < committed)
             at = slot * max_response + entry
             position = tl.load(order_ptr + at, mask=replayed, other=0)
             group = tl.load(group_context_ptr + at, mask=replayed, other=-1)
@@ -77,20 +86,24 @@ def _layout_kernel(
             tl.store(input_ids_ptr + start + row, token, mask=replayed)
             isolated = group >= 0
             context_end = tl.where(isolated, prompt_len + group, 0)
+            run_start = tl.zeros([BLOCK], dtype=tl.int32)
+            run_end = run_start
             own_start = tl.where(isolated, kv - position % size, 0)
             rope = tl.where(replayed, prompt_len + position, kv)
         else:
-            used = row < rows
+            used = exists & (row < canvas)
             at = slot * canvas_length + row
             rope = prompt_len + tl.load(row_position_ptr + at, mask=used, other=0)
+            run_start = context + tl.load(row_run_start_ptr + at, mask=used, other=0)
+            run_end = context + tl.load(row_run_end_ptr + at, mask=used, other=0)
             own_start = context + tl.load(row_own_start_ptr + at, mask=used, other=0)
             context_end = tl.zeros([BLOCK], dtype=tl.int32) + context
 
         tl.store(positions_ptr + start + row, tl.where(used, rope, 0), mask=exists)
         sees = visibility_ptr + (start + row).to(tl.int64) * 4
         tl.store(sees, tl.where(used, context_end, 0), mask=exists)
-        tl.store(sees + 1, tl.zeros([BLOCK], dtype=tl.int32), mask=exists)
-        tl.store(sees + 2, tl.zeros([BLOCK], dtype=tl.int32), mask=exists)
+        tl.store(sees + 1, tl.where(used, run_start, 0), mask=exists)
+        tl.store(sees + 2, tl.where(used, run_end, 0), mask=exists)
         tl.store(sees + 3, tl.where(used, own_start, _UNSEEN), mask=exists)
         unused = exists & (used == 0)
         for group_index in range(num_groups):
@@ -119,6 +132,8 @@ def layout(
     _layout_kernel[(requests,)](
         state.ints,
         state.row_position,
+        state.row_run_start,
+        state.row_run_end,
         state.row_own_start,
         state.response,
         state.order,

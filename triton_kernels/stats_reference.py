@@ -31,10 +31,10 @@ def token_stats_reference(
     row_request: torch.Tensor,
     row_position: torch.Tensor,
     row_given: torch.Tensor,
+    row_draw: torch.Tensor,
     *,
     temperature: torch.Tensor,
     seed: torch.Tensor,
-    draw: torch.Tensor,
     min_tokens: torch.Tensor,
     stop_ids: torch.Tensor,
     mask_token_id: int,
@@ -55,7 +55,7 @@ def token_stats_reference(
     sampled = (temperature[request] > 0).nonzero().flatten()
     if len(sampled):
         of = request[sampled]
-        noise = gumbel_noise(seed[of], draw[of], position[sampled], vocab)
+        noise = gumbel_noise(seed[of], row_draw[used][sampled], position[sampled], vocab)
         value[sampled] = raw[sampled] / temperature[of, None] + noise
     value = torch.where(value > FLOOR, value, FLOOR)
     if 0 <= mask_token_id < vocab:

@@ -1,6 +1,6 @@
 """Row statistics of logits in one read: the token to pick, its probability, a given token's.
 
-For one row x of V logits, with T, seed and draw of the row's request:
+For one row x of V logits, with the draw of the row, T and seed of its request:
 
     value[t] = x[t]                        if T = 0
                x[t] / T + noise[t]         if T > 0, noise of `vllm_refusion/noise.py`
@@ -26,10 +26,13 @@ _LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
 
 # Tokens of a row held at once: 16 per thread. The interpreter pays per operation instead, so a
 # CPU takes tiles as wide as its cache likes.
-GPU_TILE = 8192
+GPU_TILE = 2048
 CPU_TILE = 65536
 THREADS_PER_WARP = 32
 TOKENS_PER_THREAD = 16
+# Programs that keep a GPU's memory busy; with fewer rows than that, a row is cut into parts.
+GPU_PROGRAMS = 1056
+CPU_PROGRAMS = 1
 
 
 @triton.jit
@@ -42,35 +45,42 @@ def gumbel(seed, draw, position, token):
 
 # Chunks of rows may start anywhere: no compilation per alignment of the per-row vectors.
 @triton.jit(
+    do_not_specialize=["tiles", "parts", "tiles_per_part"],
     do_not_specialize_on_alignment=[
         "row_request_ptr",
         "row_position_ptr",
-        "row_given_ptr",
-        "picked_ptr",
-        "picked_prob_ptr",
-        "given_prob_ptr",
-    ]
+        "row_draw_ptr",
+        "tile_maximum_ptr",
+        "tile_sum_ptr",
+        "part_best_ptr",
+        "part_picked_ptr",
+    ],
 )
 def _token_stats_kernel(
     logits_ptr,  # [N, V]
     row_request_ptr,  # [N] int64
     row_position_ptr,  # [N] int32
-    row_given_ptr,  # [N] int32
     temperature_ptr,  # [max_reqs] float32
     seed_ptr,  # [max_reqs] int64
-    draw_ptr,  # [max_reqs] int32
+    row_draw_ptr,  # [N] int32
     min_tokens_ptr,  # [max_reqs] int32
     stop_ids_ptr,  # [max_reqs, F] int32
-    picked_ptr,  # [N] int32
-    picked_prob_ptr,  # [N] float32
-    given_prob_ptr,  # [N] float32
+    tile_maximum_ptr,  # [N, tiles] float32
+    tile_sum_ptr,  # [N, tiles] float32
+    part_best_ptr,  # [N, parts] float32
+    part_picked_ptr,  # [N, parts] int32
     logits_stride,
     vocab,
     num_stop_ids,
     mask_token_id,
+    tiles,
+    parts,
+    tiles_per_part,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """One program per (row, part): each tile's maximum and sum, the best value of the part."""
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     position = tl.load(row_position_ptr + row)
     # the other inputs of an unused row may hold anything
     if position < 0:
@@ -79,29 +89,35 @@ def _token_stats_kernel(
     temperature = tl.load(temperature_ptr + request)
     min_tokens = tl.load(min_tokens_ptr + request)
     seed = tl.load(seed_ptr + request)
-    draw = tl.load(draw_ptr + request)
+    draw = tl.load(row_draw_ptr + row)
     stop_ids = stop_ids_ptr + request * num_stop_ids
     logits = logits_ptr + row * logits_stride
 
-    maximum = _FLOOR
-    partial_sums = tl.zeros([BLOCK], dtype=tl.float32)
     best = float("-inf")
     picked = 0
-    for start in range(0, vocab, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    first = part * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, tiles)
+    lane = tl.arange(0, BLOCK)
+    token = first * BLOCK + lane
+    following = tl.load(logits + token, mask=token < vocab, other=float("-inf"))
+    for tile in range(first, last):
+        x = following.to(tl.float32)
+        token = tile * BLOCK + lane
+        if tile + 1 < last:  # in flight while this tile is worked on
+            following = tl.load(
+                logits + token + BLOCK, mask=token + BLOCK < vocab, other=float("-inf")
+            )
         # FLOOR for -inf and NaN keeps the maximum finite; a NaN still reaches the sum
         floored = tl.where(x > _FLOOR, x, _FLOOR)
-        tile_maximum = tl.max(floored, axis=0)
-        new_maximum = tl.maximum(maximum, tile_maximum)
-        partial_sums = partial_sums * tl.exp(maximum - new_maximum) + tl.exp(x - new_maximum)
-        maximum = new_maximum
+        maximum = tl.max(floored, axis=0)
+        tl.store(tile_maximum_ptr + row * tiles + tile, maximum)
+        tl.store(tile_sum_ptr + row * tiles + tile, tl.sum(tl.exp(x - maximum), axis=0))
 
         # No value of the tile lies above this bound (division and addition round monotonically),
-        # and an equal one would lose to the lower id found before: most tiles need no noise.
-        bound = tile_maximum
+        # and an equal one would lose to the lower id found before: many tiles need no noise.
+        bound = maximum
         if temperature > 0:
-            bound = tl.maximum(tl.div_rn(tile_maximum, temperature) + _NOISE_BOUND, _FLOOR)
+            bound = tl.maximum(tl.div_rn(maximum, temperature) + _NOISE_BOUND, _FLOOR)
         if bound > best:
             value = floored
             if temperature > 0:
@@ -118,7 +134,55 @@ def _token_stats_kernel(
                 best = tile_best
                 picked = tl.min(tl.where(value == tile_best, token, vocab), axis=0)
 
-    total = tl.sum(partial_sums, axis=0)
+    tl.store(part_best_ptr + row * parts + part, best)
+    tl.store(part_picked_ptr + row * parts + part, picked)
+
+
+@triton.jit(
+    do_not_specialize=["tiles", "parts"],
+    do_not_specialize_on_alignment=[
+        "row_position_ptr",
+        "row_given_ptr",
+        "picked_ptr",
+        "picked_prob_ptr",
+        "given_prob_ptr",
+        "tile_maximum_ptr",
+        "tile_sum_ptr",
+        "part_best_ptr",
+        "part_picked_ptr",
+    ],
+)
+def _combine_tiles_kernel(
+    logits_ptr,  # [N, V]
+    row_position_ptr,  # [N] int32
+    row_given_ptr,  # [N] int32
+    picked_ptr,  # [N] int32
+    picked_prob_ptr,  # [N] float32
+    given_prob_ptr,  # [N] float32
+    tile_maximum_ptr,  # [N, tiles] float32
+    tile_sum_ptr,  # [N, tiles] float32
+    part_best_ptr,  # [N, parts] float32
+    part_picked_ptr,  # [N, parts] int32
+    logits_stride,
+    vocab,
+    tiles,
+    parts,
+    TILES_PADDED: tl.constexpr,
+):
+    """One program per row. The sum's order depends on the tiles alone, not on the parts."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(row_position_ptr + row) < 0:
+        return
+    logits = logits_ptr + row * logits_stride
+    tile = tl.arange(0, TILES_PADDED)
+    maxima = tl.load(tile_maximum_ptr + row * tiles + tile, mask=tile < tiles, other=_FLOOR)
+    sums = tl.load(tile_sum_ptr + row * tiles + tile, mask=tile < tiles, other=0.0)
+    bests = tl.load(part_best_ptr + row * parts + tile, mask=tile < parts, other=float("-inf"))
+    tokens = tl.load(part_picked_ptr + row * parts + tile, mask=tile < parts, other=0)
+
+    maximum = tl.max(maxima, axis=0)
+    total = tl.sum(sums * tl.exp(maxima - maximum), axis=0)
+    picked = tl.min(tl.where(bests == tl.max(bests, axis=0), tokens, vocab), axis=0)
     picked_logit = tl.load(logits + picked).to(tl.float32)
     tl.store(picked_ptr + row, picked)
     tl.store(picked_prob_ptr + row, tl.div_rn(tl.exp(picked_logit - maximum), total))
@@ -136,10 +200,10 @@ def token_stats(
     row_request: torch.Tensor,
     row_position: torch.Tensor,
     row_given: torch.Tensor,
+    row_draw: torch.Tensor,
     *,
     temperature: torch.Tensor,
     seed: torch.Tensor,
-    draw: torch.Tensor,
     min_tokens: torch.Tensor,
     stop_ids: torch.Tensor,
     mask_token_id: int,
@@ -158,9 +222,9 @@ def token_stats(
         row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
             alone (0 when allocated here).
         row_given: [N] int32, the token of ``given_prob``; -1 for none.
+        row_draw: [N] int32, how many draws the request has made before that of the row.
         temperature: [max_reqs] float32; 0 picks the argmax.
         seed: [max_reqs] int64, all 64 bits count.
-        draw: [max_reqs] int32, how many draws the request has made before.
         min_tokens: [max_reqs] int32.
         stop_ids: [max_reqs, F] int32, padded with -1; not picked at positions < min_tokens.
         mask_token_id: never picked.
@@ -178,13 +242,12 @@ def token_stats(
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), logits.dtype
     assert vocab == 1 or (vocab and logits.stride(1) == 1), "a row of logits must be contiguous"
     _check_vector(rows, row_request, torch.int64)
-    for tensor, dtype in ((row_position, torch.int32), (row_given, torch.int32)):
-        _check_vector(rows, tensor, dtype)
+    for tensor in (row_position, row_given, row_draw):
+        _check_vector(rows, tensor, torch.int32)
     for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.float32), strict=True):
         _check_vector(rows, tensor, dtype)
     _check_vector(requests, temperature, torch.float32)
     _check_vector(requests, seed, torch.int64)
-    _check_vector(requests, draw, torch.int32)
     _check_vector(requests, min_tokens, torch.int32)
     assert stop_ids.dtype == torch.int32 and stop_ids.is_contiguous()
     if rows == 0:
@@ -192,24 +255,24 @@ def token_stats(
 
     widest = GPU_TILE if logits.is_cuda else CPU_TILE
     block = min(widest, triton.next_power_of_2(vocab))
-    _token_stats_kernel[(rows,)](
-        logits,
-        row_request,
-        row_position,
-        row_given,
-        temperature,
-        seed,
-        draw,
-        min_tokens,
-        stop_ids,
-        *out,
-        logits.stride(0),
-        vocab,
-        num_stop_ids,
-        mask_token_id,
-        BLOCK=block,
-        num_warps=max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD)),
-    )
+    tiles = triton.cdiv(vocab, block)
+    programs = GPU_PROGRAMS if logits.is_cuda else CPU_PROGRAMS
+    tiles_per_part = min(tiles, max(1, rows * tiles // programs))
+    parts = triton.cdiv(tiles, tiles_per_part)
+    workspace = torch.empty(2 * rows * (tiles + parts), dtype=torch.float32, device=logits.device)
+    maximum, total, best, token = workspace.split((rows * tiles,) * 2 + (rows * parts,) * 2)
+    token = token.view(torch.int32)
+    _token_stats_kernel[(rows * parts,)](
+        logits, row_request, row_position, temperature, seed, row_draw, min_tokens, stop_ids,
+        maximum, total, best, token,
+        logits.stride(0), vocab, num_stop_ids, mask_token_id, tiles, parts, tiles_per_part,
+        BLOCK=block, num_warps=max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD)),
+    )  # fmt: skip
+    _combine_tiles_kernel[(rows,)](
+        logits, row_position, row_given, *out, maximum, total, best, token,
+        logits.stride(0), vocab, tiles, parts,
+        TILES_PADDED=triton.next_power_of_2(tiles), num_warps=1,
+    )  # fmt: skip
     return out
 
 

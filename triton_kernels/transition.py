@@ -17,17 +17,30 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.decoding import DecodeState
+from vllm_refusion.riders import (
+    CERTAIN,
+    LARGEST_COST,
+    LEVELS,
+    MAX_PRICE,
+    MAX_RIDERS,
+    NO_RIDERS,
+    Speculation,
+    device_tables,
+)
 from vllm_refusion.triton_kernels.layout import check, check_starts, layout
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
+    BLANK,
     CHOSEN,
-    CHOSEN_OR_ACCEPTED,
     COMMITTED,
     COUNT_IDLE,
     COUNT_INFILL_VERIFY,
     COUNT_PLAN,
+    COUNT_PLANS_RIDDEN,
     COUNT_PREDICT,
+    COUNT_PREDICTS_RIDDEN,
     COUNT_REPLAY,
+    COUNT_RIDER_ROWS_FED,
     COUNT_ROWS_FED,
     COUNT_TOKENS,
     COUNT_VERIFY,
@@ -36,6 +49,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_BLOCK_LENGTH,
     F_BLOCK_START,
     F_BUDGET,
+    F_CANVAS,
     F_COMMITTED,
     F_DRAW,
     F_EMITTED,
@@ -49,13 +63,10 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_ROWS,
     F_SLOT_SIZE,
     IDLE,
-    INFILL_VERIFY,
+    INFILL,
     MASKED,
     NUM_FIELDS,
-    ONLY_CHOSEN,
-    ONLY_MASKED,
     PLAN,
-    PREDICT,
     PREFILL,
     REPLAY,
     START,
@@ -65,20 +76,32 @@ from vllm_refusion.triton_kernels.state_codes import (
 __all__ = ["layout", "transition"]
 
 LANES_PER_WARP = 128
+_CERTAIN = tl.constexpr(CERTAIN)
+_LARGEST_COST = tl.constexpr(LARGEST_COST)
+_LEVELS = tl.constexpr(LEVELS)
+_MAX_RIDERS = tl.constexpr(MAX_RIDERS)
+
+
+@triton.jit
+def _in_slot(marked, slot_start, size, LANES: tl.constexpr):
+    """How many positions of the slot of each lane are ``marked`` [LANES]."""
+    marked = marked.to(tl.int32)
+    through = tl.cumsum(marked, axis=0)
+    slot_end = tl.minimum(slot_start + size, LANES) - 1
+    return tl.gather(through, slot_end, axis=0) - tl.gather(through - marked, slot_start, axis=0)
 
 
 @triton.jit
 def _is_member(status, phase, slot_start, size, LANES: tl.constexpr):
     """Whether positions of ``status`` [LANES] take part in the canvas of ``phase``."""
-    statuses = tl.where(phase == PLAN, ONLY_MASKED, CHOSEN_OR_ACCEPTED)
-    statuses = tl.where(phase == VERIFY, ONLY_CHOSEN, statuses)
-    member = ((statuses >> status) & 1) == 1
-    if phase == PREDICT:  # a complete slot has nothing to propose
-        chosen = (status == CHOSEN).to(tl.int32)
-        through = tl.cumsum(chosen, axis=0)
-        slot_end = tl.minimum(slot_start + size, LANES) - 1
-        before = tl.gather(through - chosen, slot_start, axis=0)
-        member = member & (tl.gather(through, slot_end, axis=0) > before)
+    open_ = (status == CHOSEN) | (status == BLANK)
+    if phase == INFILL:
+        member = open_ | (status == ACCEPTED)
+        # nothing can be committed while a slot lacks proposals: complete slots stay out
+        if tl.max((status == BLANK).to(tl.int32), axis=0) > 0:
+            member = member & (_in_slot(open_, slot_start, size, LANES) > 0)
+    else:
+        member = status == tl.where(phase == PLAN, MASKED, CHOSEN)
     return member
 
 
@@ -104,16 +127,31 @@ def _first(condition, p, none):
 
 
 @triton.jit
+def _at(values, p, lane):
+    """The one of ``values`` [LANES] int32 at ``lane``; 0 if there is none."""
+    return tl.sum(tl.where(p == lane, values, 0), axis=0)
+
+
+@triton.jit
 def _drop_after(status, p, cut):
     """EOS at ``cut``: what lies after it and is not committed is dropped."""
     return tl.where((p > cut) & (status != COMMITTED), DROPPED, status)
 
 
 @triton.jit
+def _pick(takes, row, token, confidence, picked_ptr, picked_prob_ptr):
+    """Where ``takes`` [LANES], the token picked in ``row`` and its probability."""
+    token = tl.where(takes, tl.load(picked_ptr + row, mask=takes, other=0), token)
+    probability = tl.load(picked_prob_ptr + row, mask=takes, other=0.0)
+    return token, tl.where(takes, probability, confidence)
+
+
+@triton.jit
 def _plan(
-    status, token, row, p, slot_start, picked_ptr, picked_prob_ptr, threshold, LANES: tl.constexpr
+    status, token, confidence, row, p, slot_start, picked_ptr, picked_prob_ptr, threshold,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """Section 3.1: chooses slots; their drafts become the tokens. Returns status, token."""
+    """Section 3.1: chooses slots; their drafts become the tokens."""
     masked = status == MASKED
     opens = masked & (p == slot_start)
     certainty = tl.load(picked_prob_ptr + row, mask=opens, other=-1.0)
@@ -124,8 +162,8 @@ def _plan(
     best = p == _first(opens & (certainty == largest), p, LANES)
     opens_chosen = tl.where(largest > threshold, sure.to(tl.int32), best.to(tl.int32))
     chosen = masked & (tl.gather(opens_chosen, slot_start, axis=0) == 1)
-    draft = tl.load(picked_ptr + row, mask=chosen, other=0)
-    return tl.where(chosen, CHOSEN, status), tl.where(chosen, draft, token)
+    token, confidence = _pick(chosen, row, token, confidence, picked_ptr, picked_prob_ptr)
+    return tl.where(chosen, CHOSEN, status), token, confidence
 
 
 @triton.jit
@@ -140,7 +178,7 @@ def _verify(status, token, row, p, slot_start, size, passes, eos, LANES: tl.cons
     # with EOS the last slot is cut right after it, else only whole slots count
     kept = tl.where(prefix_eos < LANES, accepted, accepted // size * size)
 
-    begun = tl.where(member & _intact(failed, slot_start), ACCEPTED, status)
+    begun = tl.where(member, tl.where(_intact(failed, slot_start), ACCEPTED, BLANK), status)
     infill_eos = _first((begun == ACCEPTED) & (token == eos), p, LANES)
     back = tl.where(member & (row >= kept), MASKED, status)
     cut = tl.where(kept > 0, prefix_eos, infill_eos)
@@ -148,52 +186,187 @@ def _verify(status, token, row, p, slot_start, size, passes, eos, LANES: tl.cons
 
 
 @triton.jit
-def _infill_verify(status, token, p, slot_start, passes, eos, LANES: tl.constexpr):
-    """Section 3.3, verify. Returns status, the rows to commit (0: go on), where EOS cuts."""
+def _infill(status, token, p, slot_start, passes, eos, LANES: tl.constexpr):
+    """Section 3.3. Returns status, the rows to commit (0: go on), where EOS cuts.
+
+    Slots with proposals (CHOSEN) are verified; those of BLANK ones have just been picked.
+    """
     chosen = status == CHOSEN
+    blank = status == BLANK
     before = tl.gather(status, tl.maximum(p - 1, 0), axis=0)
     # the first proposal is accepted without a test
     tested = chosen & (p != slot_start) & (before != ACCEPTED)
-    good = chosen & _intact(tested & (passes == 0), slot_start)
-    status = tl.where(good, ACCEPTED, status)
+    good = _intact(tested & (passes == 0), slot_start)
+    status = tl.where(chosen, tl.where(good, ACCEPTED, BLANK), status)
+    status = tl.where(blank, CHOSEN, status)
     cut = _first((status == ACCEPTED) & (token == eos), p, LANES)
     status = _drop_after(status, p, cut)
-    missing = tl.sum((status == CHOSEN).to(tl.int32), axis=0)
+    missing = tl.sum(((status == CHOSEN) | (status == BLANK) | blank).to(tl.int32), axis=0)
     accepted = tl.sum((status == ACCEPTED).to(tl.int32), axis=0)
     return status, tl.where(missing > 0, 0, accepted), cut
 
 
 @triton.jit
-def _write_canvas(
-    status, token, p, slot_start, size, phase, block_start, mask_token_id,
-    canvas_token_ptr, row_position_ptr, row_own_start_ptr,
-    CANVAS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Writes the canvas of the next pass, ``phase``, and returns its number of rows."""
-    member = _is_member(status, phase, slot_start, size, LANES)
-    row = _rows_of(member)
-    rows = tl.sum(member.to(tl.int32), axis=0)
-    # only a plan has members that are MASKED
-    fed_as_mask = tl.where(phase == PREDICT, CHOSEN, MASKED)
-    fed = tl.where(status == fed_as_mask, mask_token_id, token)
-    isolated = (phase == PREDICT) | (phase == INFILL_VERIFY)
-    own_start = tl.where(isolated, row - (p - slot_start), 0)
-    tl.store(canvas_token_ptr + row, fed.to(tl.int64), mask=member)
-    tl.store(row_own_start_ptr + row, own_start, mask=member)
-    tl.store(row_position_ptr + row, block_start + p, mask=member)
-    tl.store(row_position_ptr + p, tl.zeros_like(p) - 1, mask=(p >= rows) & (p < CANVAS))
-    return rows
+def _block_statuses(p, start, ints):
+    """Statuses [LANES] of a block that starts now at response position ``start``."""
+    length = tl.minimum(tl.load(ints + F_BLOCK_LENGTH), tl.load(ints + F_BUDGET) - start)
+    return tl.where(p < length, MASKED, DROPPED)
 
 
 @triton.jit
+def _write_rows(
+    where, row, token, position, draw, run_start, run_end, own_start,
+    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr, row_run_end_ptr,
+    row_own_start_ptr,
+):  # fmt: skip
+    tl.store(canvas_token_ptr + row, token.to(tl.int64), mask=where)
+    tl.store(row_position_ptr + row, position, mask=where)
+    tl.store(row_draw_ptr + row, draw, mask=where)
+    tl.store(row_run_start_ptr + row, run_start, mask=where)
+    tl.store(row_run_end_ptr + row, run_end, mask=where)
+    tl.store(row_own_start_ptr + row, own_start, mask=where)
+
+
+@triton.jit
+def _chance(cost, chance_table_ptr):
+    return tl.load(chance_table_ptr + tl.minimum(cost, _LARGEST_COST))
+
+
+@triton.jit
+def _riders(
+    status, confidence, member, row, rows, p, slot_start, size, phase, block_start, next_length,
+    row_position_ptr, cost_table_ptr, chance_table_ptr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Chance and width [LANES] of the rider at each block position; width 0 for none."""
+    opens = member & (p == slot_start)
+    before = tl.gather(status, tl.maximum(p - 1, 0), axis=0)
+    tested = member & (status == CHOSEN) & (p != slot_start) & (before != ACCEPTED)
+    level = confidence * _LEVELS
+    level = tl.where(level > 0, tl.minimum(level, _LEVELS), 0.0).to(tl.int32)
+    cost = tl.load(cost_table_ptr + level, mask=tested, other=0)
+    through = tl.cumsum(cost, axis=0)
+    slot_before = tl.gather(through - cost, slot_start, axis=0)
+
+    # predict, if just what lies before p is accepted of its slot
+    alone = (phase == INFILL) | (slot_start == _first(opens, p, LANES))
+    predicts = member & (status == CHOSEN) & (p != slot_start) & alone
+    chance = _chance(through - cost - slot_before, chance_table_ptr)
+    chance -= _chance(through - slot_before, chance_table_ptr)
+    width = tl.where(predicts, slot_start + size - p, 0)
+
+    # plan, if the slot that starts at p is the last one committed
+    masks = tl.sum((status == MASKED).to(tl.int32), axis=0) + tl.zeros([LANES], dtype=tl.int32)
+    if phase == VERIFY:
+        plans = opens
+        masks += rows - row - size
+        lane = tl.load(row_position_ptr + p, mask=p < rows, other=block_start) - block_start
+        by_row = tl.gather(through, lane, axis=0)
+        end_row = tl.minimum(row + size, LANES) - 1
+        next_end_row = tl.minimum(row + 2 * size, LANES) - 1
+        plan_chance = _chance(tl.gather(by_row, end_row, axis=0), chance_table_ptr)
+        next_chance = _chance(tl.gather(by_row, next_end_row, axis=0), chance_table_ptr)
+        plan_chance -= tl.where(row + size < rows, next_chance, 0)
+    else:
+        last_slot = tl.max(tl.where(opens, p, -1), axis=0)
+        any_blank = tl.max((status == BLANK).to(tl.int32), axis=0)
+        plans = p == tl.where(any_blank > 0, LANES, last_slot)
+        plan_chance = _chance(tl.max(through, axis=0) + tl.zeros_like(p), chance_table_ptr)
+    masks = tl.where(masks > 0, masks, next_length)
+    return tl.where(plans, plan_chance, chance), tl.where(plans, masks, width)
+
+
+@triton.jit
+def _compose(
+    status, token, confidence, rounds, p, slot_start, size, phase, block_start, next_start, limit,
+    draw, mask_token_id, free_rows, pass_price, ints, rider_row_ptr,
+    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr, row_run_end_ptr,
+    row_own_start_ptr, cost_table_ptr, chance_table_ptr,
+    CANVAS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Writes the canvas of the next pass; returns its rows without and with riders."""
+    member = _is_member(status, phase, slot_start, size, LANES)
+    row = _rows_of(member)
+    rows = tl.sum(member.to(tl.int32), axis=0)
+    in_infill = phase == INFILL
+    fed = tl.where((status == MASKED) | (status == BLANK), mask_token_id, token)
+    zero = tl.zeros_like(p)
+    tl.store(row_position_ptr + p, zero - 1, mask=p < CANVAS)
+    tl.store(rider_row_ptr + p, zero - 1, mask=p < CANVAS)
+    tl.debug_barrier()
+    _write_rows(
+        member, row, fed, block_start + p, draw + tl.where(in_infill, rounds, 0), zero, zero,
+        tl.where(in_infill, row - (p - slot_start), 0),
+        canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr, row_run_end_ptr,
+        row_own_start_ptr,
+    )  # fmt: skip
+
+    canvas = rows
+    speculates = (free_rows > 0) | (pass_price > 0)
+    if speculates & ((phase == VERIFY) | in_infill):
+        tl.debug_barrier()
+        length = tl.minimum(tl.load(ints + F_BLOCK_LENGTH), tl.load(ints + F_BUDGET) - next_start)
+        chance, width = _riders(
+            status, confidence, member, row, rows, p, slot_start, size, phase, block_start,
+            tl.where(next_start < limit, length, 0),
+            row_position_ptr, cost_table_ptr, chance_table_ptr, LANES,
+        )  # fmt: skip
+        score = tl.where(width > 0, chance * 256 // tl.maximum(width, 1), 0)
+        best = tl.max(score, axis=0)
+        tried = 0
+        while (best > 0) & (tried < _MAX_RIDERS):
+            at = _first(score == best, p, LANES)
+            w = _at(width, p, at)
+            end = canvas + w
+            worth = _at(chance, p, at) * (w + pass_price) > w * _CERTAIN
+            if ((end <= free_rows) | worth) & (end <= CANVAS):
+                at_row = _at(row, p, at)
+                if at % size == 0:  # a plan
+                    again = tl.where(in_infill, LANES, at + size)
+                    back = (status == MASKED) | ((status == CHOSEN) & (p >= again))
+                    anew = tl.max(back.to(tl.int32), axis=0) == 0  # of the next block
+                    where = back | (p < tl.where(anew, w, 0))
+                    offset = tl.where(anew, p, _rows_of(back))
+                    position = tl.where(anew, next_start, block_start) + p
+                    most = tl.max(tl.where(member, rounds, 0), axis=0)
+                    rider_draw = draw + tl.where(in_infill, most, 0)
+                    run_start = 0
+                    run_end = tl.where(in_infill, rows, at_row + size)
+                else:  # a predict
+                    where = (p >= at) & (p < at + w)
+                    offset = p - at
+                    position = block_start + p
+                    rider_draw = draw + tl.where(in_infill, _at(rounds, p, at), 0)
+                    run_start = at_row - at % size
+                    run_end = at_row
+                _write_rows(
+                    where, canvas + offset, zero + mask_token_id, position, zero + rider_draw,
+                    zero + run_start, zero + run_end, zero + canvas,
+                    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr,
+                    row_run_end_ptr, row_own_start_ptr,
+                )  # fmt: skip
+                tl.store(rider_row_ptr + at, canvas)
+                canvas = end
+            score = tl.where(p == at, 0, score)
+            best = tl.max(score, axis=0)
+            tried += 1
+    return rows, canvas
+
+
+@triton.jit(do_not_specialize=["free_rows", "pass_price"])
 def _transition_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     slot_threshold_ptr,  # [max_reqs] float32
     token_threshold_ptr,  # [max_reqs] float32
     status_ptr,  # [max_reqs, W] int32
     token_ptr,  # [max_reqs, W] int32
+    confidence_ptr,  # [max_reqs, W] float32
+    rounds_ptr,  # [max_reqs, W] int32
+    rider_row_ptr,  # [max_reqs, W] int32
     canvas_token_ptr,  # [max_reqs, W] int64
     row_position_ptr,  # [max_reqs, W] int32
+    row_draw_ptr,  # [max_reqs, W] int32
+    row_run_start_ptr,  # [max_reqs, W] int32
+    row_run_end_ptr,  # [max_reqs, W] int32
     row_own_start_ptr,  # [max_reqs, W] int32
     response_ptr,  # [max_reqs, P] int32
     order_ptr,  # [max_reqs, P] int32
@@ -207,13 +380,18 @@ def _transition_kernel(
     picked_ptr,  # [rows] int32
     picked_prob_ptr,  # [rows] float32
     given_prob_ptr,  # [rows] float32
+    emit_limit_ptr,  # [R] int32
     sampled_ptr,  # [R, W] int32
     num_sampled_ptr,  # [R] int32
     num_rejected_ptr,  # [R] int32
+    cost_table_ptr,  # [LEVELS+1] int32
+    chance_table_ptr,  # [LARGEST_COST+1] int32
     canvas_token_stride,
     sampled_stride,
     max_response,
     mask_token_id,
+    free_rows,
+    pass_price,
     CANVAS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -234,26 +412,37 @@ def _transition_kernel(
     emitted = tl.load(ints + F_EMITTED)
     committed = tl.load(ints + F_COMMITTED)
     rows = tl.load(ints + F_ROWS)
+    canvas = tl.load(ints + F_CANVAS)
     draw = tl.load(ints + F_DRAW)
     passes_made = tl.load(ints + F_PASSES)
     computed = tl.load(num_computed_ptr + slot)
 
     p = tl.arange(0, LANES)
-    status = tl.load(status_ptr + slot * CANVAS + p, mask=p < CANVAS, other=DROPPED)
-    token = tl.load(token_ptr + slot * CANVAS + p, mask=p < CANVAS, other=0)
+    of_block = slot * CANVAS + p
+    status = tl.load(status_ptr + of_block, mask=p < CANVAS, other=DROPPED)
+    token = tl.load(token_ptr + of_block, mask=p < CANVAS, other=0)
+    confidence = tl.load(confidence_ptr + of_block, mask=p < CANVAS, other=0.0)
+    rounds = tl.load(rounds_ptr + of_block, mask=p < CANVAS, other=0)
+    rider_row = tl.load(rider_row_ptr + of_block, mask=p < CANVAS, other=-1)
     slot_start = p - p % size
     member = _is_member(status, phase, slot_start, size, LANES)
     row = _rows_of(member)
 
     # Decide. What follows a commit is either a plan, or START of the block at next_start, or DONE.
     next_phase = phase
-    next_start = 0
+    next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
     kept = 0
     decided = 0
     counter = -1
     fed = 0
+    cut = LANES
+    first_row = tl.load(logits_start_ptr + request).to(tl.int64)
+    picks = picked_ptr + first_row
+    pick_probs = picked_prob_ptr + first_row
+    slot_threshold = tl.load(slot_threshold_ptr + slot)
     if phase == PREFILL:
-        kept = query_len
+        kept = tl.minimum(query_len, tl.load(prefill_len_ptr + slot) - computed)
+        fed = query_len - kept  # the first plan
         if computed + query_len >= tl.load(prefill_len_ptr + slot):
             replayed = tl.load(prefill_len_ptr + slot) - prompt_len
             next_phase = tl.where(replayed < committed, REPLAY, tl.load(ints + F_RESUME))
@@ -267,26 +456,16 @@ def _transition_kernel(
         counter = COUNT_IDLE
     else:
         decided = 1
-        fed = rows
+        fed = tl.minimum(query_len, canvas)
         passes_made += 1
-        first_row = tl.load(logits_start_ptr + request).to(tl.int64)
-        cut = LANES
         if phase == PLAN:
             counter = COUNT_PLAN
             draw += 1
-            threshold = tl.load(slot_threshold_ptr + slot)
-            status, token = _plan(
-                status, token, row, p, slot_start,
-                picked_ptr + first_row, picked_prob_ptr + first_row, threshold, LANES,
+            status, token, confidence = _plan(
+                status, token, confidence, row, p, slot_start, picks, pick_probs,
+                slot_threshold, LANES,
             )  # fmt: skip
             next_phase = VERIFY
-        elif phase == PREDICT:
-            counter = COUNT_PREDICT
-            draw += 1
-            proposed = status == CHOSEN
-            proposal = tl.load(picked_ptr + first_row + row, mask=proposed, other=0)
-            token = tl.where(proposed, proposal, token)
-            next_phase = INFILL_VERIFY
         else:
             # the row before gives this row's token its probability
             tested = member & (row > 0)
@@ -295,14 +474,19 @@ def _transition_kernel(
             eos = tl.load(ints + F_EOS)
             if phase == VERIFY:
                 counter = COUNT_VERIFY
+                rounds = tl.where(member, 0, rounds)
                 status, kept, cut = _verify(
                     status, token, row, p, slot_start, size, passes, eos, LANES
                 )
             else:
-                counter = COUNT_INFILL_VERIFY
-                status, kept, cut = _infill_verify(status, token, p, slot_start, passes, eos, LANES)
+                blank = status == BLANK
+                any_blank = tl.max(blank.to(tl.int32), axis=0) > 0
+                counter = tl.where(any_blank, COUNT_PREDICT, COUNT_INFILL_VERIFY)
+                token, confidence = _pick(blank, row, token, confidence, picks, pick_probs)
+                rounds += blank.to(tl.int32)
+                status, kept, cut = _infill(status, token, p, slot_start, passes, eos, LANES)
             limit = tl.minimum(limit, tl.where(cut < LANES, block_start + cut + 1, limit))
-            next_phase = PREDICT
+            next_phase = INFILL
 
     # Every load of the old state comes before every store of the new one: the threads of a
     # program share the state of its request.
@@ -315,43 +499,83 @@ def _transition_kernel(
     if (decided == 1) & (kept > 0):
         now = member & (row < kept)
         at = slot * max_response + committed + row
-        group = tl.where(phase == INFILL_VERIFY, committed, -1)
+        group = tl.where(phase == INFILL, committed, -1)
         tl.store(response_ptr + slot * max_response + block_start + p, token, mask=now)
         tl.store(order_ptr + at, block_start + p, mask=now)
         tl.store(group_context_ptr + at, tl.zeros([LANES], dtype=tl.int32) + group, mask=now)
         committed += kept
+        draw += tl.where(phase == INFILL, tl.max(tl.where(now, rounds, 0), axis=0), 0)
+        last_slot = tl.max(tl.where(now, slot_start, -1), axis=0)
         status = tl.where(now, COMMITTED, status)
-        next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
         following = tl.where(next_start >= limit, DONE, START)
         masked = tl.sum((status == MASKED).to(tl.int32), axis=0)
         next_phase = tl.where(masked > 0, PLAN, following)
+    else:
+        # after the prompt the first block starts; its plan may have been fed with the prompt
+        last_slot = tl.where((next_phase == START) & (phase == PREFILL) & (fed >= rows), -1, LANES)
+        next_start = tl.where(next_phase == START, 0, next_start)
 
     if next_phase == START:
         decided = 1
         next_phase = PLAN
         block_start = next_start
-        length = tl.minimum(tl.load(ints + F_BLOCK_LENGTH), tl.load(ints + F_BUDGET) - block_start)
-        status = tl.where(p < length, MASKED, DROPPED)
+        next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
+        status = _block_statuses(p, block_start, ints)
         token = tl.zeros([LANES], dtype=tl.int32)
 
+    # What comes next is done at once where its rows were in this canvas.
+    if (next_phase == PLAN) & (last_slot < LANES) & (cut == LANES):
+        masked = status == MASKED
+        rider = tl.where(phase == PREFILL, 0, _at(rider_row + 1, p, last_slot) - 1)
+        if (rider >= 0) & (rider + tl.sum(masked.to(tl.int32), axis=0) <= fed):
+            draw += 1
+            status, token, confidence = _plan(
+                status, token, confidence, rider + _rows_of(masked), p, slot_start, picks,
+                pick_probs, slot_threshold, LANES,
+            )  # fmt: skip
+            next_phase = VERIFY
+            tl.atomic_add(counters_ptr + COUNT_PLANS_RIDDEN, 1)
+    if (next_phase == INFILL) & (decided == 1):
+        blank = status == BLANK
+        width = _in_slot(blank, slot_start, size, LANES)
+        opening = slot_start + size - width
+        rider = tl.gather(rider_row, tl.minimum(opening, LANES - 1), axis=0)
+        rides = blank & (rider >= 0) & (rider + width <= fed)
+        token, confidence = _pick(rides, rider + p - opening, token, confidence, picks, pick_probs)
+        status = tl.where(rides, CHOSEN, status)
+        rounds += rides.to(tl.int32)
+        ridden = tl.sum((rides & (p == opening)).to(tl.int32), axis=0)
+        tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
+
     if decided == 1:
-        tl.store(status_ptr + slot * CANVAS + p, status, mask=p < CANVAS)
-        tl.store(token_ptr + slot * CANVAS + p, token, mask=p < CANVAS)
-        rows = _write_canvas(
-            status, token, p, slot_start, size, next_phase, block_start, mask_token_id,
+        if counter >= 0:
+            tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, tl.maximum(fed - rows, 0))
+        tl.store(status_ptr + of_block, status, mask=p < CANVAS)
+        tl.store(token_ptr + of_block, token, mask=p < CANVAS)
+        tl.store(confidence_ptr + of_block, confidence, mask=p < CANVAS)
+        tl.store(rounds_ptr + of_block, rounds, mask=p < CANVAS)
+        rows, canvas = _compose(
+            status, token, confidence, rounds, p, slot_start, size, next_phase, block_start,
+            next_start, limit, draw, mask_token_id, free_rows, pass_price, ints,
+            rider_row_ptr + slot * CANVAS,
             canvas_token_ptr + slot * canvas_token_stride,
             row_position_ptr + slot * CANVAS,
+            row_draw_ptr + slot * CANVAS,
+            row_run_start_ptr + slot * CANVAS,
+            row_run_end_ptr + slot * CANVAS,
             row_own_start_ptr + slot * CANVAS,
+            cost_table_ptr,
+            chance_table_ptr,
             CANVAS, LANES,
         )  # fmt: skip
 
-    # Tokens newly contiguous in position order, at most one per scheduled row.
+    # Tokens newly contiguous in position order.
     count = 0
     if phase != PREFILL:
         contiguous = tl.minimum(_first(status != COMMITTED, p, CANVAS), CANVAS)
         end = tl.minimum(block_start + contiguous, limit)
         end = tl.minimum(end, tl.load(ints + F_MAX_TOKENS))
-        end = tl.minimum(end, emitted + query_len)
+        end = tl.minimum(end, emitted + tl.load(emit_limit_ptr + request))
         count = tl.maximum(end - emitted, 0)
         tl.debug_barrier()  # some of them are committed in this pass
         source = response_ptr + slot * max_response + emitted
@@ -367,6 +591,7 @@ def _transition_kernel(
     tl.store(ints + F_EMITTED, emitted + count)
     tl.store(ints + F_COMMITTED, committed)
     tl.store(ints + F_ROWS, rows)
+    tl.store(ints + F_CANVAS, canvas)
     tl.store(ints + F_DRAW, draw)
     tl.store(ints + F_PASSES, passes_made)
 
@@ -381,9 +606,11 @@ def transition(
     picked: torch.Tensor,
     picked_prob: torch.Tensor,
     given_prob: torch.Tensor,
+    emit_limit: torch.Tensor,
     sampled: torch.Tensor,
     num_sampled: torch.Tensor,
     num_rejected: torch.Tensor,
+    speculation: Speculation = NO_RIDERS,
 ) -> None:
     """Same arguments and effects as ``transition_reference``, as one kernel."""
     requests = len(idx_mapping)
@@ -394,10 +621,11 @@ def transition(
     check(picked, picked.shape, torch.int32)
     for probability in (picked_prob, given_prob):
         check(probability, picked.shape, torch.float32)
-    for count in (num_sampled, num_rejected):
+    for count in (emit_limit, num_sampled, num_rejected):
         check(count, (requests,), torch.int32)
     assert idx_mapping.is_contiguous() and state.canvas_token.stride(1) == 1
     assert sampled.shape == (requests, state.canvas_length) and sampled.stride(1) == 1
+    assert 0 <= speculation.pass_price <= MAX_PRICE, speculation
     lanes = triton.next_power_of_2(state.canvas_length)
     _transition_kernel[(requests,)](
         state.ints,
@@ -405,8 +633,14 @@ def transition(
         state.token_threshold,
         state.status,
         state.token,
+        state.confidence,
+        state.rounds,
+        state.rider_row,
         state.canvas_token,
         state.row_position,
+        state.row_draw,
+        state.row_run_start,
+        state.row_run_end,
         state.row_own_start,
         state.response,
         state.order,
@@ -420,13 +654,17 @@ def transition(
         picked,
         picked_prob,
         given_prob,
+        emit_limit,
         sampled,
         num_sampled,
         num_rejected,
+        *device_tables(state.device),
         state.canvas_token.stride(0),
         sampled.stride(0),
         state.max_response,
         state.mask_token_id,
+        speculation.free_rows,
+        speculation.pass_price,
         CANVAS=state.canvas_length,
         LANES=lanes,
         num_warps=max(1, lanes // LANES_PER_WARP),

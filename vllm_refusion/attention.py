@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -19,8 +22,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from vllm_refusion import compat
 from vllm_refusion.integration import position_slack
-from vllm_refusion.triton_kernels.dispatch import operations
+from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE, operations
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,35 @@ class CanvasAttentionSpec(FullAttentionSpec):
         return super().max_num_blocks_per_req(vllm_config, max_len + position_slack(vllm_config))
 
 
+@dataclass(frozen=True)
+class PromptTail:
+    """The requests that end a batch, all of them prompts: their rows are plainly causal."""
+
+    first_request: int
+    first_row: int
+    max_query_len: int
+    max_seq_len: int
+
+    @classmethod
+    def of_batch(
+        cls, is_prompt: np.ndarray, query_start_loc: np.ndarray, seq_lens: np.ndarray
+    ) -> PromptTail | None:
+        """The longest tail of prompts; None when the last request is not one.
+
+        Args:
+            is_prompt: [R] bool.
+            query_start_loc: [>= R+1].
+            seq_lens: [R], exact where ``is_prompt``.
+        """
+        requests = len(is_prompt)
+        others = np.flatnonzero(~is_prompt)
+        first = int(others[-1]) + 1 if len(others) else 0
+        if first == requests:
+            return None
+        starts = query_start_loc[first : requests + 1]
+        return cls(first, int(starts[0]), int(np.diff(starts).max()), int(seq_lens[first:].max()))
+
+
 @dataclass
 class CanvasAttentionMetadata:
     """Inputs of ``canvas_attention`` that all layers share."""
@@ -44,6 +79,8 @@ class CanvasAttentionMetadata:
     block_table: torch.Tensor  # [R, max_pages] int32
     num_actual_tokens: int
     visibility: torch.Tensor | None = None  # [N, 4] int32, set by ReFusionModelState
+    # set by it too where no CUDA graph would keep it
+    prompt_tail: PromptTail | None = None
 
 
 class CanvasAttentionMetadataBuilder(AttentionMetadataBuilder[CanvasAttentionMetadata]):
@@ -106,6 +143,7 @@ class CanvasAttentionImpl(AttentionImpl):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
+        self.flash_attention = compat.flash_attention_3(head_size)
 
     def do_kv_cache_update(
         self,
@@ -141,18 +179,47 @@ class CanvasAttentionImpl(AttentionImpl):
         assert output_scale is None and output_block_scale is None
         if attn_metadata is None:  # memory profiling
             return output.fill_(0)
-        rows = attn_metadata.num_actual_tokens
+        rows, requests = attn_metadata.num_actual_tokens, len(attn_metadata.seq_lens)
+        tail = attn_metadata.prompt_tail
+        if tail is not None and self.flash_attention and query.dtype in FLASH_DTYPES:
+            self._attend_to_prompts(query[:rows], kv_cache, attn_metadata, tail, output[:rows])
+            rows, requests = tail.first_row, tail.first_request
         operations(query.device).canvas_attention(
             query[:rows],
             kv_cache,
             output[:rows],
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.visibility,
+            attn_metadata.block_table[:requests],
+            attn_metadata.query_start_loc[: requests + 1],
+            attn_metadata.seq_lens[:requests],
+            attn_metadata.visibility[:rows],
             self.scale,
         )
         return output
+
+    def _attend_to_prompts(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CanvasAttentionMetadata,
+        tail: PromptTail,
+        output: torch.Tensor,
+    ) -> None:
+        """FlashAttention for the requests of ``tail``, which is faster there."""
+        key, value = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        first = tail.first_request
+        self.flash_attention(
+            query,
+            compat.canonicalize_singleton_dim_strides(key),
+            compat.canonicalize_singleton_dim_strides(value),
+            out=output,
+            cu_seqlens_q=attn_metadata.query_start_loc[first:],
+            max_seqlen_q=tail.max_query_len,
+            seqused_k=attn_metadata.seq_lens[first:],
+            max_seqlen_k=tail.max_seq_len,
+            block_table=attn_metadata.block_table[first:],
+            softmax_scale=self.scale,
+            causal=True,
+        )
 
 
 class CanvasAttentionBackend(AttentionBackend):
@@ -166,6 +233,13 @@ class CanvasAttentionBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Entries of a KV page where the user names none."""
+        if current_platform.is_device_capability_family(90):
+            return math.lcm(default_block_size, HOPPER_PAGE)
+        return super().get_preferred_block_size(default_block_size)
 
     @staticmethod
     def get_impl_cls() -> type[CanvasAttentionImpl]:

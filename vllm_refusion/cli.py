@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "bench": "vllm_refusion.bench.command",
+    "bench-report": "vllm_refusion.bench.report_command",
     "trace": "vllm_refusion.viewer.trace_command",
     "view": "vllm_refusion.viewer.view_command",
 }
@@ -34,7 +36,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"vllm-refusion {chosen.command}: {error}\n")
     sys.exit(code or 0)
-
-
-if __name__ == "__main__":
-    main()

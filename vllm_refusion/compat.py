@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def install(architectures: Mapping[str, str], config_hook: type) -> None:
     _route_checkpoints(architectures)
     _validate_requests()
     _tell_preempted_from_finished()
+    _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter()
 
@@ -115,7 +116,9 @@ def _keep_stock_models_off_the_interpreter() -> None:
 def _tell_preempted_from_finished() -> None:
     """``ModelState.remove_request`` is not told why a request leaves.
 
-    A preempted one comes back and must go on exactly where it was, so its state is kept.
+    A preempted one comes back and must go on exactly where it was, so its state is kept. The same
+    call, first in every step, puts our row budget where vLLM's manager for adaptive verification
+    would be: that one exists for speculative decoding only, and wants graphs of its own.
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -128,10 +131,31 @@ def _tell_preempted_from_finished() -> None:
         leaving = getattr(self.model_state, "requests_leaving", None)
         if leaving is not None:
             leaving(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set())
+            if self.adaptive_verification is None:
+                self.adaptive_verification = self.model_state.start_row_budget(self)
         original(self, scheduler_output)
 
     setattr(finish_requests, _PATCHED, True)
     GPUModelRunner.finish_requests = finish_requests
+
+
+def _measure_passes_once_captured() -> None:
+    """How long passes of various sizes take, measured where vLLM calibrates its own cost models."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner.capture_model
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def capture_model(self: Any, *, profile_only: bool = False) -> int:
+        captured = original(self, profile_only=profile_only)
+        if not profile_only and hasattr(self.model_state, "measure_passes"):
+            self.model_state.measure_passes(self)
+        return captured
+
+    setattr(capture_model, _PATCHED, True)
+    GPUModelRunner.capture_model = capture_model
 
 
 @contextlib.contextmanager
@@ -184,3 +208,65 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
 def stop_hashing_output(request: Any) -> None:
     """Block hashes of a request then cover its prompt only, whatever is appended."""
     request._block_hasher = None
+
+
+def flash_attention_3(head_size: int) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention 3, where it is what vLLM itself would use: on Hopper, 16-bit types.
+
+    A plain function of paged K and V. vLLM's own backend around it would need its metadata.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or head_size % 8 or head_size > 256:
+        return None
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if get_flash_attn_version(head_size=head_size) != 3:
+        return None
+    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    return functools.partial(flash_attn_varlen_func, fa_version=3)
+
+
+def canonicalize_singleton_dim_strides(tensor: Any) -> Any:
+    """FlashAttention's descriptors refuse the strides that PyTorch leaves on dimensions of one."""
+    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides as canonicalize
+
+    return canonicalize(tensor)
+
+
+class ScheduleWatch:
+    """What an engine in this process schedules; vLLM's statistics do not say it per step.
+
+    Attributes:
+        tokens: scheduled so far, prompts and unused rows included.
+        requests: requests of the last step that has any.
+        steps_since_prompt: steps scheduled since the last one with prompt tokens.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.tokens = self.requests = self.steps_since_prompt = 0
+        self._prefilling: set[str] = set()
+        self._known = scheduler.requests
+        schedule = scheduler.schedule
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            if output.total_num_scheduled_tokens:
+                self._note(output)
+            return output
+
+        scheduler.schedule = watched
+
+    def _note(self, output: Any) -> None:
+        self.tokens += output.total_num_scheduled_tokens
+        self.requests = len(output.num_scheduled_tokens)
+        # a resumed request feeds its prompt again
+        self._prefilling.update(output.scheduled_cached_reqs.resumed_req_ids)
+        self._prefilling.update(new.req_id for new in output.scheduled_new_reqs)
+        self.steps_since_prompt = 0 if self._prefilling else self.steps_since_prompt + 1
+        self._prefilling = {
+            name
+            for name in self._prefilling
+            if name in self._known and self._known[name].is_prefill_chunk
+        }

@@ -1,24 +1,34 @@
 """Per-request decoding state on the device, and the meaning of every field.
 
 A request is a small state machine that advances by one forward pass at a time. Each pass feeds a
-*canvas*: a run of query rows placed behind the request's committed KV entries. What the rows are
-depends on the phase (algorithm section 3):
+*canvas*: a run of query rows placed behind the request's committed KV entries. The first ROWS rows
+are what the phase asks for (algorithm section 3):
 
 =============== ============================== ======================================= ==========
 phase           rows of the canvas             what the pass decides                   rows kept
 =============== ============================== ======================================= ==========
 PLAN            masks of all remaining slots   which slots are chosen, their drafts    none
 VERIFY          drafts of the chosen slots     how long a prefix is accepted           a prefix
-PREDICT         accepted tokens, then masks,   proposals for the masks                 none
-                each slot on its own
-INFILL_VERIFY   accepted tokens + proposals,   how far each slot is accepted           all or none
-                each slot on its own
+INFILL          per slot, on its own: accepted proposals for the masks; how far the    all or none
+                tokens, then masks or          proposals are accepted
+                proposals
 REPLAY          committed tokens after a       nothing: rebuilds the KV                all
                 preemption, in commit order
 =============== ============================== ======================================= ==========
 
 The rows kept are always a prefix of the canvas, so the KV of a committed token is written once, at
 the index it will have for ever: index = commit order, RoPE position = prompt + response position.
+
+Behind them, up to CANVAS, the canvas may carry *riders*: the masks of an operation that comes next
+if this pass turns out in one certain way, each seeing what it would see then. If it does, that
+operation is done in the same pass. A rider is either
+
+- the next plan, if just the slots up to a certain one are committed, or
+- the next predict of a slot, if just its tokens up to a certain one are accepted.
+
+Riders change the number of passes and never a token: an operation's rows are the same tokens at the
+same positions that see the same, whichever pass feeds them. The slots of an infill do not see each
+other, so that one may be a step ahead of another.
 
 Within a block everything is kept *by block position* (0 .. block_length-1); canvas rows are the
 positions that take part, in ascending order. Positions written ``response position`` count from the
@@ -42,21 +52,21 @@ class Phase(IntEnum):
     PREFILL = 1
     PLAN = 2
     VERIFY = 3
-    PREDICT = 4
-    INFILL_VERIFY = 5
-    REPLAY = 6
-    DONE = 7
-    START = 8  # only as RESUME: begin the first block once the prompt is in
+    INFILL = 4
+    REPLAY = 5
+    DONE = 6
+    START = 7  # only as RESUME: begin the first block once the prompt is in
 
 
 class Status(IntEnum):
     """State of one position of the current block."""
 
     MASKED = 0
-    CHOSEN = 1
+    CHOSEN = 1  # has a draft or proposal that is to be verified
     ACCEPTED = 2
     COMMITTED = 3
     DROPPED = 4
+    BLANK = 5  # of a slot in infill, waits for a proposal
 
 
 class Field(IntEnum):
@@ -74,9 +84,10 @@ class Field(IntEnum):
     LIMIT = 9  # response positions at or past this are not wanted (budget, or after EOS)
     EMITTED = 10  # response tokens handed to the scheduler, always in position order
     COMMITTED = 11  # response tokens committed, in commit order
-    ROWS = 12  # rows of the present canvas
-    DRAW = 13  # plan and predict operations made so far (keys the sampling noise)
+    ROWS = 12  # rows of the present canvas that its phase needs
+    DRAW = 13  # plan and predict operations before the present infill (keys the sampling noise)
     PASSES = 14  # forward passes made, prompt and replay excluded
+    CANVAS = 15  # rows of the present canvas with its riders
 
 
 class Counter(IntEnum):
@@ -90,6 +101,9 @@ class Counter(IntEnum):
     IDLE = 5  # passes that could decide nothing (truncated canvas, request already done)
     ROWS_FED = 6
     TOKENS = 7  # response tokens emitted
+    RIDER_ROWS_FED = 8  # of ROWS_FED
+    PLANS_RIDDEN = 9  # plans that needed no pass of their own
+    PREDICTS_RIDDEN = 10  # proposals for a slot that needed no pass of their own
 
 
 MAX_STOP_IDS = 64  # stop token ids that min_tokens can hold back, per request
@@ -103,9 +117,16 @@ class DecodeState:
         slot_threshold, token_threshold, temperature: [R] float32.
         seed: [R] int64. min_tokens: [R] int32. stop_ids: [R, MAX_STOP_IDS] int32, padded with -1.
         status, token: [R, W] int32, by block position.
+        confidence: [R, W] float32, by block position: probability of ``token`` when it was picked.
+        rounds: [R, W] int32, by block position: predict operations of its slot in this infill.
+        rider_row: [R, W] int32, by block position: the first canvas row of a rider, -1 for none.
+            At the first position of a slot: the plan if that slot is the last to be committed. At
+            another: the predict of its slot if that is the first position not accepted.
         canvas_token: [R, W] int64, by canvas row.
         row_position: [R, W] int32, by canvas row: response position, -1 for an unused row.
-        row_own_start: [R, W] int32, by canvas row: first canvas row of the run the row may see.
+        row_draw: [R, W] int32, by canvas row: operations before the one that the row is of.
+        row_run_end, row_run_start, row_own_start: [R, W] int32, by canvas row: it sees the canvas
+            rows [row_run_start, row_run_end) and those from row_own_start to itself.
         response: [R, P] int32, committed token by response position.
         order: [R, P] int32, response position of the j-th committed token.
         group_context: [R, P] int32, for the j-th committed token: the number of committed
@@ -149,7 +170,13 @@ class DecodeState:
             canvas_token = zeros(*shape, dtype=torch.int64)
         assert canvas_token.shape == shape and canvas_token.dtype == torch.int64
         self.canvas_token = canvas_token
+        self.confidence = zeros(*shape, dtype=torch.float32)
+        self.rounds = zeros(*shape)
+        self.rider_row = zeros(*shape)
         self.row_position = zeros(*shape)
+        self.row_draw = zeros(*shape)
+        self.row_run_start = zeros(*shape)
+        self.row_run_end = zeros(*shape)
         self.row_own_start = zeros(*shape)
         self.response = zeros(max_requests, max_response)
         self.order = zeros(max_requests, max_response)
@@ -174,7 +201,7 @@ class DecodeState:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Starts a request in ``slot``: its prompt comes next, then the first plan.
+        """Starts a request in ``slot``: its prompt comes next, then (or with it) the first plan.
 
         Raises:
             ValueError: more stop ids than min_tokens can hold back.
@@ -191,6 +218,9 @@ class DecodeState:
         ints[Field.BUDGET] = ints[Field.LIMIT] = budget
         ints[Field.MAX_TOKENS] = max_tokens
         ints[Field.EOS] = -1 if eos_token_id is None else eos_token_id
+        # The masks of the first block may be fed with the end of the prompt.
+        first = min(params.block_length, budget)
+        ints[Field.ROWS] = ints[Field.CANVAS] = first
         padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
         self._write("ints", slot, ints)
         self._write("slot_threshold", slot, params.slot_threshold)
@@ -199,6 +229,11 @@ class DecodeState:
         self._write("seed", slot, seed)
         self._write("min_tokens", slot, min_tokens)
         self._write("stop_ids", slot, padded_stop_ids)
+        self._write("canvas_token", slot, self.mask_token_id)
+        positions = list(range(first)) + [-1] * (self.canvas_length - first)
+        self._write("row_position", slot, positions)
+        for name in ("row_draw", "row_run_start", "row_run_end", "row_own_start"):
+            self._write(name, slot, 0)
 
     def save(self, slot: int) -> dict[str, torch.Tensor]:
         """A copy of everything about the request in ``slot``, for ``restore``; stays on device."""

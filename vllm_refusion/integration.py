@@ -21,7 +21,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "ReFusionQwen2ForCausalLM",
     "LlamaForCausalLM": "ReFusionLlamaForCausalLM",
 }
-DEFAULT_CANVAS = 128
+DEFAULT_CANVAS = 256
 TRACE_OPTION = "refusion_trace"  # in vLLM's additional_config: record traces
 MAX_REQUESTS = 256
 # Sampling defaults of a generation config that ReFusion cannot honour yet.
@@ -125,6 +125,20 @@ def position_slack(vllm_config: VllmConfig) -> int:
     return 2 * canvas_length(vllm_config)
 
 
+def fuses_passes(vllm_config: VllmConfig) -> bool:
+    """Whether passes may carry riders: yes, unless the engine was started with "plain".
+
+    Raises:
+        ValueError: another value of ``refusion_schedule``.
+    """
+    choice = vllm_config.additional_config.get("refusion_schedule", "fused")
+    if choice not in ("fused", "plain"):
+        raise ValueError(
+            f"additional_config has refusion_schedule={choice!r}: allowed are 'fused' and 'plain'."
+        )
+    return choice == "fused"
+
+
 class ReFusionConfig:
     """Per-architecture configuration hook (an entry of vLLM's ``MODELS_CONFIG_MAP``)."""
 
@@ -162,6 +176,7 @@ class ReFusionConfig:
         from vllm.config.diffusion import DiffusionConfig
 
         refuse_unsupported_options(vllm_config)
+        fuses_passes(vllm_config)
         tracing_enabled(vllm_config)  # checks the option
         model_config = vllm_config.model_config
         defaults = resolve_defaults(model_config)
@@ -194,12 +209,12 @@ class ReFusionConfig:
                 f"long_prefill_token_threshold={threshold} would cut canvases of {canvas} tokens "
                 f"too, so that no pass could decide anything: allowed is 0 or at least {canvas}."
             )
-        # Every running request should get its whole canvas in every step.
-        limit = min(MAX_REQUESTS, budget // canvas)
+        # Every running request should get what its phase may need in every step.
+        limit = max(1, min(MAX_REQUESTS, budget // defaults.block_length))
         if scheduler.max_num_seqs > limit:
             logger.info(
-                "max_num_seqs %d -> %d: max_num_batched_tokens=%d holds that many canvases of %d.",
-                scheduler.max_num_seqs, limit, budget, canvas,
+                "max_num_seqs %d -> %d: max_num_batched_tokens=%d holds that many blocks of %d.",
+                scheduler.max_num_seqs, limit, budget, defaults.block_length,
             )  # fmt: skip
             scheduler.max_num_seqs = limit
 

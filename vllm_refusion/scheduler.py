@@ -16,7 +16,9 @@ from vllm.v1.request import Request
 
 from vllm_refusion import compat
 from vllm_refusion.config import DecodingParams
-from vllm_refusion.integration import position_slack, server_defaults
+from vllm_refusion.integration import canvas_length, fuses_passes, position_slack, server_defaults
+
+LONGEST_PROMPT_TO_PLAN_WITH = 2048  # tokens in the last chunk
 
 
 class _CanvasScheduling:
@@ -24,18 +26,27 @@ class _CanvasScheduling:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.canvas_length = canvas_length(self.vllm_config)
+        self.fuses_passes = fuses_passes(self.vllm_config)
         self.decoding_defaults = server_defaults(self.vllm_config.model_config)
         compat.adapt_scheduler(self, position_slack(self.vllm_config), self._lookahead)
 
     def canvas_width(self, request: Request) -> int:
-        """Upper bound of the rows the request's next pass may have: what is left of its block."""
+        """Upper bound of the rows the request's next pass may have.
+
+        That is what is left of its block, or more where there is room for riders.
+        """
         params = self._params(request)
         emitted = request.num_output_tokens
         left = params.budget(request.max_tokens) - emitted
         if not self.scheduler_config.async_scheduling:
-            return min(params.block_length - emitted % params.block_length, left)
-        # the pass in flight may finish the block
-        return min(params.block_length, left)
+            left = min(params.block_length - emitted % params.block_length, left)
+        # else the pass in flight may finish the block
+        needed = min(params.block_length, left)
+        if not self.fuses_passes:
+            return needed
+        share = self.max_num_scheduled_tokens // max(1, len(self.running))
+        return max(needed, min(self.canvas_length, share))
 
     def _params(self, request: Request) -> DecodingParams:
         if not hasattr(request, "decoding_params"):
@@ -47,10 +58,12 @@ class _CanvasScheduling:
         """KV entries to reserve past ``scheduled_end``, the end of what is scheduled now.
 
         A prompt is admitted only with room for its first canvas, else requests would evict each
-        other in turn. A canvas never reaches past the last slot of the response.
+        other in turn. Without riders a canvas never reaches past the last slot of the response.
         """
         if scheduled_end <= request.num_tokens:
             return self.canvas_width(request)
+        if self.fuses_passes:
+            return 0
         last = request.num_prompt_tokens + self._params(request).budget(request.max_tokens)
         return min(0, last - scheduled_end)
 
@@ -58,7 +71,30 @@ class _CanvasScheduling:
         compat.stop_hashing_output(request)
         super().add_request(request)
 
+    def _plan_with_prompts(self, scheduled: SchedulerOutput) -> None:
+        """Adds the first canvas to requests whose prompt ends in this step; pages are reserved.
+
+        Not to long prompts: they have attention kernels of their own, and gain little.
+        """
+        for request_id, rows in scheduled.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            prompt = request.num_prompt_tokens
+            params = self._params(request)
+            canvas = min(params.block_length, params.budget(request.max_tokens))
+            if (
+                rows <= LONGEST_PROMPT_TO_PLAN_WITH
+                and request.num_computed_tokens + rows == prompt == request.num_tokens
+                and not request.num_preemptions
+                and prompt + canvas <= self.vllm_config.model_config.max_model_len
+                and scheduled.total_num_scheduled_tokens + canvas <= self.max_num_scheduled_tokens
+            ):
+                scheduled.num_scheduled_tokens[request_id] += canvas
+                scheduled.total_num_scheduled_tokens += canvas
+                scheduled.scheduled_spec_decode_tokens[request_id] = [-1] * canvas
+
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        if self.fuses_passes:
+            self._plan_with_prompts(scheduler_output)
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]

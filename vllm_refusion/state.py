@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -23,6 +24,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_refusion.admission import ending_token_ids
+from vllm_refusion.attention import PromptTail
 from vllm_refusion.decoding import DecodeState, Field
 from vllm_refusion.integration import (
     canvas_length,
@@ -30,6 +32,9 @@ from vllm_refusion.integration import (
     server_defaults,
     tracing_enabled,
 )
+from vllm_refusion.replay import replay_tables
+from vllm_refusion.riders import NO_RIDERS
+from vllm_refusion.row_budget import PassCost, RowBudget, measure_passes
 from vllm_refusion.trace import Recorder
 from vllm_refusion.triton_kernels.dispatch import operations
 
@@ -57,7 +62,11 @@ class ReFusionModelState(ModelState):
         # Addresses captured by CUDA graphs.
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
+        self.row_budget: RowBudget | None = None
+        self.pass_cost: PassCost | None = None
         self._slot_of: dict[str, int] = {}
+        # by slot: its prefill repeats committed tokens, which saw what their slots could see
+        self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -88,6 +97,7 @@ class ReFusionModelState(ModelState):
         if self.recorder is not None and (params.extra_args or {}).get("trace"):
             self.recorder.add(req_index, new_req_data.req_id, new_req_data.prompt_token_ids)
         saved = self._suspended.pop(new_req_data.req_id, None)
+        self._repeats_tokens[req_index] = saved is not None
         if saved is not None:
             emitted = len(new_req_data.prefill_token_ids) - prompt_len
             self.decode_state.restore(req_index, saved, emitted)
@@ -103,6 +113,17 @@ class ReFusionModelState(ModelState):
             temperature=params.temperature,
             seed=params.seed or 0,
         )
+
+    def measure_passes(self, runner: Any) -> None:
+        """Times forward passes, after the graphs are captured; see ``row_budget.PassCost``."""
+        self.pass_cost = measure_passes(runner)
+
+    def start_row_budget(self, runner: Any) -> RowBudget:
+        """The row budget, in its beginning."""
+        manager = runner.cudagraph_manager
+        sizes = manager.captured_token_counts() if manager is not None else []
+        self.row_budget = RowBudget(self, runner.input_buffers.query_start_loc, sizes)
+        return self.row_budget
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""
@@ -167,9 +188,22 @@ class ReFusionModelState(ModelState):
             kv_cache_config=kv_cache_config,
             for_cudagraph_capture=for_capture,
         )
+        # a graph would replay the tail of the batch that it was captured with
+        prompt_tail = None if full or for_capture else self._prompt_tail(input_batch)
         for layer_metadata in metadata.values():
             layer_metadata.visibility = self.visibility[:num_tokens]
+            layer_metadata.prompt_tail = prompt_tail
         return metadata
+
+    def _prompt_tail(self, input_batch: InputBatch) -> PromptTail | None:
+        is_prompt = input_batch.is_prefilling_np & ~self._repeats_tokens[input_batch.idx_mapping_np]
+        if input_batch.num_draft_tokens_per_req is not None:
+            is_prompt &= input_batch.num_draft_tokens_per_req == 0
+        return PromptTail.of_batch(
+            is_prompt,
+            input_batch.query_start_loc_np,
+            input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens,
+        )
 
 
 class CanvasSampler:
@@ -179,6 +213,7 @@ class CanvasSampler:
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
     def __init__(self, model_state: ReFusionModelState) -> None:
+        self.model_state = model_state
         self.model = model_state.model
         self.operations = model_state.operations  # records, where the engine is to trace
         self.state = model_state.decode_state
@@ -195,6 +230,7 @@ class CanvasSampler:
         self.picked = buffer(rows)
         self.picked_prob = buffer(rows, dtype=torch.float32)
         self.given_prob = buffer(rows, dtype=torch.float32)
+        self.replay = replay_tables(model_state.vllm_config, state.device)  # benchmarks only
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """The model state holds the parameters."""
@@ -205,6 +241,7 @@ class CanvasSampler:
     def __call__(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Args: hidden_states: [canvas rows of the batch, hidden], see ``compute_logits``."""
         num_reqs, rows = input_batch.num_reqs, hidden_states.shape[0]
+        budget = self.model_state.row_budget
         if rows and not input_batch.num_draft_tokens:
             # Memory profiling: pay for the widest chunk a step can have.
             self.model.row_logits(hidden_states[:1].expand(self.chunk_rows, -1).contiguous())
@@ -232,11 +269,20 @@ class CanvasSampler:
             self.picked,
             self.picked_prob,
             self.given_prob,
+            self._emit_limit(input_batch),
             output.sampled_token_ids,
             output.num_sampled,
             output.num_rejected,
+            budget.speculation if budget else NO_RIDERS,
         )
         return output
+
+    def _emit_limit(self, input_batch: InputBatch) -> torch.Tensor:
+        """The most tokens [R] int32 that the scheduler takes from each request."""
+        budget, requests = self.model_state.row_budget, input_batch.num_reqs
+        if budget is not None and input_batch.num_draft_tokens:
+            return budget.scheduled
+        return input_batch.query_start_loc[: requests + 1].diff()
 
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         state = self.state
@@ -246,7 +292,7 @@ class CanvasSampler:
         # What a row may be asked about is the token of the row after it.
         following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
         given = state.canvas_token.view(-1)[following].int()
-        draw = state.ints[:, Field.DRAW].contiguous()
+        draws = state.row_draw.view(-1)[flat]
         for start in range(0, hidden_states.shape[0], self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
             self.operations.token_stats(
@@ -254,11 +300,24 @@ class CanvasSampler:
                 requests[rows],
                 positions[rows],
                 given[rows],
+                draws[rows],
                 temperature=state.temperature,
                 seed=state.seed,
-                draw=draw,
                 min_tokens=state.min_tokens,
                 stop_ids=state.stop_ids,
                 mask_token_id=state.mask_token_id,
+                out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
+            )
+        if self.replay is not None:
+            rows = slice(0, hidden_states.shape[0])
+            self.operations.replay_stats(
+                requests,
+                positions,
+                given,
+                draws,
+                seed=state.seed,
+                slot_size=state.ints[:, Field.SLOT_SIZE],
+                slot_threshold=state.slot_threshold,
+                tables=self.replay,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )

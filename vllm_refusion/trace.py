@@ -12,7 +12,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class Snapshot:
 
     ints: list[int]
     status: list[int]
+    token: list[int]
+    confidence: list[float]
+    rider_row: list[int]
     row_position: list[int]
     row_token: list[int]
     response: list[int]
@@ -35,99 +38,109 @@ class Snapshot:
 
     @classmethod
     def of(cls, state: DecodeState, slot: int) -> Snapshot:
-        tensors = (
-            state.ints,
-            state.status,
-            state.row_position,
-            state.canvas_token,
-            state.response,
-            state.order,
-        )
-        return cls(*(tensor[slot].tolist() for tensor in tensors))
+        names = [field.name for field in fields(cls)]
+        columns = [getattr(state, _COLUMNS.get(name, name)) for name in names]
+        return cls(*(column[slot].tolist() for column in columns))
 
     def field(self, name: Field) -> int:
         return self.ints[name]
 
-    def status_at(self, position: int) -> int:
-        """Status of a response position, of any block."""
-        in_block = position - self.field(Field.BLOCK_START)
-        if in_block < 0:
-            return Status.COMMITTED
-        ahead = in_block >= self.field(Field.BLOCK_LENGTH)
-        return Status.MASKED if ahead else self.status[in_block]
+    def in_block(self, status: Status) -> list[int]:
+        """Response positions of the current block in that state."""
+        start = self.field(Field.BLOCK_START)
+        return [start + p for p, found in enumerate(self.status) if found == status]
+
+    def picks(self, positions: Sequence[int]) -> list[list[Any]]:
+        """[position, token, probability of the pick] of positions of the current block."""
+        start = self.field(Field.BLOCK_START)
+        return [[p, self.token[p - start], _rounded(self.confidence[p - start])] for p in positions]
+
+
+_COLUMNS = {"row_token": "canvas_token"}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Statistics of a request's canvas rows, see ``token_stats``."""
+    """What was fed of a canvas, and its statistics (``token_stats``) by row."""
 
-    picked: list[int]
+    fed: int
     picked_prob: list[float]
     given_prob: list[float]
 
 
-def describe_pass(
-    before: Snapshot, after: Snapshot, rows: Rows, mask_token_id: int
-) -> dict[str, Any]:
+def describe_pass(before: Snapshot, after: Snapshot, rows: Rows) -> dict[str, Any]:
     """What one pass did to a request, from its state before and after.
 
-    Operations are told by what was fed, whatever the schedule: masks at masked positions are a
-    plan, masks at chosen ones a prediction, tokens at chosen positions are under verification. So
-    a pass may carry several operations.
+    A pass does what its phase says, and beyond that what its riders made possible. What took place
+    shows in the state after it: proposals of an infill that goes on, drafts where a plan followed.
     """
-    phase = before.field(Field.PHASE)
-    if phase in (Phase.PREFILL, Phase.REPLAY):
-        return {"operations": [{"kind": "replay" if phase == Phase.REPLAY else "prefill"}]}
-    size = before.field(Field.SLOT_SIZE)
-    done, now = before.field(Field.COMMITTED), after.field(Field.COMMITTED)
-    committed = after.order[done:now]
-    fed = [
-        (row, position, before.row_token[row], before.status_at(position))
-        for row, position in enumerate(before.row_position[: before.field(Field.ROWS)])
-    ]
-    same_block = before.field(Field.BLOCK_START) == after.field(Field.BLOCK_START)
-
-    def accepted(position: int) -> bool:
-        in_place = same_block and after.status_at(position) == Status.ACCEPTED
-        return in_place or position in committed
-
-    def chosen(position: int) -> bool:
-        """Drafted by this pass: now waits for verification, or (fused) is already past it."""
-        return after.status_at(position) in (Status.CHOSEN, Status.ACCEPTED)
-
-    def picks(of: Sequence[tuple[int, int, int, int]]) -> list[list[Any]]:
-        return [[p, rows.picked[r], _rounded(rows.picked_prob[r])] for r, p, _, _ in of]
-
-    masks = [entry for entry in fed if entry[2] == mask_token_id]
-    planned = [entry for entry in masks if entry[3] == Status.MASKED]
-    predicted = [entry for entry in masks if entry[3] != Status.MASKED]
-    tested = [e for e in fed if e[2] != mask_token_id and e[3] == Status.CHOSEN]
+    phase, next_phase = before.field(Field.PHASE), after.field(Field.PHASE)
+    committed = after.order[before.field(Field.COMMITTED) : after.field(Field.COMMITTED)]
     operations: list[dict[str, Any]] = []
-    if tested:
-        isolated = any(status == Status.ACCEPTED for _, _, _, status in fed)
-        tests = []
-        for row, position, token, _ in tested:
-            # accepted untested: a slot's first token, then its first proposal of each round
-            first = position % size == 0 or before.status_at(position - 1) == Status.ACCEPTED
-            probability = None if first else rows.given_prob[row - 1]
-            tests.append([position, token, _rounded(probability), accepted(position)])
-        operations.append({"kind": "infill_verify" if isolated else "verify", "tests": tests})
-    if predicted:
-        operations.append({"kind": "predict", "proposals": picks(predicted)})
-    if planned:
-        slots = [
-            {"start": p, "certainty": _rounded(rows.picked_prob[r]), "chosen": chosen(p)}
-            for r, p, _, _ in planned
-            if p % size == 0
-        ]
-        drafts = picks([entry for entry in planned if chosen(entry[1])])
-        operations.append({"kind": "plan", "slots": slots, "drafts": drafts})
+    first_plan_row = None
+    if phase == Phase.REPLAY:
+        operations.append({"kind": "replay"})
+    elif phase == Phase.PREFILL:
+        operations.append({"kind": "prefill"})
+        if before.field(Field.RESUME) == Phase.START and next_phase == Phase.VERIFY:
+            first_plan_row = 0
+    elif phase == Phase.PLAN:
+        first_plan_row = 0
+    else:
+        tests = _tests(before, after, rows, committed)
+        if tests:
+            kind = "verify" if phase == Phase.VERIFY else "infill_verify"
+            operations.append({"kind": kind, "tests": tests})
+        if next_phase == Phase.INFILL and (proposed := after.in_block(Status.CHOSEN)):
+            operations.append({"kind": "predict", "proposals": after.picks(proposed)})
+        if next_phase == Phase.VERIFY:  # a plan rode behind the last slot that was committed
+            block, size = before.field(Field.BLOCK_START), before.field(Field.SLOT_SIZE)
+            first_plan_row = before.rider_row[(committed[-1] - block) // size * size]
+    if first_plan_row is not None:
+        operations.append(_plan(after, rows, first_plan_row))
     described: dict[str, Any] = {"operations": operations}
+    if phase in (Phase.PLAN, Phase.VERIFY, Phase.INFILL) and rows.fed > before.field(Field.ROWS):
+        described["rider_rows"] = rows.fed - before.field(Field.ROWS)
     if committed:
         described["committed"] = [[position, after.response[position]] for position in committed]
     if after.field(Field.LIMIT) < before.field(Field.LIMIT):
         described["end"] = after.field(Field.LIMIT)
     return described
+
+
+def _tests(
+    before: Snapshot, after: Snapshot, rows: Rows, committed: Sequence[int]
+) -> list[list[Any]]:
+    """[position, token, probability or None, accepted] of the tokens that were verified."""
+    block, size = before.field(Field.BLOCK_START), before.field(Field.SLOT_SIZE)
+    stays = after.field(Field.BLOCK_START) == block
+    accepted = {*committed, *(after.in_block(Status.ACCEPTED) if stays else ())}
+    tests = []
+    for row, position in enumerate(before.row_position[: before.field(Field.ROWS)]):
+        if before.status[position - block] != Status.CHOSEN:
+            continue
+        # accepted untested: a slot's first token, then its first proposal of each round
+        previous = before.status[position - block - 1]
+        untested = position % size == 0 or previous == Status.ACCEPTED
+        probability = None if untested else _rounded(rows.given_prob[row - 1])
+        tests.append([position, before.row_token[row], probability, position in accepted])
+    return tests
+
+
+def _plan(after: Snapshot, rows: Rows, first_row: int) -> dict[str, Any]:
+    """The plan that led to the state ``after``, its masks being the rows from ``first_row`` on."""
+    size = after.field(Field.SLOT_SIZE)
+    chosen = after.in_block(Status.CHOSEN)
+    planned = sorted(chosen + after.in_block(Status.MASKED))
+    slots = [
+        {
+            "start": start,
+            "certainty": _rounded(rows.picked_prob[first_row + index * size]),
+            "chosen": start in chosen,
+        }
+        for index, start in enumerate(planned[::size])
+    ]
+    return {"kind": "plan", "slots": slots, "drafts": after.picks(chosen)}
 
 
 def _rounded(probability: float | None) -> float | None:
@@ -219,13 +232,13 @@ class Recorder:
         if decodes and query_len < before.field(Field.ROWS):
             described, rows_fed = {"operations": [{"kind": "idle"}]}, 0
         else:
-            first = int(arguments["logits_start"][row]) if decodes else 0
-            rows_fed = before.field(Field.ROWS) if decodes else query_len
-            window = slice(first, first + (rows_fed if decodes else 0))
-            names = ("picked", "picked_prob", "given_prob")
-            rows = Rows(*(arguments[name][window].tolist() for name in names))
-            after = Snapshot.of(self._state, slot)
-            described = describe_pass(before, after, rows, self._state.mask_token_id)
+            rows_fed = min(query_len, before.field(Field.CANVAS)) if decodes else query_len
+            # the end of a prompt may be followed by masks, which alone have statistics
+            first, end_row = arguments["logits_start"][row : row + 2].tolist()
+            window = slice(first, min(end_row, first + rows_fed))
+            names = ("picked_prob", "given_prob")
+            rows = Rows(rows_fed, *(arguments[name][window].tolist() for name in names))
+            described = describe_pass(before, Snapshot.of(self._state, slot), rows)
         # the clock stands still while recordings are written
         seconds = end - recording["last"]
         recording["last"] = end

@@ -90,7 +90,11 @@ def _engine(args: argparse.Namespace, model: str, options: dict[str, Any]) -> It
     defaults = {"dtype": args.dtype, "max_num_seqs": 1}
     if not torch.cuda.is_available():
         defaults["enforce_eager"] = True
-    llm = LLM(model, **defaults | args.engine | options)
+    settings = defaults | args.engine | options
+    additional = args.engine.get("additional_config", {}) | options.get("additional_config", {})
+    if additional:
+        settings["additional_config"] = additional
+    llm = LLM(model, **settings)
     try:
         yield llm
     finally:

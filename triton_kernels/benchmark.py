@@ -1,0 +1,341 @@
+"""Times the kernels at the shapes they serve; see the folder's README for how to run it.
+
+Each operation's tests run first, and nothing is timed when one fails. Shapes are Qwen3-8B's: 32
+query heads, 8 KV heads, head size 128, vocabulary 151,936, bf16. Calls are captured in CUDA graphs,
+one call per layer with that layer's cache, so that K and V come from memory as they do in a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vllm_refusion.triton_kernels.canvas_attention import canvas_attention
+from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
+from vllm_refusion.triton_kernels.token_stats import token_stats
+from vllm_refusion.triton_kernels.write_kv import write_kv
+
+HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 32, 8, 128, 151_936
+SCALE = HEAD_SIZE**-0.5
+DTYPE, ITEM = torch.bfloat16, 2
+REPLAYS = 7
+# what one captured graph reads at least, several times a GPU's cache
+GRAPH_BYTES = 2**29
+MAX_LAYERS = 36
+TABLE_ENTRIES = 40_960
+TESTS = {
+    "canvas_attention": "test_canvas_attention.py",
+    "write_kv": "test_canvas_attention.py",
+    "token_stats": "test_token_stats.py",
+}
+
+
+@dataclass
+class Measured:
+    """One line of the report; times in microseconds per call."""
+
+    operation: str
+    shape: str
+    us: float
+    gb_per_s: float
+    tflop_per_s: float
+    roofline_share: float  # the roofline's time over the measured one
+    flash_us: float | None = None
+    ratio_to_flash: float | None = None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates measured in this run."""
+
+    bytes_per_s: float
+    flop_per_s: float
+
+
+def time_calls(calls: list[Callable[[], object]]) -> float:
+    """Median microseconds of a call when all are captured in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(REPLAYS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1000 / len(calls))
+    return statistics.median(times)
+
+
+def measure_ceilings() -> Ceilings:
+    """The rates of a large copy (bytes read and written) and a large bf16 matrix product."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / (time_calls([partial(torch.neg, source, out=target)] * 3) * 1e-6)
+    del source, target
+    a, b = (torch.randn(8192, 8192, dtype=DTYPE, device="cuda") for _ in range(2))
+    multiplied = 2 * 8192**3 / (time_calls([lambda: a @ b] * 5) * 1e-6)
+    return Ceilings(copied, multiplied)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``batch`` requests of ``width`` rows each after ``context`` committed entries."""
+
+    batch: int
+    context: int
+    width: int
+    page: int = HOPPER_PAGE
+    layout: str = "NHD"  # memory order of a page
+
+    def __str__(self) -> str:
+        return f"batch {self.batch} context {self.context} rows {self.width} page {self.page}"
+
+    @property
+    def flops(self) -> float:
+        seen = self.width * self.context + self.width * (self.width + 1) / 2
+        return 4.0 * self.batch * HEADS * HEAD_SIZE * seen
+
+    @property
+    def bytes(self) -> float:
+        entries = 2 * KV_HEADS * (self.context + self.width)
+        return self.batch * ITEM * HEAD_SIZE * (entries + 2 * HEADS * self.width)
+
+
+class Attention:
+    """Inputs of one shape: plain causal rows, which FlashAttention can compute too."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        length = shape.context + shape.width
+        pages = -(-length // shape.page)
+        blocks = shape.batch * pages
+        cache_bytes = blocks * shape.page * KV_HEADS * 2 * HEAD_SIZE * ITEM
+        layers = max(1, min(MAX_LAYERS, GRAPH_BYTES // cache_bytes))
+        self.caches = []
+        for _ in range(layers):
+            if shape.layout == "HND":
+                cache = torch.randn(blocks, KV_HEADS, shape.page, 2 * HEAD_SIZE, **_on_gpu())
+            else:
+                cache = torch.randn(blocks, shape.page, KV_HEADS, 2 * HEAD_SIZE, **_on_gpu())
+                cache = cache.transpose(1, 2)
+            self.caches.append(cache)
+        rows = shape.batch * shape.width
+        self.query = torch.randn(rows, HEADS, HEAD_SIZE, **_on_gpu())
+        self.output = torch.empty_like(self.query)
+        self.table = torch.randperm(blocks, device="cuda").int().view(shape.batch, pages)
+        # a row of a served table is as long as max_model_len allows
+        unused = TABLE_ENTRIES // shape.page - pages
+        self.table = torch.nn.functional.pad(self.table, (0, unused)).contiguous()
+        self.starts = torch.arange(0, rows + 1, shape.width, dtype=torch.int32, device="cuda")
+        self.lengths = torch.full((shape.batch,), length, dtype=torch.int32, device="cuda")
+        view = torch.tensor([shape.context, 0, 0, shape.context], dtype=torch.int32)
+        self.visibility = view.repeat(rows, 1).cuda()
+
+    def call(self, cache: torch.Tensor, **options) -> Callable[[], None]:
+        return lambda: canvas_attention(
+            self.query, cache, self.output, self.table, self.starts, self.lengths,
+            self.visibility, SCALE, **options,
+        )  # fmt: skip
+
+    def time(self, **options) -> float:
+        return time_calls([self.call(cache, **options) for cache in self.caches])
+
+    def time_flash(self) -> float:
+        """FlashAttention 3 as vLLM calls it, with its schedule made ahead; the best of its modes.
+
+        vLLM bounds the splits by 32 in captured batches and leaves them to a heuristic in others.
+        """
+        return min(self._time_flash(num_splits) for num_splits in (32, 0))
+
+    def flash_call(self, cache: torch.Tensor, **options) -> Callable[[], None]:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        key, value = cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
+        arguments = dict(
+            max_seqlen_q=self.shape.width, cu_seqlens_q=self.starts,
+            max_seqlen_k=self.shape.context + self.shape.width, seqused_k=self.lengths,
+            softmax_scale=SCALE, causal=True, block_table=self.table, fa_version=3,
+        )  # fmt: skip
+        arguments |= options
+        return lambda: flash_attn_varlen_func(self.query, key, value, out=self.output, **arguments)
+
+    def _time_flash(self, num_splits: int) -> float:
+        from vllm.vllm_flash_attn import get_scheduler_metadata
+
+        schedule = get_scheduler_metadata(
+            batch_size=self.shape.batch, max_seqlen_q=self.shape.width,
+            max_seqlen_k=self.shape.context + self.shape.width, num_heads_q=HEADS,
+            num_heads_kv=KV_HEADS, headdim=HEAD_SIZE, cache_seqlens=self.lengths,
+            qkv_dtype=DTYPE, cu_seqlens_q=self.starts, page_size=self.shape.page,
+            causal=True, num_splits=num_splits,
+        )  # fmt: skip
+        calls = [
+            self.flash_call(cache, scheduler_metadata=schedule, num_splits=num_splits)
+            for cache in self.caches
+        ]
+        return time_calls(calls)
+
+
+def _on_gpu() -> dict:
+    return {"dtype": DTYPE, "device": "cuda"}
+
+
+def flash_attention_3_is_installed() -> bool:
+    try:
+        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+    except ImportError:
+        return False
+    return is_fa_version_supported(3)
+
+
+def measured(name: str, shape: object, us: float, moved: float, flops: float, ceilings: Ceilings):
+    floor = max(moved / ceilings.bytes_per_s, flops / ceilings.flop_per_s) * 1e6
+    return Measured(name, str(shape), us, moved / us * 1e-3, flops / us * 1e-6, floor / us)
+
+
+def benchmark_canvas_attention(ceilings: Ceilings) -> list[Measured]:
+    flash = flash_attention_3_is_installed()
+    shapes = [
+        Shape(batch, context, width)
+        for width in (32, 128, 256)
+        for batch in (1, 16)
+        for context in (1024, 8192, 32768)
+    ]
+    shapes += [Shape(1, 0, 1024), Shape(1, 0, 8192)]  # prompts
+    # what a user who sets vLLM's usual block size gets
+    shapes += [Shape(1, 8192, 128, page=16), Shape(16, 8192, 128, page=16)]
+    lines = []
+    for shape in shapes:
+        problem = Attention(shape)
+        line = measured(
+            "canvas_attention", shape, problem.time(), shape.bytes, shape.flops, ceilings
+        )
+        if flash:
+            line.flash_us = problem.time_flash()
+            line.ratio_to_flash = line.us / line.flash_us
+        lines.append(line)
+    return lines
+
+
+def benchmark_write_kv(ceilings: Ceilings) -> list[Measured]:
+    lines = []
+    for rows in (32, 128, 512, 2048, 8192):
+        problem = Attention(Shape(1, 0, rows))
+        key, value = torch.randn(2, rows, KV_HEADS, HEAD_SIZE, **_on_gpu())
+        slots = torch.randperm(rows, device="cuda")
+        calls = [partial(write_kv, key, value, cache, slots) for cache in problem.caches]
+        moved = 4 * rows * KV_HEADS * HEAD_SIZE * ITEM
+        lines.append(measured("write_kv", f"rows {rows}", time_calls(calls), moved, 0, ceilings))
+    return lines
+
+
+def benchmark_token_stats(ceilings: Ceilings) -> list[Measured]:
+    lines = []
+    for temperature in (0.0, 1.0):
+        for rows in (1, 32, 128, 512, 2048):
+            copies = max(1, min(8, GRAPH_BYTES // (rows * VOCAB * ITEM)))
+            calls = [token_stats_call(rows, temperature) for _ in range(copies)]
+            shape = f"rows {rows} temperature {temperature:g}"
+            moved = rows * VOCAB * ITEM
+            lines.append(measured("token_stats", shape, time_calls(calls), moved, 0, ceilings))
+    return lines
+
+
+def token_stats_call(rows: int, temperature: float) -> Callable[[], object]:
+    """A call on random logits, 4 standard deviations wide, of 64 requests."""
+    requests = 64
+
+    def integers(count: int, high: int) -> torch.Tensor:
+        return torch.randint(high, (count,), dtype=torch.int32, device="cuda")
+
+    logits = torch.randn(rows, VOCAB, **_on_gpu()) * 4
+    row_request = torch.arange(rows, device="cuda") % requests
+    positions, given = integers(rows, 4096), integers(rows, VOCAB)
+    state = dict(
+        temperature=torch.full((requests,), temperature, device="cuda"),
+        seed=torch.arange(requests, device="cuda"),
+        draw=integers(requests, 100),
+        min_tokens=torch.zeros(requests, dtype=torch.int32, device="cuda"),
+        stop_ids=torch.full((requests, 64), -1, dtype=torch.int32, device="cuda"),
+        mask_token_id=151_670,
+    )
+    out = tuple(
+        torch.zeros(rows, dtype=dtype, device="cuda")
+        for dtype in (torch.int32, torch.float32, torch.float32)
+    )
+    return lambda: token_stats(logits, row_request, positions, given, **state, out=out)
+
+
+BENCHMARKS = {
+    "canvas_attention": benchmark_canvas_attention,
+    "write_kv": benchmark_write_kv,
+    "token_stats": benchmark_token_stats,
+}
+
+
+def run_tests(operations: list[str], folder: Path) -> None:
+    """Exits unless the tests of the operations pass."""
+    for file in sorted({TESTS[name] for name in operations}):
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", str(folder / file)]
+        if subprocess.run(command).returncode:
+            sys.exit(f"{file} fails: not timed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("operations", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument("--tests", type=Path, default=Path("tests"), help="the tests' folder")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    operations = arguments.operations or list(BENCHMARKS)
+    if unknown := set(operations) - set(BENCHMARKS):
+        parser.error(f"no operation {sorted(unknown)}: allowed are {list(BENCHMARKS)}")
+    if not torch.cuda.is_available():
+        sys.exit("the benchmark needs a GPU")
+    run_tests(operations, arguments.tests)
+
+    ceilings = measure_ceilings()
+    print(
+        f"{torch.cuda.get_device_name()}: copy {ceilings.bytes_per_s * 1e-12:.2f} TB/s, "
+        f"bf16 product {ceilings.flop_per_s * 1e-12:.0f} TFLOP/s"
+    )
+    lines = [line for name in operations for line in BENCHMARKS[name](ceilings)]
+    print(f"{'':56}{'us':>9}{'GB/s':>8}{'TFLOP/s':>9}{'roofline':>10}{'FA3 us':>9}{'ratio':>7}")
+    for line in lines:
+        text = f"{line.operation + ' ' + line.shape:56}{line.us:9.1f}{line.gb_per_s:8.0f}"
+        text += f"{line.tflop_per_s:9.1f}{line.roofline_share:10.1%}"
+        if line.flash_us is not None:
+            text += f"{line.flash_us:9.1f}{line.ratio_to_flash:7.2f}"
+        print(text)
+    if arguments.json:
+        report = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "ceilings": asdict(ceilings),
+            "results": [asdict(line) for line in lines],
+        }
+        arguments.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

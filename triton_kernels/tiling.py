@@ -1,0 +1,98 @@
+"""How ``canvas_attention`` cuts its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+_MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut; any choice gives the same answer up to rounding.
+
+    Attributes:
+        block_m: rows of a query tile (query rows x query heads of a KV head), a power of two >= 16.
+        block_n: KV entries of a loop step, a power of two >= 16.
+        num_splits: the most parts of a tile's KV range; above 1 a second kernel combines them.
+        min_steps: the fewest loop steps of a part, so that a short range has fewer parts.
+        tma: Hopper's tensor descriptors load K and V; the page must be a multiple of block_n, the
+            head size a power of two.
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    block_m: int
+    block_n: int
+    num_splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+    min_steps: int = 1
+    tma: bool = False
+
+
+def choose_tiling(
+    num_rows: int,
+    num_requests: int,
+    num_kv_heads: int,
+    group: int,
+    head_size: int,
+    dtype: torch.dtype,
+    processors: int,
+    *,
+    tma: bool = False,
+    interpreted: bool = False,
+) -> Tiling:
+    """The tiling for a launch, from shapes alone (a captured graph replays it for other values).
+
+    Args:
+        num_rows, num_requests, num_kv_heads, head_size, dtype: the shape of the call.
+        group: query heads per KV head.
+        processors: multiprocessors of the device.
+        tma: the cache can be read through descriptors.
+        interpreted: Triton's interpreter runs the kernel: a program costs more than its arithmetic.
+    """
+    group_padded = triton.next_power_of_2(group)
+    head_padded = max(16, triton.next_power_of_2(head_size))
+    rows_per_request = -(-num_rows // max(num_requests, 1))
+    wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
+    if interpreted:
+        return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
+
+    def programs(block_m: int) -> int:
+        return max(num_requests, -(-num_rows * group_padded // block_m)) * num_kv_heads
+
+    if dtype == torch.float32:
+        # no tensor cores: both operands of a dot live in registers, and larger tiles spill
+        block_m, block_n, num_warps, num_stages = 32, 16, 8, 1
+    elif head_padded > 128:
+        block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
+    elif not tma and programs(128) >= 2 * processors:
+        # more rows halve the reads of K and V, once they still fill the device twice over
+        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+    else:
+        # a processor holds two of these, and one multiplies while the other takes exponentials
+        block_m, block_n, num_warps, num_stages = 64, 64, 4, 3
+    if wanted_m < block_m:
+        block_m, num_warps = wanted_m, 4
+    block_m = max(16, group_padded, block_m)
+
+    splits = _choose_splits(programs(block_m), 2 * processors)
+    # two or three parts gain little: only a long range is worth the second kernel
+    min_steps = 4 if splits > 3 else 32
+    return Tiling(block_m, block_n, splits, num_warps, num_stages, min_steps, tma)
+
+
+def _choose_splits(programs: int, room: int) -> int:
+    """The fewest splits that fill the last of at most two waves of ``room`` programs well."""
+    if programs >= 0.8 * room:
+        return 1
+
+    def filled(splits: int) -> float:
+        return programs * splits / (room * -(-programs * splits // room))
+
+    candidates = range(1, min(2 * room // programs, _MAX_SPLITS) + 1)
+    best = max(map(filled, candidates))
+    return next(splits for splits in candidates if filled(splits) >= 0.95 * best)

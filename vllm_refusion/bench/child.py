@@ -1,0 +1,293 @@
+"""One side of a benchmark in a process of its own: one engine start, then all levels.
+
+Usage: python -P -m vllm_refusion.bench.child SIDE SETTINGS.json RESULT.json
+
+The result is written after every level. Lines that start with ``bench:`` are for the user.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_refusion.bench.environment import environment, gpu_memory_mib
+from vllm_refusion.bench.load import Load, run_load, summarise
+from vllm_refusion.bench.settings import Preset, Settings
+from vllm_refusion.bench.shapes import matrix_parameters
+
+FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
+PROFILED_TOKENS = 32
+
+
+def say(text: str) -> None:
+    print(f"bench: {text}", flush=True)
+
+
+def engine_args(settings: Settings, side: str, context: int, token_budget: int) -> dict[str, Any]:
+    """vLLM engine arguments of a side.
+
+    Args:
+        context: max_model_len.
+        token_budget: max_num_batched_tokens if the user set none.
+    """
+    args: dict[str, Any] = {
+        "model": settings.models[side],
+        "dtype": settings.dtype,
+        "load_format": settings.load_format,
+        "max_model_len": context,
+        "max_num_seqs": max(settings.levels),
+        "max_num_batched_tokens": settings.max_num_batched_tokens or token_budget,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "quantization": settings.quantization,
+        "enable_prefix_caching": False,  # levels and presets share their prompts
+        "seed": settings.seed,
+        "disable_log_stats": True,
+    }
+    if settings.prompts is None:
+        args["skip_tokenizer_init"] = True
+    if settings.gpu_memory_utilization is not None:
+        args["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if settings.fast_start:
+        args["compilation_config"] = dict(FAST_START)
+    if settings.profile is not None:
+        folder = Path(settings.profile).resolve() / side
+        args["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": str(folder)}
+    if side == "stock" and settings.speculative_config is not None:
+        args["speculative_config"] = dict(settings.speculative_config)
+        args["disable_log_stats"] = False  # vLLM counts drafted tokens there
+    if side == "refusion":
+        args["diffusion_config"] = {"canvas_length": settings.canvas_length}
+        # the server's default block must fit the canvas too
+        args["override_generation_config"] = settings.presets[0].parameters
+        if any(preset.replay for preset in settings.presets):
+            from vllm_refusion.replay import Profile, to_config
+
+            profiles = [Profile(**preset.replay) for preset in settings.presets if preset.replay]
+            args["additional_config"] = to_config(profiles)
+    return args | dict(settings.engine_args.get(side, {}))
+
+
+class Side:
+    """The engine of one side and the levels to run on it."""
+
+    def __init__(self, settings: Settings, side: str) -> None:
+        from vllm import LLM, envs
+
+        from vllm_refusion import compat
+
+        self.settings, self.side = settings, side
+        budget = max(8192, max(settings.levels) * settings.canvas_length)
+        prompts = Prompts(settings, side)
+        args = engine_args(settings, side, prompts.longest + settings.longest_output, budget)
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            self.in_process = True
+        else:
+            self.in_process = False
+            args["disable_log_stats"] = False  # so that every step, even a silent one, is reported
+        say(f"{side}: starting the engine")
+        begin = time.perf_counter()
+        self.llm = LLM(**args)
+        self.start_s = time.perf_counter() - begin
+        say(f"{side}: started in {self.start_s:.0f} s")
+        self.prompts = prompts
+        prompts.prepare(self.llm)
+        self.args = args
+        self.watch = None
+        if self.in_process:
+            core = self.llm.llm_engine.engine_core.engine_core
+            self.watch = compat.ScheduleWatch(core.scheduler)
+
+    def describe(self) -> dict[str, Any]:
+        config = self.llm.llm_engine.vllm_config
+        cache = config.cache_config
+        return {
+            "side": self.side,
+            "engine_args": self.args,
+            "engine_in_process": self.in_process,
+            "model_runner_v2": config.use_v2_model_runner,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+            "cudagraph_capture_sizes": config.compilation_config.cudagraph_capture_sizes,
+            "compilation_mode": str(config.compilation_config.mode),
+            "start_s": self.start_s,
+            "matrix_parameters": matrix_parameters(config.model_config.hf_text_config),
+            "kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+            "gpu_memory_mib": gpu_memory_mib(),
+            "levels": [],
+        }
+
+    @property
+    def speculation(self) -> str | None:
+        """What stock decoding speculates with."""
+        config = self.settings.speculative_config
+        return None if config is None else str(config.get("method", "speculative"))
+
+    def sampling(self, index: int, preset: Preset | None, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        seed = None
+        if preset is not None and preset.replay is not None:
+            from vllm_refusion.replay import seed_of
+
+            replayed = [p for p in self.settings.presets if p.replay]
+            seed = seed_of(replayed.index(preset), self.settings.seed * 100_003 + index)
+        return SamplingParams(
+            temperature=0.0,
+            seed=seed,
+            max_tokens=max_tokens,
+            ignore_eos=not self.settings.stop_at_eos,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=None if preset is None else preset.parameters,
+        )
+
+    def run_level(self, preset: Preset | None, concurrency: int) -> tuple[dict[str, Any], str]:
+        """Warm-up and measurement of a level: its figures, and a line about them."""
+        settings, engine = self.settings, self.llm.llm_engine
+        canvas = preset is not None and preset.canvas
+        count = concurrency if canvas else settings.requests_at(concurrency)
+        length = settings.canvas_output_len if canvas else settings.output_len
+        prompts = self.prompts.take(max(count, concurrency))
+        label = f"{self.side}{'' if preset is None else ' ' + preset.name} x{concurrency}"
+
+        def load(name: str, number: int, max_tokens: int) -> Load:
+            requests = [(prompts[i], self.sampling(i, preset, max_tokens)) for i in range(number)]
+            return run_load(engine, requests, concurrency, f"{label} {name}", self.watch)
+
+        load("warm-up", concurrency, min(settings.warmup_tokens, length))
+        before = self.counters()
+        scheduled = self.watch and self.watch.tokens
+        measured = load("measured", count, length)
+        scheduled = self.watch and self.watch.tokens - scheduled
+        counters = {name: value - before[name] for name, value in self.counters().items()}
+        level = {
+            "side": self.side,
+            "preset": self.speculation if preset is None else preset.name,
+            "canvas": preset.block_length if canvas else None,
+            "acceptance": "-" if preset is None else preset.acceptance,
+            "concurrency": concurrency,
+            "requests": count,
+            "prompt_tokens": sum(map(len, (p["prompt_token_ids"] for p in prompts[:count]))),
+            "max_tokens": length,
+            **summarise(measured),
+            "counters": counters,
+            "gpu_memory_mib": gpu_memory_mib(),
+        }
+        level |= self.per_token(level, scheduled)
+        if settings.profile is not None and concurrency == settings.profile_level and not canvas:
+            name = label.replace("/", "-").replace(" ", "_")
+            self.llm.start_profile(name)
+            load("profiled", concurrency, min(PROFILED_TOKENS, length))
+            self.llm.stop_profile()
+        step = "-" if level["step_ms"] is None else f"{level['step_ms']:.2f}"
+        return level, (
+            f"{label}: {level['tokens_per_s']:.0f} tokens/s, {step} ms a step, "
+            f"{level['tokens_per_forward']:.2f} tokens per forward, {level['wall_s']:.1f} s"
+        )
+
+    def counters(self) -> dict[str, int]:
+        """Counters of the engine that a level's figures are differences of."""
+        if self.side == "refusion":
+            from vllm_refusion.metrics import snapshot
+
+            return snapshot(self.llm)
+        if self.settings.speculative_config is None:
+            return {}
+        drafted = "vllm:spec_decode_num_draft_tokens"
+        found = [metric for metric in self.llm.get_metrics() if metric.name == drafted]
+        return {"drafted_tokens": sum(int(metric.value) for metric in found)}
+
+    def per_token(self, level: dict[str, Any], scheduled: int | None) -> dict[str, Any]:
+        """Tokens per forward of a request; tokens fed, prompts apart, per token delivered."""
+        tokens, counters = level["output_tokens"], level["counters"]
+        # The prompt's pass gives stock decoding its first token.
+        passes = level["deliveries"] - level["requests_done"]
+        fed = passes + counters.get("drafted_tokens", 0)
+        decoded = tokens - level["requests_done"]
+        if self.side == "refusion":
+            passes, fed, decoded = counters["forward_passes"], counters["rows_fed"], tokens
+        return {
+            "tokens_per_forward": decoded / max(1, passes),
+            "fed_per_token": fed / tokens,
+            "scheduled_per_token": None
+            if scheduled is None
+            else (scheduled - level["prompt_tokens"]) / tokens,
+        }
+
+
+class Prompts:
+    """The same prompts for both sides: random token ids, or those of a file in turn."""
+
+    def __init__(self, settings: Settings, side: str) -> None:
+        self.settings = settings
+        self.model = settings.models[side]
+        self.texts: list[str] = []
+        self.token_ids: list[list[int]] = []
+        self.longest = settings.input_len
+        if settings.prompts is not None:
+            lines = Path(settings.prompts).read_text().splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            self.texts = [row.get("prompt") or row["query"] for row in rows]
+
+    def prepare(self, llm: Any) -> None:
+        settings = self.settings
+        if self.texts:
+            tokenizer = llm.get_tokenizer()
+            for text in self.texts:
+                chat = [{"role": "user", "content": text}]
+                ids = tokenizer.apply_chat_template(
+                    chat, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+                if len(ids) > settings.input_len:
+                    raise ValueError(
+                        f"A prompt of {settings.prompts} has {len(ids)} tokens: raise --input-len."
+                    )
+                self.token_ids.append(list(ids))
+            return
+        config = llm.llm_engine.model_config.hf_text_config
+        special = {getattr(config, name, None) for name in ("mask_token_id", "eos_token_id")}
+        generator = random.Random(settings.seed)
+        vocab = llm.llm_engine.model_config.get_vocab_size()
+        ordinary = vocab - len(special) - 1
+        for _ in range(max(settings.requests_at(c) for c in settings.levels)):
+            ids = [generator.randrange(ordinary) for _ in range(settings.input_len)]
+            self.token_ids.append([ordinary if token in special else token for token in ids])
+
+    def take(self, count: int) -> list[dict[str, list[int]]]:
+        chosen = (self.token_ids[i % len(self.token_ids)] for i in range(count))
+        return [{"prompt_token_ids": list(ids)} for ids in chosen]
+
+
+def levels_of(settings: Settings, side: str) -> list[tuple[Preset | None, int]]:
+    """What a side runs, in order."""
+    if side == "stock":
+        return [(None, concurrency) for concurrency in settings.levels]
+    return [
+        (preset, concurrency)
+        for preset in settings.presets
+        for concurrency in (settings.canvas_concurrency if preset.canvas else settings.concurrency)
+    ]
+
+
+def main(side: str, settings_file: str, result_file: str) -> None:
+    settings = Settings.from_json(json.loads(Path(settings_file).read_text()))
+    running = Side(settings, side)
+    result = running.describe() | {"environment": environment()}
+    target = Path(result_file)
+    for preset, concurrency in levels_of(settings, side):
+        level, line = running.run_level(preset, concurrency)
+        result["levels"].append(level)
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(result, default=str))
+        partial.replace(target)
+        say(line)
+    running.llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

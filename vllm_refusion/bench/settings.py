@@ -1,0 +1,127 @@
+"""What a benchmark run is asked to do; travels to the child processes as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm_refusion.config import DecodingParams
+
+SIDES = ("stock", "refusion")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Decoding parameters, and with dummy weights the outcomes to replay (``replay.Profile``)."""
+
+    slot_size: int
+    block_length: int
+    slot_threshold: float
+    token_threshold: float
+    replay: Mapping[str, float] | None = None
+    canvas: bool = False  # every pass feeds exactly one block: isolates the cost of a step
+
+    def __post_init__(self) -> None:
+        DecodingParams(**self.parameters)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The request's ``extra_args``."""
+        names = ("slot_size", "block_length", "slot_threshold", "token_threshold")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def name(self) -> str:
+        values = (str(value) for value in self.parameters.values())
+        return f"canvas {self.block_length}" if self.canvas else "/".join(values)
+
+    @property
+    def acceptance(self) -> str:
+        if self.replay is None:
+            return "real"
+        chances = ", ".join(f"{name} {value:g}" for name, value in self.replay.items())
+        return f"replayed acceptance ({chances})"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One offline run. Lists are swept; everything else holds for both sides.
+
+    Attributes:
+        models: checkpoint folder or name by side.
+        requests: requests per level; None takes ``requests_at``.
+        prompts: JSONL file with real prompts (``prompt`` or ``query``); None draws token ids.
+        stop_at_eos: otherwise every response has ``output_len`` tokens.
+        engine_args: vLLM engine arguments by side, on top of what both get.
+        profile: folder for a torch profile of a few steps at ``profile_level``.
+    """
+
+    models: Mapping[str, str]
+    presets: list[Preset]
+    sides: tuple[str, ...] = SIDES
+    shape: str | None = None
+    concurrency: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
+    canvas_concurrency: list[int] = field(default_factory=lambda: [1])
+    requests: int | None = None
+    input_len: int = 128
+    output_len: int = 256
+    canvas_output_len: int = 256
+    warmup_tokens: int = 32
+    prompts: str | None = None
+    stop_at_eos: bool = False
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float | None = None
+    tensor_parallel_size: int = 1
+    quantization: str | None = None
+    fast_start: bool = False
+    speculative_config: Mapping[str, Any] | None = None
+    engine_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+    profile: str | None = None
+    profile_level: int = 1
+
+    def __post_init__(self) -> None:
+        counts = {
+            "--concurrency": self.concurrency,
+            "--canvas-concurrency": self.canvas_concurrency,
+            "--requests": [self.requests] if self.requests is not None else [1],
+            "--input-len": [self.input_len],
+            "--output-len": [self.output_len, self.canvas_output_len],
+        }
+        for name, values in counts.items():
+            if not values or min(values) < 1:
+                raise ValueError(f"{name}: {values} must be positive integers.")
+        unknown = set(self.sides) - set(SIDES)
+        if unknown or not self.sides:
+            raise ValueError(f"--sides: {self.sides}, known are {', '.join(SIDES)}.")
+        if "refusion" in self.sides and not self.presets:
+            raise ValueError("--presets: the ReFusion side needs one, or --canvas.")
+
+    @property
+    def canvas_length(self) -> int:
+        return max(preset.block_length for preset in self.presets)
+
+    @property
+    def levels(self) -> list[int]:
+        """Concurrencies that the stock side runs: those of the sweep and of the canvas mode."""
+        return sorted({*self.concurrency, *self.canvas_concurrency})
+
+    @property
+    def longest_output(self) -> int:
+        canvas = any(preset.canvas for preset in self.presets)
+        return max(self.output_len, self.canvas_output_len if canvas else 1)
+
+    def requests_at(self, concurrency: int) -> int:
+        """At least one wave; four waves while that is at most 16 requests."""
+        return self.requests or max(concurrency, min(4 * concurrency, 16))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Settings:
+        presets = [Preset(**preset) for preset in values["presets"]]
+        return Settings(**{**values, "presets": presets, "sides": tuple(values["sides"])})

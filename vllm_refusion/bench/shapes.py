@@ -1,0 +1,89 @@
+"""Qwen3 dense shapes, for engines with dummy weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MASK_TOKEN_ID = 151670  # of the published checkpoint
+
+# hidden, intermediate, layers, heads, KV heads, tied embeddings
+_SHAPES = {
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, True),
+    "qwen3-1.7b": (2048, 6144, 28, 16, 8, True),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, True),
+    "qwen3-8b": (4096, 12288, 36, 32, 8, False),
+    "qwen3-14b": (5120, 17408, 40, 40, 8, False),
+    "qwen3-32b": (5120, 25600, 64, 64, 8, False),
+}
+SHAPES = tuple(_SHAPES)
+
+
+def shape_config(name: str) -> dict[str, Any]:
+    """config.json of a shape, with a mask token; ``name``: one of SHAPES or a config.json.
+
+    Raises:
+        ValueError: neither of the two, or a file without a mask token.
+    """
+    if name in _SHAPES:
+        hidden, intermediate, layers, heads, kv_heads, tied = _SHAPES[name]
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 128,
+            "tie_word_embeddings": tied,
+            "vocab_size": 151936,
+            "mask_token_id": MASK_TOKEN_ID,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000,
+            "rope_scaling": None,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "use_cache": True,
+            "torch_dtype": "bfloat16",
+        }
+    if not Path(name).is_file():
+        raise ValueError(f"--shape {name}: known are {', '.join(SHAPES)}, or a config.json.")
+    config = json.loads(Path(name).read_text())
+    if config.get("mask_token_id") is None:
+        raise ValueError(f"--shape {name}: the file has no mask_token_id.")
+    return config
+
+
+def matrix_parameters(config: Any) -> int:
+    """Parameters of a dense decoder that a row is multiplied with: input embeddings left out.
+
+    Args:
+        config: a Hugging Face config of Qwen3, Qwen2 or Llama.
+    """
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention = 2 * config.hidden_size * (heads + kv_heads) * head_dim
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+
+
+def write_checkpoints(name: str, folder: Path) -> dict[str, Path]:
+    """Folders of a stock and a ReFusion checkpoint of the same shape, without weights."""
+    config = shape_config(name)
+    stock = {key: value for key, value in config.items() if key != "mask_token_id"}
+    folders = {}
+    for side, content in (("stock", stock), ("refusion", config)):
+        folders[side] = folder / f"{Path(name).stem}-{side}"
+        folders[side].mkdir(parents=True, exist_ok=True)
+        (folders[side] / "config.json").write_text(json.dumps(content, indent=1))
+    return folders

@@ -1,0 +1,61 @@
+"""What a rider is worth: integer arithmetic that kernels and their twins do alike.
+
+The chance that a drafted token passes verification is taken to be its *confidence*, the probability
+it had when it was picked. Chances are in units of 2**-16, their products are sums of *costs*,
+-log2 in units of 1/256.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+MAX_RIDERS = 64  # of one canvas
+CERTAIN = 65536
+LEVELS = 64  # of confidence
+MAX_PRICE = 8192
+
+
+class Speculation(NamedTuple):
+    """How many rows riders may take. The default is none: the schedule of the paper.
+
+    Attributes:
+        free_rows: a canvas may be this wide at no cost.
+        pass_price: beyond it a row must be worth its while: what a pass costs of one request
+            besides its rows, in rows. A rider of w rows that saves a pass with chance P is taken if
+            P * (w + pass_price) > w.
+    """
+
+    free_rows: int = 0
+    pass_price: int = 0
+
+
+NO_RIDERS = Speculation()
+
+
+@cache
+def cost_table() -> list[int]:
+    """Cost of a token by its confidence in LEVELS-ths, 0 to LEVELS."""
+    costs = [round(-256 * math.log2(max(level, 0.5) / LEVELS)) for level in range(LEVELS)]
+    return [*costs, round(-256 * math.log2(1 - 0.25 / LEVELS))]
+
+
+@cache
+def chance_table() -> list[int]:
+    """Chance by cost; 0 at and beyond the last."""
+    return [round(CERTAIN * 2 ** (-cost / 256)) for cost in range(4096)] + [0]
+
+
+@cache
+def device_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both tables as int32 tensors."""
+    return (
+        torch.tensor(cost_table(), dtype=torch.int32, device=device),
+        torch.tensor(chance_table(), dtype=torch.int32, device=device),
+    )
+
+
+LARGEST_COST = len(chance_table()) - 1

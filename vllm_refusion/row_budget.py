@@ -1,0 +1,218 @@
+"""How many rows each step feeds, and how many of them riders may take.
+
+The engine's scheduler gives every decoding request as many rows as its next pass could need. This
+takes the place of vLLM's manager for adaptive verification (speculative decoding with a trimmed
+number of drafts), which the model runner asks for the size of a batch and then for its layout on
+the device. Nothing here waits for the step that is running.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+
+from vllm_refusion.integration import fuses_passes
+from vllm_refusion.riders import MAX_PRICE, NO_RIDERS, Speculation
+from vllm_refusion.triton_kernels.allocation_reference import TOTALS
+
+if TYPE_CHECKING:
+    from vllm_refusion.state import ReFusionModelState
+
+logger = logging.getLogger("vllm.refusion")
+
+MEASURED_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 1024, 2048)
+REPETITIONS = 3
+
+# Before any measurement: a pass of up to so many rows costs no more than one of a single row.
+DEFAULT_FREE_ROWS = 128
+# The cheapest pass may be exceeded by this much and still count as free.
+FREE_SLACK = 1.06
+# Riders are worth a few rows even where rows are all that counts: a saved pass saves its sampling.
+LEAST_PRICE = 4
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Time of a forward pass by its rows, in ms: points in ascending order, straight lines between.
+
+    Attributes:
+        free_rows: the most rows that cost as good as nothing.
+        rows_per_pass: what the fixed cost of a pass is worth in rows.
+    """
+
+    rows: tuple[int, ...]
+    milliseconds: tuple[float, ...]
+
+    @property
+    def free_rows(self) -> int:
+        base = self.milliseconds[0] * FREE_SLACK
+        free = [rows for rows, ms in zip(self.rows, self.milliseconds) if ms <= base]
+        return free[-1]
+
+    @property
+    def rows_per_pass(self) -> float:
+        (rows, ms), (more_rows, more_ms) = list(zip(self.rows, self.milliseconds))[-2:]
+        slope = max(more_ms - ms, 1e-6) / (more_rows - rows)
+        return self.milliseconds[0] / slope
+
+
+def measure_passes(runner: Any) -> PassCost | None:
+    """Times the forward pass of a model runner; None on a CPU.
+
+    All workers of a tensor parallel group take the first one's times, as they must choose alike.
+    """
+    if runner.device.type != "cuda":
+        return None
+    sizes = [size for size in MEASURED_ROWS if size <= runner.max_num_tokens]
+    medians = []
+    for size in sizes:
+        times = []
+        for _ in range(REPETITIONS + 1):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            runner._dummy_run(size)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        medians.append(sorted(times[1:])[REPETITIONS // 2])
+    smooth = tuple(float(ms) for ms in np.maximum.accumulate(medians))
+    cost = get_tp_group().broadcast_object(PassCost(tuple(sizes), smooth), src=0)
+    logger.info(
+        "Forward passes, rows: ms: %s",
+        ", ".join(f"{rows}: {ms:.2f}" for rows, ms in zip(cost.rows, cost.milliseconds)),
+    )
+    return cost
+
+
+class RowBudget:
+    """Chooses the rows of a step on the host and deals them out on the device.
+
+    ``get_num_tokens``, ``compact_batch`` and ``reallocate_drafts`` are called by the runner in this
+    order in each step that decodes, with what the scheduler scheduled. ``speculation`` then says
+    which riders the canvases after this step take.
+
+    Args:
+        sizes: numbers of rows that CUDA graphs were captured for, ascending; empty for none.
+    """
+
+    def __init__(
+        self,
+        model_state: ReFusionModelState,
+        query_start_loc: torch.Tensor,
+        sizes: list[int],
+    ) -> None:
+        self.state = model_state.decode_state
+        self.operations = model_state.operations
+        self.req_states = model_state.req_states
+        self.query_start_loc = query_start_loc
+        self.sizes = sizes
+        self.riders = fuses_passes(model_state.vllm_config)
+        self.cost = model_state.pass_cost
+        self.speculation = NO_RIDERS
+        device, requests = self.state.device, model_state.max_num_reqs
+        self.scheduled: torch.Tensor | None = None  # [R] int32, most decode rows in this step
+        self.logits_start = torch.zeros(requests + 1, dtype=torch.int32, device=device)
+        self._totals = torch.zeros(TOTALS, dtype=torch.int32, device=device)
+        self._totals_host = torch.zeros(TOTALS, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._decoding = 0  # requests that the totals on the host are of; 0: no totals
+        self._mean = self._deviation = 0.0  # rows that a request needs
+        self._step = 0
+        self._rows = 0
+
+    def add_request(self, req_index: int) -> None:
+        """Nothing is kept by request."""
+
+    def get_num_tokens(self, num_tokens: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
+        """Rows of the step in all: those of prompts, and the decode rows chosen here."""
+        self._learn()
+        decode = [len(tokens) for tokens in draft_tokens.values()]
+        self._rows = self._choose(len(decode), sum(decode))
+        self.speculation = self._speculate(len(decode)) if self.riders else NO_RIDERS
+        return sum(num_tokens.values()) - sum(decode) + self._rows
+
+    def compact_batch(
+        self, num_draft_tokens: np.ndarray, num_scheduled: np.ndarray, cu_num_logits: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A layout of the same size for the host, which does not know the device's."""
+        prompt_rows = num_scheduled - num_draft_tokens
+        self._dealt = np.stack((num_draft_tokens, prompt_rows)).astype(np.int32)
+        self._num_decoding = int((num_draft_tokens > 0).sum())
+        decode = np.minimum(np.cumsum(num_draft_tokens), self._rows)
+        decode = np.diff(decode, prepend=0)
+        starts = np.zeros_like(cu_num_logits)
+        np.cumsum(decode, out=starts[1:])
+        return (prompt_rows + decode).astype(np.int32), starts
+
+    def reallocate_drafts(
+        self, req_ids: list[str], idx_mapping: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Deals the rows out: cu_num_logits [R+1], query_start_loc, decode rows."""
+        requests, decoding = len(req_ids), self._num_decoding
+        host = torch.from_numpy(self._dealt)
+        if self._copied is not None:
+            host = host.pin_memory()
+        self.scheduled, prompt_rows = host.to(self.state.device, non_blocking=True)
+        logits_start = self.logits_start[: requests + 1]
+        total = int(self._dealt[1].sum()) + self._rows
+        self.query_start_loc[requests + 1 :].fill_(total)
+        self.operations.allocate(
+            self.state,
+            self.req_states.num_computed_tokens.gpu,
+            idx_mapping,
+            self.scheduled,
+            prompt_rows,
+            self.query_start_loc,
+            logits_start,
+            self._totals,
+            decoding,
+            self._rows,
+            self._step % decoding,
+        )
+        self._step += 1
+        self._totals_host.copy_(self._totals, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self._decoding = decoding
+        return logits_start, self.query_start_loc, self._rows
+
+    def _learn(self) -> None:
+        """Takes the rows that the last step needed into account.
+
+        That is a fixed step back, so that all workers of a tensor parallel group agree. The copy is
+        queued in front of that step's forward pass: waiting for it costs nothing.
+        """
+        if not self._decoding:
+            return
+        if self._copied is not None:
+            self._copied.synchronize()
+        mean = int(self._totals_host[0]) / self._decoding
+        weight = min(1.0, self._decoding / 32) if self._mean else 1.0
+        self._deviation += weight * 0.25 * (abs(mean - self._mean) - self._deviation)
+        self._mean += weight * 0.25 * (mean - self._mean) if self._mean else mean
+
+    def _choose(self, decoding: int, scheduled: int) -> int:
+        """Decode rows of a step in which so many requests decode."""
+        free = self._free_rows()
+        wanted = scheduled
+        if scheduled > free and self._mean:
+            wanted = max(free, round(decoding * (self._mean + self._deviation) * 1.05))
+        padded = next((size for size in self.sizes if size >= wanted), -(-wanted // 16) * 16)
+        return min(padded, scheduled)
+
+    def _free_rows(self) -> int:
+        return self.cost.free_rows if self.cost else DEFAULT_FREE_ROWS
+
+    def _speculate(self, decoding: int) -> Speculation:
+        free = self._free_rows()
+        fixed = self.cost.rows_per_pass if self.cost else free
+        if self._mean * decoding > free:  # rows are what counts
+            return Speculation(0, LEAST_PRICE)
+        return Speculation(
+            free // decoding, int(min(max(fixed / decoding, LEAST_PRICE), MAX_PRICE))
+        )
