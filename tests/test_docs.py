@@ -218,7 +218,8 @@ def test_benchmark_commands_parse():
     parser = build_parser()
     for _, command in documented("sh"):
         if command.startswith("vllm-refusion bench"):
-            assert parser.parse_args(shlex.split(command, comments=True)[1:]).run
+            words = shlex.split(command.replace("\\\n", " "), comments=True)
+            assert parser.parse_args(words[1:]).run
 
 
 @pytest.mark.slow
@@ -245,8 +246,10 @@ def test_server_and_its_clients(tiny_checkpoint, tmp_path):
 )
 def test_program(program, copy):
     program = program.replace(f'"{PUBLISHED}"', '"examples/refusion-tiny"')
-    (copy / "program.py").write_text(program)
-    run("python program.py", copy)
+    # in a folder of its own: Python puts that on sys.path
+    (copy / "programs").mkdir()
+    (copy / "programs/program.py").write_text(program)
+    run("python programs/program.py", copy)
 
 
 if __name__ == "__main__":
