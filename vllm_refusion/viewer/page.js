@@ -122,7 +122,8 @@ function showPass(pass) {
   const now = request.passes[pass - 1];
   const number = `Pass ${pass} of ${request.passes.length}`;
   $("moment").textContent = now
-    ? `${number} · round ${now.round} · ${now.kinds.join(" + ")} · ${now.rows} rows · ` +
+    ? `${number} · round ${now.round} · ${now.kinds.join(" + ")} · ` +
+      `${now.rows} rows${now.riders ? ` (${now.riders} of them riders)` : ""} · ` +
       `${now.committed.length} committed · ${seconds(now.end)}`
     : `${number} · everything is masked`;
   if (previous >= 0 && frontier !== null) {

@@ -35,13 +35,15 @@ class Pass:
 
     kinds: list[str]
     rows: int
+    riders: int  # of the rows
     end: float
     round: int
     committed: list[int] = field(default_factory=list)  # positions, in KV order
 
     @property
     def decodes(self) -> bool:
-        return not set(self.kinds) <= NOT_DECODING
+        """Whether it counts among the passes per token: those of the prompt do not."""
+        return not set(self.kinds) & NOT_DECODING
 
 
 @dataclass
@@ -172,9 +174,15 @@ class _History:
                 text = self._text(position, token)
                 event = Event(number, "draft", text, probability)
                 self._place(position).events.append(event)
-        positions = [position for position, _ in committed]
         self.passes.append(
-            Pass(kinds, entry["rows"], round(self._end, 6), max(self._round, 1), positions)
+            Pass(
+                kinds=kinds,
+                rows=entry["rows"],
+                riders=entry.get("rider_rows", 0),
+                end=round(self._end, 6),
+                round=max(self._round, 1),
+                committed=[position for position, _ in committed],
+            )
         )
 
     def _verify(self, number: int, operation: Mapping[str, Any], committed: list[int]) -> None:
