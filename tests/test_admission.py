@@ -31,11 +31,13 @@ class ModelConfig:
 
 
 CONFIG = SimpleNamespace(
-    model_config=ModelConfig(), diffusion_config=SimpleNamespace(canvas_length=32)
+    model_config=ModelConfig(),
+    diffusion_config=SimpleNamespace(canvas_length=32),
+    additional_config={},
 )
 
 
-def submit(prompt=(1, 2, 3), resumable=False, **params) -> SamplingParams:
+def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> SamplingParams:
     sampling_params = SamplingParams(**params)
     request = SimpleNamespace(
         sampling_params=sampling_params,
@@ -43,7 +45,7 @@ def submit(prompt=(1, 2, 3), resumable=False, **params) -> SamplingParams:
         prompt_token_ids=None if prompt is None else list(prompt),
         resumable=resumable,
     )
-    admit(request, CONFIG)
+    admit(request, config)
     return sampling_params
 
 
@@ -60,6 +62,9 @@ def submit(prompt=(1, 2, 3), resumable=False, **params) -> SamplingParams:
         {"repetition_detection": RepetitionDetectionParams(3, 1, 4)},
         {"extra_args": {}},
         {"extra_args": {"slot_size": 8, "block_length": 32}},
+        {"extra_args": {"preset": "gpqa"}},
+        {"extra_args": {"preset": "mmlu-pro", "block_length": 32}},
+        {"extra_args": {"trace": False}},
         {"extra_args": {"slot_threshold": 1, "token_threshold": 0.0}},
     ],
     ids=str,
@@ -94,6 +99,11 @@ def test_honoured(params):
         ({"stop_token_ids": list(range(10, 74)), "min_tokens": 2}, "stop_token_ids=65"),
         ({"extra_args": {"slot_sise": 8}}, "slot_sise=8"),
         ({"extra_args": {"kv_transfer_params": {}}}, "kv_transfer_params={}"),
+        ({"extra_args": {"preset": "gsm9k"}}, "preset='gsm9k'"),
+        ({"extra_args": {"preset": ["gsm8k"]}}, "preset=['gsm8k']"),
+        ({"extra_args": {"preset": "gsm8k"}}, "block_length=128"),  # the canvas has 32
+        ({"extra_args": {"trace": "yes"}}, "trace='yes'"),
+        ({"extra_args": {"trace": True}}, "refusion_trace"),
         ({"extra_args": {"slot_size": 0}}, "slot_size=0"),
         ({"extra_args": {"slot_size": -4}}, "slot_size=-4"),
         ({"extra_args": {"slot_size": 8.0}}, "slot_size=8.0"),
@@ -162,3 +172,9 @@ def test_sampled_requests_get_a_seed():
 def test_eos_of_the_model_without_a_tokenizer():
     assert submit().eos_token_id == EOS
     assert submit(ignore_eos=True).eos_token_id is None
+
+
+def test_traces_are_granted_where_the_engine_records_them():
+    config = SimpleNamespace(**vars(CONFIG) | {"additional_config": {"refusion_trace": True}})
+    for value in (True, 1):  # HTTP has no booleans among vllm_xargs
+        submit(config=config, extra_args={"trace": value})

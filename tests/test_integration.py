@@ -85,6 +85,29 @@ def test_defaults_of_the_generation_config_and_overrides(checkpoint):
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5}
 
 
+def test_presets_as_defaults(checkpoint):
+    """A preset stands for its four values where it is given; what comes later goes first."""
+
+    def defaults(generation_config, **override):
+        config = vllm_config(checkpoint(generation_config), override_generation_config=override)
+        return integration.server_defaults(config.model_config)
+
+    assert defaults({}, preset="gpqa") == DecodingParams(8, 16, 0.8, 0.2)
+    assert defaults({"slot_size": 4}, preset="gpqa") == DecodingParams(8, 16, 0.8, 0.2)
+    assert defaults({"preset": "gpqa"}, slot_size=4) == DecodingParams(4, 16, 0.8, 0.2)
+    with pytest.raises(ValueError, match="preset='gpqa2'"):
+        defaults({}, preset="gpqa2")
+
+
+def test_trace_option(checkpoint):
+    model = checkpoint()
+    assert not integration.tracing_enabled(vllm_config(model))
+    options = {"additional_config": {"refusion_trace": True}}
+    assert integration.tracing_enabled(vllm_config(model, **options))
+    with pytest.raises(ValueError, match="refusion_trace='yes'"):
+        vllm_config(model, additional_config={"refusion_trace": "yes"})
+
+
 def test_bad_server_default(checkpoint):
     with pytest.raises(ValueError, match="slot_threshold=1.5"):
         vllm_config(checkpoint(), override_generation_config={"slot_threshold": 1.5})

@@ -64,9 +64,11 @@ FORBIDDEN_IMPORTS = {
     "vllm_refusion.cli, vllm_refusion.bench.command": ["torch", "triton", "vllm"],
     "vllm_refusion.bench.simulate": ["triton", "vllm"],
     "vllm_refusion.triton_cpu_stub": ["torch", "triton", "vllm"],
+    "vllm_refusion.cli": ["torch", "triton", "vllm"],
+    "vllm_refusion.viewer.page": ["torch", "triton", "vllm"],
     **{
         f"vllm_refusion.{name}": ["triton", "vllm"]
-        for name in ("config", "noise", "decoding", "reference")
+        for name in ("config", "noise", "decoding", "reference", "trace")
         if (PACKAGE / f"{name}.py").exists()
     },
 }

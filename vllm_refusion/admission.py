@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.config import ParameterError
 from vllm_refusion.decoding import MAX_STOP_IDS
-from vllm_refusion.integration import canvas_length, server_defaults
+from vllm_refusion.integration import (
+    TRACE_OPTION,
+    canvas_length,
+    server_defaults,
+    tracing_enabled,
+)
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -70,6 +75,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         _check_prompt(request.prompt_token_ids, vllm_config)
         decoding = server_defaults(vllm_config.model_config).updated(params.extra_args)
         decoding.check_canvas(canvas_length(vllm_config))
+        _check_trace((params.extra_args or {}).get("trace", False), vllm_config)
     except ParameterError as error:
         raise VLLMValidationError(
             str(error), parameter=error.parameter, value=error.value
@@ -124,6 +130,18 @@ def _check_prompt(token_ids: list[int] | None, vllm_config: VllmConfig) -> None:
             "prompt",
             config.mask_token_id,
             "the prompt contains the mask token, which only decoding uses",
+        )
+
+
+def _check_trace(value: Any, vllm_config: VllmConfig) -> None:
+    if value not in (True, False):
+        raise ParameterError("trace", value, "allowed are true and false")
+    if value and not tracing_enabled(vllm_config):
+        raise ParameterError(
+            "trace",
+            value,
+            "the engine does not record traces; start it with "
+            f"--additional-config '{{\"{TRACE_OPTION}\": true}}'",
         )
 
 

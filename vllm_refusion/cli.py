@@ -10,6 +10,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "bench": "vllm_refusion.bench.command",
     "bench-report": "vllm_refusion.bench.report_command",
+    "trace": "vllm_refusion.viewer.trace_command",
+    "view": "vllm_refusion.viewer.view_command",
 }
 
 

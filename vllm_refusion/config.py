@@ -64,15 +64,18 @@ class DecodingParams:
     def updated(self, values: Mapping[str, Any] | None) -> DecodingParams:
         """These parameters with ``values`` (name -> value) in place of some of them.
 
+        ``preset`` names one of ``PRESETS``: all its values, then what ``values`` says otherwise.
+        ``trace`` (see ``vllm_refusion.trace``) does not change how a request is decoded.
+
         Raises:
             ParameterError: a name is not a decoding parameter, or a value is out of range.
         """
         if not values:
             return self
         for name, value in values.items():
-            if name not in PARAMETER_NAMES:
-                raise ParameterError(name, value, f"known names are {', '.join(PARAMETER_NAMES)}")
-        return replace(self, **values)
+            if name not in OPTION_NAMES:
+                raise ParameterError(name, value, f"known names are {', '.join(OPTION_NAMES)}")
+        return replace(self, **expand_preset(values))
 
     def check_canvas(self, canvas_length: int) -> None:
         """Raises ParameterError when a block does not fit the served canvas of that many tokens."""
@@ -90,3 +93,30 @@ class DecodingParams:
 
 
 PARAMETER_NAMES = tuple(field.name for field in fields(DecodingParams))
+OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
+
+# The published settings (algorithm section 2).
+PRESETS = {
+    "gsm8k": DecodingParams(32, 128, 0.9, 0.4),
+    "math": DecodingParams(32, 64, 0.8, 0.6),
+    "mbpp": DecodingParams(32, 128, 0.9, 0.3),
+    "humaneval": DecodingParams(32, 128, 0.9, 0.4),
+    "gpqa": DecodingParams(8, 16, 0.8, 0.2),
+    "arc-c": DecodingParams(8, 8, 0.8, 0.1),
+    "mmlu-pro": DecodingParams(16, 128, 0.9, 0.4),
+}
+
+
+def expand_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Decoding parameters by name: those of ``values["preset"]``, if any, under the others.
+
+    Raises:
+        ParameterError: there is no preset of that name.
+    """
+    own = {name: value for name, value in values.items() if name in PARAMETER_NAMES}
+    if "preset" not in values:
+        return own
+    name = values["preset"]
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ParameterError("preset", name, f"allowed presets are {', '.join(PRESETS)}")
+    return vars(PRESETS[name]) | own

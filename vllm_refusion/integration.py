@@ -7,7 +7,7 @@ import re
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from vllm_refusion.config import PARAMETER_NAMES, DecodingParams, ParameterError
+from vllm_refusion.config import DecodingParams, ParameterError, expand_preset
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -30,6 +30,7 @@ CAPTURE_SIZES = (
     *range(512, 1024, 64),
     *range(1024, 2048 + 1, 128),
 )
+TRACE_OPTION = "refusion_trace"  # in vLLM's additional_config: record traces
 MAX_REQUESTS = 256
 # Sampling defaults of a generation config that ReFusion cannot honour yet.
 UNSUPPORTED_DEFAULTS = (
@@ -86,21 +87,35 @@ def resolve_defaults(model_config: ModelConfig) -> DecodingParams:
     """Decoding parameters of requests that do not set them.
 
     From ``--override-generation-config``, else the checkpoint's generation config, else the
-    defaults of ``DecodingParams``. Reads files: done once, at start.
+    defaults of ``DecodingParams``; a preset in one of them stands for its four values there. Reads
+    files: done once, at start.
 
     Raises:
         ParameterError: one of them is out of range.
     """
     values: dict[str, Any] = {}
     if model_config.generation_config != "vllm":
-        values.update(model_config.try_get_generation_config())
-    values.update(model_config.override_generation_config)
-    return DecodingParams().updated({k: v for k, v in values.items() if k in PARAMETER_NAMES})
+        values.update(expand_preset(model_config.try_get_generation_config()))
+    values.update(expand_preset(model_config.override_generation_config))
+    return DecodingParams().updated(values)
 
 
 def server_defaults(model_config: ModelConfig) -> DecodingParams:
     """What ``resolve_defaults`` found at start; travels to all processes with the config."""
     return DecodingParams(**model_config.hf_text_config.refusion_defaults)
+
+
+def tracing_enabled(vllm_config: VllmConfig) -> bool:
+    """Whether the engine was started to record traces of the requests that ask for one.
+
+    Raises:
+        ValueError: the engine option is neither True nor False.
+    """
+    options = vllm_config.additional_config
+    value = options.get(TRACE_OPTION, False) if isinstance(options, dict) else False
+    if not isinstance(value, bool):
+        raise ValueError(f"additional_config has {TRACE_OPTION}={value!r}: allowed is a boolean.")
+    return value
 
 
 def canvas_length(vllm_config: VllmConfig) -> int:
@@ -171,6 +186,7 @@ class ReFusionConfig:
 
         refuse_unsupported_options(vllm_config)
         fuses_passes(vllm_config)
+        tracing_enabled(vllm_config)  # checks the option
         model_config = vllm_config.model_config
         defaults = resolve_defaults(model_config)
         model_config.hf_text_config.refusion_defaults = vars(defaults).copy()

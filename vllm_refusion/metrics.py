@@ -14,6 +14,11 @@ class WorkerExtension:
         """Totals since start, indexed by ``Counter``."""
         return self.model_runner.model_state.decode_state.counters.tolist()
 
+    def refusion_recordings(self) -> list[dict[str, Any]]:
+        """What ``trace.Recorder.take`` gives; nothing where the engine does not trace."""
+        recorder = self.model_runner.model_state.recorder
+        return [] if recorder is None else recorder.take()
+
 
 def snapshot(llm: Any) -> dict[str, int]:
     """Totals since the engine started, from an ``LLM``.

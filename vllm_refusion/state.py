@@ -8,6 +8,7 @@ Nothing here waits for the device or loops over requests.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,10 +26,16 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_refusion.admission import ending_token_ids
 from vllm_refusion.attention import PromptTail
 from vllm_refusion.decoding import DecodeState, Field
-from vllm_refusion.integration import canvas_length, position_slack, server_defaults
+from vllm_refusion.integration import (
+    canvas_length,
+    position_slack,
+    server_defaults,
+    tracing_enabled,
+)
 from vllm_refusion.replay import replay_tables
 from vllm_refusion.riders import NO_RIDERS
 from vllm_refusion.row_budget import PassCost, RowBudget, measure_passes
+from vllm_refusion.trace import Recorder
 from vllm_refusion.triton_kernels.dispatch import operations
 
 # Logits of one step are computed and read in chunks of rows of about this size.
@@ -49,6 +56,7 @@ class ReFusionModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.operations = operations(device)
+        self.recorder: Recorder | None = None
         self.defaults = server_defaults(self.model_config)
         self.slack = position_slack(vllm_config)
         # Addresses captured by CUDA graphs.
@@ -75,6 +83,10 @@ class ReFusionModelState(ModelState):
             self.device,
             canvas_token=self.req_states.draft_tokens,  # what the runner feeds as draft tokens
         )
+        if tracing_enabled(self.vllm_config):
+            self.recorder = Recorder(self.decode_state)
+            transition = self.recorder.around(self.operations.transition)
+            self.operations = replace(self.operations, transition=transition)
         return CanvasSampler(self), None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
@@ -82,6 +94,8 @@ class ReFusionModelState(ModelState):
         prompt_len = len(new_req_data.prompt_token_ids)
         room = self.max_model_len - prompt_len
         self._slot_of[new_req_data.req_id] = req_index
+        if self.recorder is not None and (params.extra_args or {}).get("trace"):
+            self.recorder.add(req_index, new_req_data.req_id, new_req_data.prompt_token_ids)
         saved = self._suspended.pop(new_req_data.req_id, None)
         self._repeats_tokens[req_index] = saved is not None
         if saved is not None:
@@ -124,6 +138,8 @@ class ReFusionModelState(ModelState):
         if req_id in self._preempting:
             self._suspended[req_id] = self.decode_state.save(slot)
         self.decode_state.remove(slot)
+        if self.recorder is not None:
+            self.recorder.remove(slot)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -199,7 +215,7 @@ class CanvasSampler:
     def __init__(self, model_state: ReFusionModelState) -> None:
         self.model_state = model_state
         self.model = model_state.model
-        self.operations = model_state.operations
+        self.operations = model_state.operations  # records, where the engine is to trace
         self.state = model_state.decode_state
         self.req_states = model_state.req_states
         state = self.state

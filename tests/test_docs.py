@@ -1,0 +1,259 @@
+"""Every command in the documentation is run: here, or by the test named here.
+
+``python tests/test_docs.py`` lists the commands and what runs them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_refusion.cli import build_parser
+from vllm_refusion.config import PRESETS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/README.md",
+    ROOT / "triton_kernels/README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+]
+PUBLISHED = "GSAI-ML/ReFusion"  # tests put the bundled checkpoint in its place
+# Written beside this file's first version; drop the names once the files are here.
+ELSEWHERE = {"docs/serving.md"}
+
+RUN, SLOW = "test_command", "test_slow_command"
+# The first entry that a command starts with says what runs it.
+RUN_BY = {
+    "make demo": "test_make",
+    "make test": "test_make",
+    "pip install": "test_installation",
+    "vllm serve": "test_server_and_its_clients",
+    "curl http://localhost:8000": "test_server_and_its_clients",
+    "vllm-refusion bench --shape": "test_benchmark_commands_parse",  # hours on a GPU
+    "vllm-refusion bench --model": "test_benchmark_commands_parse",
+    "vllm-refusion bench-report": "test_benchmark_commands_parse",
+    "vllm-refusion view": RUN,
+    "vllm-refusion trace": SLOW,
+    "python examples/": SLOW,
+    "ruff": RUN,
+    "pytest -m slow": "test_make",
+}
+
+
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(script: str) -> list[str]:
+    """The commands of a shell script; quotes and backslashes may carry them over lines."""
+    found, pending = [], ""
+    for line in script.splitlines():
+        pending += line + "\n"
+        if line.endswith("\\"):
+            continue
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:  # a quote is open
+            continue
+        if words:
+            found.append(pending.strip())
+        pending = ""
+    assert not pending, f"unfinished: {pending}"
+    return found
+
+
+def documented(language: str) -> list[tuple[str, str]]:
+    """(document, command or program) of all blocks in a language, each once."""
+    seen: dict[str, str] = {}
+    for document in DOCUMENTS:
+        for found, content in blocks(document):
+            if found == language:
+                items = commands(content) if language == "sh" else [content]
+                seen |= {
+                    item: str(document.relative_to(ROOT)) for item in items if item not in seen
+                }
+    return [(document, item) for item, document in seen.items()]
+
+
+def run_by(command: str) -> str | None:
+    return next((test for start, test in RUN_BY.items() if command.startswith(start)), None)
+
+
+def chosen(test: str) -> list:
+    """Parameters: the commands that a test runs."""
+    return [
+        pytest.param(command, id=f"{document}: {' '.join(command.split())[:60]}")
+        for document, command in documented("sh")
+        if run_by(command) == test
+    ]
+
+
+def test_every_command_is_run_by_a_test():
+    found = documented("sh")
+    assert len(found) > 20
+    assert not [command for _, command in found if run_by(command) is None]
+    for start, test in RUN_BY.items():
+        assert any(command.startswith(start) for _, command in found), f"not documented: {start}"
+        assert callable(globals().get(test)), test
+
+
+def test_no_command_hides_in_another_kind_of_block():
+    for document in DOCUMENTS:
+        for language, _ in blocks(document):
+            assert language in ("sh", "python", "text", "json"), f"{document}: {language!r}"
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            if "://" not in target:
+                path = (document.parent / target).resolve()
+                assert path.exists() or str(path.relative_to(ROOT)) in ELSEWHERE, (document, target)
+
+
+def test_presets_are_documented():
+    rows = (ROOT / "docs/parameters.md").read_text()
+    for name, preset in PRESETS.items():
+        values = " | ".join(str(value) for value in vars(preset).values())
+        assert f"| `{name}` | {values} |" in rows
+        assert f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+def test_citation_has_the_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {importlib.metadata.version('vllm-refusion')}" in text
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder that looks like the repository and may be written to."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def run(command: str, folder: Path) -> str:
+    """Runs a documented command in ``folder`` with this environment's programs."""
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("TRITON_INTERPRET", None)  # the plugin itself has to set it
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def written(command: str) -> list[str]:
+    """The files that a command says it writes."""
+    return re.findall(r"--(?:output|page) (\S+)", command)
+
+
+@pytest.mark.parametrize("command", chosen(RUN))
+def test_command(command, copy):
+    if command.startswith("ruff") and not (Path(sys.executable).parent / "ruff").exists():
+        pytest.skip("ruff is not installed here")
+    run(command, ROOT if command.startswith("ruff") else copy)
+    for name in written(command):
+        assert (copy / name).stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", chosen(SLOW))
+def test_slow_command(command, copy):
+    output = run(command, copy)
+    assert output.strip()
+    for name in written(command):
+        assert (copy / name).stat().st_size > 1000
+
+
+def make(target: str) -> str:
+    """What make would run."""
+    command = ["make", "--dry-run", "--always-make", target]
+    environment = {name: value for name, value in os.environ.items() if name != "VENV"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_make():
+    """`make test` runs what this test is part of, `make demo` an example; see test_slow_command."""
+    assert ".venv/bin/pytest -n 2" in make("test")
+    (demo,) = re.findall(r"^\.venv/bin/(python examples/\S+)$", make("demo"), re.MULTILINE)
+    assert any(command.startswith(demo) for _, command in documented("sh"))
+    options = (ROOT / "pyproject.toml").read_text()
+    assert 'addopts = ["--strict-markers", "-m", "not slow"]' in options
+
+
+def test_installation():
+    """The documented installation is the one that `make test` has made, or an extra that exists."""
+    made = " ".join(make("test").replace("--requirement", "-r").split())
+    extras = importlib.metadata.metadata("vllm-refusion").get_all("Provides-Extra")
+    for _, command in documented("sh"):
+        if not command.startswith("pip install"):
+            continue
+        extra = re.search(r'"\.\[(.*)\]"', command)
+        if extra:
+            assert set(extra[1].split(",")) <= set(extras)
+        elif command != "pip install .":  # there: in editable form
+            on_gpu = "vllm==" in made
+            assert on_gpu or f"-m {command}" in made
+
+
+def test_benchmark_commands_parse():
+    """The command line takes them; tests/test_bench.py runs the command itself on tiny models."""
+    parser = build_parser()
+    for _, command in documented("sh"):
+        if command.startswith("vllm-refusion bench"):
+            words = shlex.split(command.replace("\\\n", " "), comments=True)
+            assert parser.parse_args(words[1:]).run
+
+
+@pytest.mark.slow
+def test_server_and_its_clients(tiny_checkpoint, tmp_path):
+    """Starts each documented server, with the bundled checkpoint, and sends it every request."""
+    from server import serve
+
+    requests = [command for _, command in documented("sh") if command.startswith("curl")]
+    servers = [command for _, command in documented("sh") if command.startswith("vllm serve")]
+    assert requests and servers
+    for command in servers:
+        program, verb, model, *options = shlex.split(command)
+        assert (program, verb, model) == ("vllm", "serve", PUBLISHED)
+        with serve(tiny_checkpoint, tmp_path, *options, "--served-model-name", PUBLISHED) as server:
+            url = str(server.http.base_url).rstrip("/")
+            for request in requests:
+                answer = json.loads(run(request.replace("http://localhost:8000", url), tmp_path))
+                assert answer["choices"][0]["finish_reason"] in ("stop", "length"), answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program", [pytest.param(item, id=document) for document, item in documented("python")]
+)
+def test_program(program, copy):
+    program = program.replace(f'"{PUBLISHED}"', '"examples/refusion-tiny"')
+    # in a folder of its own: Python puts that on sys.path
+    (copy / "programs").mkdir()
+    (copy / "programs/program.py").write_text(program)
+    run("python programs/program.py", copy)
+
+
+if __name__ == "__main__":
+    for document, command in documented("sh"):
+        print(f"{document:28} {run_by(command)!s:28} {' '.join(command.split())[:100]}")
+    for document, _ in documented("python"):
+        print(f"{document:28} {'test_program':28} a Python program")
