@@ -8,7 +8,8 @@ For one row x of V logits, with T, seed and draw of the row's request:
     prob(t)  = exp(x[t] - m) / s,          m = max x,  s = sum_j exp(x[j] - m)
 
 Never allowed is the mask token; before ``min_tokens`` the stop tokens are not allowed either.
-Probabilities are those of the full softmax at temperature 1, whatever is allowed.
+Requests may limit what is allowed and bias it, see `vllm_refusion/picking.py`. Probabilities are
+those of the full softmax of x at temperature 1, whatever is allowed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.noise import LARGEST_UNIFORM, NOISE_BOUND
+from vllm_refusion.picking import PickLimits
+from vllm_refusion.triton_kernels.lowest_kept import lowest_kept
 from vllm_refusion.triton_kernels.stats_reference import FLOOR, Stats, allocate_stats
 
 _FLOOR = tl.constexpr(FLOOR)
@@ -49,6 +52,7 @@ def gumbel(seed, draw, position, token):
         "picked_ptr",
         "picked_prob_ptr",
         "given_prob_ptr",
+        "lowest_ptr",
     ]
 )
 def _token_stats_kernel(
@@ -64,10 +68,15 @@ def _token_stats_kernel(
     picked_ptr,  # [N] int32
     picked_prob_ptr,  # [N] float32
     given_prob_ptr,  # [N] float32
+    bias_index_ptr,  # [max_reqs] int32, read if BIASED
+    bias_ptr,  # [1 + B, V] float32, read if BIASED
+    lowest_ptr,  # [N] float32, read if CUT
     logits_stride,
     vocab,
     num_stop_ids,
     mask_token_id,
+    BIASED: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -82,6 +91,10 @@ def _token_stats_kernel(
     draw = tl.load(draw_ptr + request)
     stop_ids = stop_ids_ptr + request * num_stop_ids
     logits = logits_ptr + row * logits_stride
+    if BIASED:
+        bias = bias_ptr + tl.load(bias_index_ptr + request).to(tl.int64) * vocab
+    if CUT:
+        lowest = tl.load(lowest_ptr + row)
 
     maximum = _FLOOR
     partial_sums = tl.zeros([BLOCK], dtype=tl.float32)
@@ -99,15 +112,26 @@ def _token_stats_kernel(
 
         # No value of the tile lies above this bound (division and addition round monotonically),
         # and an equal one would lose to the lower id found before: most tiles need no noise.
+        if BIASED:
+            added = tl.load(bias + token, mask=token < vocab, other=0.0)
+            x += added
+            floored = tl.where(x > _FLOOR, x, _FLOOR)
+            tile_maximum = tl.max(floored, axis=0)
         bound = tile_maximum
         if temperature > 0:
             bound = tl.maximum(tl.div_rn(tile_maximum, temperature) + _NOISE_BOUND, _FLOOR)
         if bound > best:
             value = floored
             if temperature > 0:
-                perturbed = tl.div_rn(x, temperature) + gumbel(seed, draw, position, token)
+                score = tl.div_rn(x, temperature)
+                perturbed = score + gumbel(seed, draw, position, token)
                 value = tl.where(perturbed > _FLOOR, perturbed, _FLOOR)
+                if CUT:
+                    score = tl.where(score > _FLOOR, score, _FLOOR)
+                    value = tl.where(score >= lowest, value, float("-inf"))
             value = tl.where(token < vocab, value, float("-inf"))
+            if BIASED:
+                value = tl.where(added == float("-inf"), float("-inf"), value)
             value = tl.where(token != mask_token_id, value, float("-inf"))
             if position < min_tokens:
                 for entry in range(num_stop_ids):
@@ -143,6 +167,7 @@ def token_stats(
     min_tokens: torch.Tensor,
     stop_ids: torch.Tensor,
     mask_token_id: int,
+    limits: PickLimits | None = None,
     out: Stats | None = None,
 ) -> Stats:
     """Picks a token for every used row of logits and gives its and another token's probability.
@@ -164,6 +189,7 @@ def token_stats(
         min_tokens: [max_reqs] int32.
         stop_ids: [max_reqs, F] int32, padded with -1; not picked at positions < min_tokens.
         mask_token_id: never picked.
+        limits: of requests that limit or bias what is picked; None reads nothing.
         out: results to write into, three contiguous [N] tensors; allocated when absent.
 
     Returns:
@@ -192,6 +218,22 @@ def token_stats(
 
     widest = GPU_TILE if logits.is_cuda else CPU_TILE
     block = min(widest, triton.next_power_of_2(vocab))
+    num_warps = max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD))
+    biased, cut = limits is not None and limits.biased, limits is not None and limits.cuts
+    lowest = None
+    if cut:
+        lowest = lowest_kept(
+            logits,
+            row_request,
+            row_position,
+            temperature=temperature,
+            min_tokens=min_tokens,
+            stop_ids=stop_ids,
+            mask_token_id=mask_token_id,
+            limits=limits,
+            block=block,
+            num_warps=num_warps,
+        )
     _token_stats_kernel[(rows,)](
         logits,
         row_request,
@@ -203,12 +245,17 @@ def token_stats(
         min_tokens,
         stop_ids,
         *out,
+        limits.bias_index if biased else None,
+        limits.bias if biased else None,
+        lowest,
         logits.stride(0),
         vocab,
         num_stop_ids,
         mask_token_id,
+        BIASED=biased,
+        CUT=cut,
         BLOCK=block,
-        num_warps=max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD)),
+        num_warps=num_warps,
     )
     return out
 

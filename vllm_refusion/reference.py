@@ -8,7 +8,7 @@ the prompt; RoPE positions add the prompt's length.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from vllm_refusion.config import DecodingParams
+from vllm_refusion.picking import bias_row, lowest_kept_score
 
 _SlotTokens = list[tuple[int, list[int]]]  # per slot: first response position, tokens
 
@@ -90,16 +91,25 @@ def decode(
     seed: int = 0,
     min_tokens: int = 0,
     stop_token_ids: Collection[int] = (),
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    allowed_token_ids: Collection[int] | None = None,
+    banned_token_ids: Collection[int] = (),
 ) -> Decoded:
     """Decodes one request with ``model``, a transformers causal LM.
 
     ``eos_token_id=None`` makes EOS an ordinary token. Stop tokens are ordinary while decoding and
-    cut the output. Neither is picked at a response position below ``min_tokens``.
+    cut the output. Neither is picked at a response position below ``min_tokens``. What the
+    parameters behind them do: see ``vllm_refusion/picking.py``.
     """
     if not prompt_ids or max_tokens < 1:
         raise ValueError(f"{len(prompt_ids)=} and {max_tokens=} must both be at least 1")
     barred = {*stop_token_ids, eos_token_id} - {None}
-    rules = _PickRules(mask_token_id, barred, min_tokens, temperature, seed)
+    bias = bias_row(model.config.vocab_size, logit_bias, allowed_token_ids, banned_token_ids)
+    cuts = (top_k, top_p, min_p)
+    rules = _PickRules(mask_token_id, barred, min_tokens, temperature, seed, cuts, bias)
     request = _Request(_Canvas(model, prompt_ids), params, rules, eos_token_id, max_tokens)
     request.decode_blocks()
     tokens = [request.tokens[position] for position in range(min(request.end, max_tokens))]
@@ -161,21 +171,26 @@ class _PickRules:
     min_tokens: int
     temperature: float
     seed: int
+    cuts: tuple[int, float, float] = (0, 1.0, 0.0)  # top_k, top_p, min_p
+    bias: torch.Tensor | None = None  # [V]
     draw: int = 0  # plan and predict operations so far
 
     def pick(self, logits: torch.Tensor, where: list[int]) -> list[tuple[int, float, float]]:
         """Per row of ``logits`` [rows, V]: the token, its raw probability, its lead in score."""
         positions = torch.tensor(where, device=logits.device)
-        scores = logits.clone()
-        if self.temperature > 0:
-            from vllm_refusion.noise import gumbel_noise
-
-            noise = gumbel_noise(self.seed, self.draw, positions, logits.shape[-1])
-            scores = logits / self.temperature + noise
-        self.draw += 1
+        scores = logits.clone() if self.bias is None else logits + self.bias.to(logits.device)
         scores[:, self.mask_token_id] = -math.inf
         for token in self.barred:
             scores[positions < self.min_tokens, token] = -math.inf
+        if self.temperature > 0:
+            from vllm_refusion.noise import gumbel_noise
+
+            scores /= self.temperature
+            top_k, top_p, min_p = (scores.new_tensor(cut).expand(len(where)) for cut in self.cuts)
+            lowest = lowest_kept_score(scores, top_k, top_p, min_p.log())
+            scores[scores < lowest[:, None]] = -math.inf
+            scores += gumbel_noise(self.seed, self.draw, positions, logits.shape[-1])
+        self.draw += 1
         picked = scores.argmax(-1)  # the lowest id on a tie
         probabilities = logits.softmax(-1).gather(1, picked[:, None])[:, 0]
         leads = -scores.topk(2).values.diff()[:, 0]
