@@ -44,3 +44,19 @@ def checkpoints(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def preemptions(monkeypatch):
+    """Request ids and the tokens emitted by then, in the order they were preempted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen = []
+    original = Scheduler._preempt_request
+
+    def preempt(self, request, *args, **kwargs):
+        seen.append((request.request_id, request.num_output_tokens))
+        return original(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
+    return seen

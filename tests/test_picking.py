@@ -41,7 +41,7 @@ def kept_by_definition(scores, top_k, top_p, min_p):
     """The tokens kept of a row of finite scores (a list), token by token in float64."""
     kept = {t for t, s in enumerate(scores) if s >= max(scores) + math.log(min_p or 1e-300)}
     if top_k:
-        kth = sorted((scores[t] for t in kept), reverse=True)[: top_k][-1]
+        kth = sorted((scores[t] for t in kept), reverse=True)[:top_k][-1]
         kept = {t for t in kept if scores[t] >= kth}
     total = sum(math.exp(scores[t] - max(scores)) for t in kept)
 

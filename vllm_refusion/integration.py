@@ -23,11 +23,8 @@ ARCHITECTURES = {
 }
 DEFAULT_CANVAS = 128
 MAX_REQUESTS = 256
-# Sampling defaults of a generation config that ReFusion cannot honour yet.
+# Sampling defaults of a generation config that ReFusion cannot honour.
 UNSUPPORTED_DEFAULTS = (
-    "top_p",
-    "top_k",
-    "min_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
@@ -132,7 +129,7 @@ class ReFusionConfig:
         for name in UNSUPPORTED_DEFAULTS:
             if name in defaults and name not in overrides:
                 overrides[name] = None
-                logger.info("Ignoring %s of the generation config: not supported yet.", name)
+                logger.info("Ignoring %s of the generation config: not supported.", name)
         if "temperature" not in defaults:
             overrides["temperature"] = 0.0  # the published results are greedy
 
@@ -229,6 +226,7 @@ def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
         "enable_prompt_embeds": model_config.enable_prompt_embeds,
         "return_sampling_mask": model_config.return_sampling_mask,
         "enable_trace_replay": model_config.enable_trace_replay,
+        f"logprobs_mode={model_config.logprobs_mode}": model_config.logprobs_mode != "raw_logprobs",
         "custom logits_processors": bool(model_config.logits_processors),
         "a custom scheduler_cls": vllm_config.scheduler_config.scheduler_cls is not None,
         "a custom worker_extension_cls": bool(parallel.worker_extension_cls),
