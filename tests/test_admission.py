@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsPar
 
 from vllm_refusion.admission import HONOURED, admit
 
+DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
 MASK, VOCAB, EOS = 90, 100, 7
 
 
@@ -157,6 +160,18 @@ def test_every_sampling_params_field_is_decided():
         with pytest.raises(VLLMValidationError, match=name):
             admit(request, CONFIG)
         assert getattr(params, name) != "not its default"
+
+
+def documented_fields() -> dict[str, str]:
+    """What docs/serving.md says of each field: works, refused or internal."""
+    rows = re.findall(r"^\| (`.*?`) \| (works|refused|internal) \|", DOCS.read_text(), re.MULTILINE)
+    return {name: verdict for names, verdict in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_the_docs_decide_every_field_of_the_installed_vllm():
+    documented = documented_fields()
+    assert set(documented) == set(SamplingParams.__struct_fields__)
+    assert {n for n, verdict in documented.items() if verdict != "refused"} == HONOURED
 
 
 def test_max_tokens_is_cut_to_the_model_length():

@@ -46,7 +46,6 @@ HONOURED = {
     "repetition_detection",
     "flat_logprobs",
     "output_text_buffer_length",
-    "watermarking",  # vLLM refuses to start with a watermark and resolves this to False
     "_watermarking_skipped",
     "_eos_token_id",
     "_all_stop_token_ids",
@@ -100,14 +99,14 @@ def ending_token_ids(params: SamplingParams) -> set[int]:
 
 def _check_sampling_params(params: SamplingParams) -> None:
     defaults = type(params)()
+    if params.watermarking is False:  # no watermark; vLLM resolves None to False
+        params.watermarking = None
     for name in params.__struct_fields__:
         if name in HONOURED:
             continue
         value, allowed = getattr(params, name), getattr(defaults, name)
         if type(value) is not type(allowed) or value != allowed:
             raise ParameterError(name, value, f"ReFusion allows only {allowed!r}")
-    if params.watermarking:
-        raise ParameterError("watermarking", True, "ReFusion allows only False or None")
     if params.seed is not None and not -INT64_MAX <= params.seed <= INT64_MAX:
         raise ParameterError("seed", params.seed, "allowed is a 64-bit integer")
     if params.min_tokens and len(ending_token_ids(params)) > MAX_STOP_IDS:
