@@ -32,7 +32,7 @@ setup(
     install_requires=["torch>=2.11", "transformers>=5.16.1", "triton>=3.6"],
     extras_require={
         "gpu": ["vllm>=0.32,<0.33"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"],
     },
     entry_points={
         "vllm.general_plugins": ["refusion = vllm_refusion:register"],
