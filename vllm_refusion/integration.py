@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.config import PARAMETER_NAMES, DecodingParams, ParameterError
@@ -23,6 +24,7 @@ ARCHITECTURES = {
 }
 DEFAULT_CANVAS = 128
 MAX_REQUESTS = 256
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
 # Sampling defaults of a generation config that ReFusion cannot honour.
 UNSUPPORTED_DEFAULTS = (
     "repetition_penalty",
@@ -115,8 +117,9 @@ class ReFusionConfig:
         """Checks the checkpoint and sets sampling defaults that ReFusion can honour.
 
         Raises:
-            ValueError: the checkpoint has no usable mask token.
+            ValueError: the checkpoint has no usable mask token, or no tokenizer.
         """
+        check_tokenizer(model_config)
         config = model_config.hf_text_config
         mask = getattr(config, "mask_token_id", None)
         if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < config.vocab_size:
@@ -205,6 +208,22 @@ class ReFusionConfig:
                     f"{config.max_position_embeddings - position_slack(vllm_config)}."
                 )
             config.max_position_embeddings = needed
+
+
+def check_tokenizer(model_config: ModelConfig) -> None:
+    """Raises ValueError if a tokenizer is needed and its folder has none of the usual files.
+
+    Without them transformers makes an empty tokenizer up, which turns every text into nothing.
+    """
+    folder = Path(str(model_config.tokenizer))
+    if model_config.skip_tokenizer_init or not folder.is_dir():
+        return
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the base model's "
+            "files there, name a model that has one with --tokenizer, or send token ids only "
+            "and pass --skip-tokenizer-init."
+        )
 
 
 def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
