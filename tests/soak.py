@@ -55,8 +55,9 @@ def make_requests(count: int, draw: random.Random) -> list[dict[str, Any]]:
     """Distinct bodies for the completions endpoint, of all kinds and lengths."""
     lines = (EXAMPLES / "dev_problems.jsonl").read_text().splitlines()
     questions = [json.loads(line)["query"] for line in lines]
-    return [
-        {
+    bodies = []
+    for i in range(count):
+        body = {
             "prompt": " ".join(draw.choices(questions, k=draw.choice([1, 1, 1, 2, 4]))),
             "max_tokens": draw.choice([1, 7, 32, 60, 100, 150, 200]),
             "seed": draw.randrange(2**31),
@@ -64,8 +65,9 @@ def make_requests(count: int, draw: random.Random) -> list[dict[str, Any]]:
             "return_token_ids": True,
             **SAMPLING[i // len(DECODING) % len(SAMPLING)],
         }
-        for i in range(count)
-    ]
+        body["min_tokens"] = min(body.get("min_tokens", 0), body["max_tokens"])
+        bodies.append(body)
+    return bodies
 
 
 @dataclass
