@@ -24,7 +24,9 @@ def poison_free_pages(llm, value):
     return len(pages)
 
 
-@pytest.mark.parametrize("value", [math.nan, 1e4], ids=["NaN", "garbage"])
+@pytest.mark.parametrize(
+    "value", [math.nan, pytest.param(1e4, marks=pytest.mark.slow)], ids=["NaN", "garbage"]
+)
 def test_poisoned_free_pages(tmp_path, value):
     """Before every step; requests come and go, so that pages change hands."""
     model = build_model("qwen3-gqa2", tmp_path)
