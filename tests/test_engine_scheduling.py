@@ -9,25 +9,10 @@ import random
 
 import pytest
 from vllm import TokensPrompt
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from conformance import Case, expected
 from engine import NARROW, assert_idle, engine, free_pages, run, sampling_params, scheduler_of
 from vllm_refusion.metrics import snapshot
-
-
-@pytest.fixture
-def preemptions(monkeypatch):
-    """Request ids, in the order they were preempted."""
-    seen = []
-    original = Scheduler._preempt_request
-
-    def preempt(self, request, *args, **kwargs):
-        seen.append((request.request_id, request.num_output_tokens))
-        return original(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
-    return seen
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from vllm import SamplingParams
 
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.decoding import DecodeState
+from vllm_refusion.picking import PickLimits
 from vllm_refusion.scheduler import ReFusionScheduler
 from vllm_refusion.state import LOGITS_CHUNK_BYTES, CanvasSampler
 
@@ -78,6 +79,8 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
             model=Model(),
             operations=operations(torch.device("cpu")),
             decode_state=state,
+            limits=PickLimits(max_requests, vocab_size, "cpu"),
+            records={},
             req_states=SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
             model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size),
             dtype=torch.float32,
