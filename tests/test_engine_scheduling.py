@@ -13,6 +13,7 @@ from vllm import TokensPrompt
 from conformance import Case, expected
 from engine import NARROW, assert_idle, engine, free_pages, run, sampling_params, scheduler_of
 from vllm_refusion.metrics import snapshot
+from vllm_refusion.row_budget import RowBudget
 
 
 @pytest.fixture
@@ -45,8 +46,11 @@ def test_chunked_prompts(checkpoints, scheduling, request):
         checkpoint.run(llm, checkpoint.mixed)
 
 
-def test_several_requests_share_a_small_budget(checkpoints):
-    """Canvases are truncated when the budget is short: such a pass decides nothing."""
+def test_requests_wait_for_rows(checkpoints, monkeypatch):
+    """A step with fewer rows than its phases need: who gets none decides nothing and waits."""
+    monkeypatch.setattr(
+        RowBudget, "_choose", lambda self, decoding, scheduled: max(1, scheduled // 3)
+    )
     checkpoint = checkpoints()
     chosen = [i for i in checkpoint.mixed if checkpoint.cases[i].params.block_length <= 32]
     with engine(checkpoint.path, **NARROW, max_num_batched_tokens=100) as llm:
