@@ -10,6 +10,9 @@ from vllm import TokensPrompt
 
 from conformance import expected
 from engine import assert_idle, engine, free_pages, model_state_of, sampling_params
+from vllm_refusion.metrics import snapshot
+from vllm_refusion.riders import Speculation
+from vllm_refusion.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import CPU_KERNELS_ENV
 
 LIMITS = [
@@ -83,6 +86,36 @@ def test_limits_and_logprobs_beside_plain_requests(limited):
         tokens = [list(output.token_ids) for output in outputs[: len(beside)]]
         checkpoint.check(tokens, plain + [plain[i] for i in greedy])
         check(outputs[len(beside) :], requests, answers)
+
+
+def test_logprobs_are_those_of_the_plain_schedule(checkpoints, monkeypatch):
+    """Whichever pass a row was fed in; what riders a step takes is drawn anew for each."""
+    checkpoint = checkpoints()
+    draw = random.Random(2)
+    chosen = checkpoint.mixed[::2]
+    requests = [replace(checkpoint.cases[i], logprobs=draw.choice((0, 2, 5))) for i in chosen]
+
+    def speculate(self, decoding):
+        return Speculation(draw.choice((0, 64, 256)), draw.choice((0, 4, 1000)))
+
+    def logprobs(**options):
+        with engine(checkpoint.path, **options) as llm:
+            outputs, counts = generate(llm, requests), snapshot(llm)
+        checkpoint.check([list(output.token_ids) for output in outputs], chosen)
+        return [
+            [{t: e.logprob for t, e in entries.items()} for entries in output.logprobs]
+            for output in outputs
+        ], counts
+
+    plain, counts = logprobs(additional_config={"refusion_schedule": "plain"})
+    assert counts["rider_rows_fed"] == 0
+    monkeypatch.setattr(RowBudget, "_speculate", speculate)
+    fused, counts = logprobs()
+    assert counts["plans_ridden"] > 10 and counts["predicts_ridden"] > 10
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert len(ours) == len(theirs)
+        for entries, expected_entries in zip(ours, theirs, strict=True):
+            assert entries == pytest.approx(expected_entries, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.slow

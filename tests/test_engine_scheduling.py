@@ -48,9 +48,11 @@ def test_chunked_prompts(checkpoints, scheduling, request):
 
 def test_requests_wait_for_rows(checkpoints, monkeypatch):
     """A step with fewer rows than its phases need: who gets none decides nothing and waits."""
-    monkeypatch.setattr(
-        RowBudget, "_choose", lambda self, decoding, scheduled: max(1, scheduled // 3)
-    )
+
+    def choose(self, decoding, scheduled):  # the widest block fits, so that none waits for ever
+        return min(scheduled, max(32, scheduled // 3))
+
+    monkeypatch.setattr(RowBudget, "_choose", choose)
     checkpoint = checkpoints()
     chosen = [i for i in checkpoint.mixed if checkpoint.cases[i].params.block_length <= 32]
     with engine(checkpoint.path, **NARROW, max_num_batched_tokens=100) as llm:
