@@ -262,7 +262,7 @@ def start(options: argparse.Namespace, folder: str) -> tuple[subprocess.Popen, s
     environment = dict(os.environ)
     environment.setdefault("VLLM_LOG_STATS_INTERVAL", "1")
     environment.setdefault("TRITON_F32_DEFAULT", "ieee")
-    # Large tensors of a CPU go back to the system at once: what is left is what is held.
+    # Large tensors of a CPU go back to the system at once, so that more of what is left is held.
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     log = open(options.log, "w") if options.log else subprocess.DEVNULL
     process = subprocess.Popen(
