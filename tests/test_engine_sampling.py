@@ -124,6 +124,7 @@ def test_preempted(limited, preemptions):
     checkpoint, requests, answers = limited
     short = [i for i, c in enumerate(requests) if len(c.prompt_ids) + c.max_tokens <= 160]
     options = {"max_model_len": 160, "num_gpu_blocks_override": 28, "block_size": 16}
+    options["diffusion_config"] = {"canvas_length": 128}  # one sequence must fit those pages
     with engine(checkpoint.path, **options) as llm:
         outputs = generate(llm, [requests[i] for i in short] * 2)[: len(short)]
         assert not model_state_of(llm)._suspended_records

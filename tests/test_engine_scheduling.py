@@ -68,6 +68,7 @@ def test_preemption(checkpoints, preemptions, scheduling, request):
     checkpoint = checkpoints()
     short = [i for i, c in enumerate(checkpoint.cases) if len(c.prompt_ids) + c.max_tokens <= 160]
     options = {"max_model_len": 160, "num_gpu_blocks_override": 28, "block_size": 16}
+    options["diffusion_config"] = {"canvas_length": 128}  # one sequence must fit those pages
     with engine(checkpoint.path, **options) as llm:
         pages = free_pages(llm)
         checkpoint.run(llm, short)
