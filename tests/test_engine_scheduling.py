@@ -69,6 +69,8 @@ def test_preemption(checkpoints, preemptions, scheduling, request):
     short = [i for i, c in enumerate(checkpoint.cases) if len(c.prompt_ids) + c.max_tokens <= 160]
     options = {"max_model_len": 160, "num_gpu_blocks_override": 28, "block_size": 16}
     options["diffusion_config"] = {"canvas_length": 128}  # one sequence must fit those pages
+    # riders make fewer steps, with too few preemptions among them; the test below has both
+    options["additional_config"] = {"refusion_schedule": "plain"}
     with engine(checkpoint.path, **options) as llm:
         pages = free_pages(llm)
         checkpoint.run(llm, short)
