@@ -39,6 +39,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "hypothesis>=6",
             "rich>=13",
             "ruff==0.17.*",
         ],

@@ -71,6 +71,12 @@ class Case:
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
 
 def build_model(name: str, directory: str | Path) -> Path:
@@ -298,6 +304,12 @@ def _decode(model: Any, case: Case) -> Decoded:
         seed=case.seed,
         min_tokens=case.min_tokens,
         stop_token_ids=case.stop_token_ids,
+        top_k=case.top_k,
+        top_p=case.top_p,
+        min_p=case.min_p,
+        logit_bias=dict(case.logit_bias),
+        allowed_token_ids=case.allowed_token_ids,
+        logprobs=case.logprobs,
     )
 
 

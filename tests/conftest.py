@@ -1,5 +1,6 @@
 """Settings that must be in the environment before Triton or vLLM is imported; shared paths."""
 
+import json
 import os
 from pathlib import Path
 
@@ -49,3 +50,75 @@ def checkpoints(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def preemptions(monkeypatch):
+    """Request ids and the tokens emitted by then, in the order they were preempted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen = []
+    original = Scheduler._preempt_request
+
+    def preempt(self, request, *args, **kwargs):
+        seen.append((request.request_id, request.num_output_tokens))
+        return original(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def questions(dev_problems_file) -> list[str]:
+    return [json.loads(line)["query"] for line in dev_problems_file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_checkpoint):
+    """The reference decoder's answers of the tiny checkpoint."""
+    from server import Reference
+
+    return Reference(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint, tmp_path_factory):
+    """A server of the tiny checkpoint, one for all tests of a file."""
+    from server import serve
+
+    with serve(tiny_checkpoint, tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def chat(server):
+    """Sends a question or messages; options as of the client, ``params`` as vllm_xargs."""
+    from server import DEFAULTS, MODEL_NAME, extras
+
+    def send(question, params=DEFAULTS, **options):
+        if isinstance(question, str):
+            question = [{"role": "user", "content": question}]
+        return server.client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=question,
+            extra_body=extras(params) | options.pop("extra_body", {}),
+            **{"max_tokens": 200} | options,
+        )
+
+    return send
+
+
+@pytest.fixture(scope="module")
+def complete(server):
+    """Sends a prompt of token ids or text to the completions endpoint."""
+    from server import DEFAULTS, MODEL_NAME, extras
+
+    def send(prompt, params=DEFAULTS, **options):
+        return server.client.completions.create(
+            model=MODEL_NAME,
+            prompt=prompt,
+            extra_body=extras(params) | options.pop("extra_body", {}),
+            **options,
+        )
+
+    return send

@@ -59,6 +59,12 @@ def sampling_params(case: Case) -> SamplingParams:
         min_tokens=case.min_tokens,
         ignore_eos=case.ignore_eos,
         stop_token_ids=list(case.stop_token_ids),
+        top_k=case.top_k,
+        top_p=case.top_p,
+        min_p=case.min_p,
+        logit_bias=dict(case.logit_bias) or None,
+        allowed_token_ids=list(case.allowed_token_ids) or None,
+        logprobs=case.logprobs,
         detokenize=False,
         extra_args={
             "slot_size": params.slot_size,

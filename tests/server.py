@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -17,8 +18,14 @@ import httpx
 import openai
 import psutil
 import torch
+from transformers import AutoTokenizer
+
+from conformance import Case, expected
+from vllm_refusion.config import DecodingParams
+from vllm_refusion.reference import Decoded
 
 MODEL_NAME = "served"
+DEFAULTS = DecodingParams(32, 128, 0.9, 0.4)
 START_SECONDS = 180
 STOP_SECONDS = 30
 
@@ -76,6 +83,7 @@ def serve(model: Path | str, folder: Path, *options: str) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SERVERS}
+    environment["VLLM_LOG_STATS_INTERVAL"] = "1"
     arguments = [
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
         *("--dtype", "float32", "--enforce-eager"),
@@ -105,3 +113,46 @@ def _command() -> list[str]:
     except metadata.PackageNotFoundError:
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     return [str(Path(sys.executable).with_name("vllm")), "serve"]
+
+
+def extras(params: DecodingParams) -> dict:
+    """``params`` as far as they are not the server's defaults, and the wish for token ids."""
+    changed = {k: v for k, v in asdict(params).items() if v != getattr(DEFAULTS, k)}
+    return {"return_token_ids": True} | ({"vllm_xargs": changed} if changed else {})
+
+
+class Reference:
+    """Expected answers; each is decoded once."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint = checkpoint
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.known = {}
+
+    def prompt(self, question: str | list[dict]) -> list[int]:
+        """Token ids of a question or of a whole conversation."""
+        messages = question
+        if isinstance(question, str):
+            messages = [{"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def __call__(self, prompt, params=DEFAULTS, max_tokens=200, **options) -> Decoded:
+        if isinstance(prompt, str) or isinstance(prompt[0], dict):
+            prompt = self.prompt(prompt)
+        case = Case("", tuple(prompt), params, max_tokens, **options)
+        if case not in self.known:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+            (answer,) = expected(self.checkpoint, [case])
+            torch.set_num_threads(threads)
+            near = min(answer.threshold_margin, answer.argmax_margin)
+            assert near > 1e-3, "a near tie: the answer may depend on the machine"
+            self.known[case] = answer
+        return self.known[case]
+
+    def text(self, *args, **options) -> str:
+        tokens = self(*args, **options).tokens
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -44,6 +44,25 @@ def test_request_validation_is_still_needed():
     ]
 
 
+def test_beam_search_still_resolves_watermarks_first():
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    assert getattr(InputProcessor.resolve_watermarking, compat._PATCHED)
+    assert not getattr(InputProcessor.resolve_watermarking.__wrapped__, compat._PATCHED, False)
+    for mixin in (BeamSearchOnlineMixin, BeamSearchOfflineMixin):
+        assert "input_processor.resolve_watermarking(params)" in inspect.getsource(mixin)
+
+
+def test_figures_are_still_reported_where_vllm_logs_its_own():
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert getattr(AsyncLLM.do_log_stats, compat._PATCHED)
+    assert not getattr(AsyncLLM.do_log_stats.__wrapped__, compat._PATCHED, False)
+    assert "self.logger_manager.log()" in inspect.getsource(AsyncLLM.do_log_stats.__wrapped__)
+
+
 def test_model_state_is_still_not_told_why_a_request_leaves():
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.interface import ModelState

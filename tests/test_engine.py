@@ -6,6 +6,9 @@ the Triton kernels run under CUDA graphs.
 
 from __future__ import annotations
 
+import random
+from collections import Counter as Tally
+
 import pytest
 from near_ties import assert_near_tie
 from vllm import TokensPrompt
@@ -15,27 +18,65 @@ from conformance import MODELS, Case, expected
 from engine import NARROW, ON_GPU, assert_idle, engine, free_pages, run, sampling_params
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.metrics import snapshot
+from vllm_refusion.riders import MAX_PRICE, Speculation
+from vllm_refusion.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import CPU_KERNELS_ENV
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["third", "all"])
 @pytest.mark.parametrize("name", MODELS)
 def test_conformance(checkpoints, name, step):
-    """The cases of a model at once, by default every third; the passes are the reference's too."""
+    """The cases of a model at once, by default every third; fused passes are fewer, never more."""
     checkpoint = checkpoints(name)
-    chosen = range(0, len(checkpoint.cases), step)
-    with engine(checkpoint.path) as llm:
+    counts, answers = count_passes(checkpoint, range(0, len(checkpoint.cases), step))
+    assert counts["plans_ridden"] > 0 and counts["predicts_ridden"] > 0
+    if not ON_GPU:  # with async scheduling a request may make passes after its last token
+        assert counts["forward_passes"] < sum(len(answer.passes) for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "step", [12, pytest.param(1, marks=pytest.mark.slow)], ids=["twelfth", "all"]
+)
+def test_the_plain_schedule_is_the_papers(checkpoints, step):
+    """Without riders each pass is one of the reference's."""
+    checkpoint = checkpoints()
+    chosen = [
+        i for i in range(0, len(checkpoint.cases), step) if not checkpoint.cases[i].stop_token_ids
+    ]
+    plain = {"additional_config": {"refusion_schedule": "plain"}}
+    counts, answers = count_passes(checkpoint, chosen, **plain)
+    assert counts["plans_ridden"] == counts["predicts_ridden"] == counts["rider_rows_fed"] == 0
+    if not ON_GPU:
+        kinds = Tally(step.kind for answer in answers for step in answer.passes)
+        assert {kind: counts[kind] for kind in kinds} == kinds
+        assert counts["forward_passes"] == kinds.total()
+
+
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["third", "all"])
+def test_any_schedule_gives_the_same_tokens(checkpoints, monkeypatch, step):
+    """What riders a step takes is drawn anew for each."""
+    draw = random.Random(step)
+
+    def speculate(self, decoding):
+        free = draw.choice((0, 0, 16, draw.randint(0, 256), 256))
+        return Speculation(free, draw.choice((0, 4, draw.randint(0, MAX_PRICE))))
+
+    monkeypatch.setattr(RowBudget, "_speculate", speculate)
+    checkpoint = checkpoints()
+    counts, _ = count_passes(checkpoint, range(0, len(checkpoint.cases), step))
+    assert counts["plans_ridden"] > 0 and counts["predicts_ridden"] > 0
+
+
+def count_passes(checkpoint, chosen, **options):
+    """Runs cases and compares them with the reference; the counts of the engine, the answers."""
+    with engine(checkpoint.path, **options) as llm:
         pages = free_pages(llm)
         checkpoint.run(llm, chosen)
         counts = snapshot(llm)
         assert_idle(llm, pages)
     answers = [checkpoint.answers[i] for i in chosen]
-    if not ON_GPU:  # with async scheduling a request may make passes after its last token
-        stopped_early = any(checkpoint.cases[i].stop_token_ids for i in chosen)
-        expected_passes = sum(len(answer.passes) for answer in answers)
-        assert counts["forward_passes"] <= expected_passes
-        assert stopped_early or counts["forward_passes"] == expected_passes
     assert counts["output_tokens"] >= sum(len(answer.tokens) for answer in answers)
+    return counts, answers
 
 
 @pytest.mark.slow

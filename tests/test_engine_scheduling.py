@@ -9,25 +9,11 @@ import random
 
 import pytest
 from vllm import TokensPrompt
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from conformance import Case, expected
 from engine import NARROW, assert_idle, engine, free_pages, run, sampling_params, scheduler_of
 from vllm_refusion.metrics import snapshot
-
-
-@pytest.fixture
-def preemptions(monkeypatch):
-    """Request ids, in the order they were preempted."""
-    seen = []
-    original = Scheduler._preempt_request
-
-    def preempt(self, request, *args, **kwargs):
-        seen.append((request.request_id, request.num_output_tokens))
-        return original(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
-    return seen
+from vllm_refusion.row_budget import RowBudget
 
 
 @pytest.fixture
@@ -60,8 +46,13 @@ def test_chunked_prompts(checkpoints, scheduling, request):
         checkpoint.run(llm, checkpoint.mixed)
 
 
-def test_several_requests_share_a_small_budget(checkpoints):
-    """Canvases are truncated when the budget is short: such a pass decides nothing."""
+def test_requests_wait_for_rows(checkpoints, monkeypatch):
+    """A step with fewer rows than its phases need: who gets none decides nothing and waits."""
+
+    def choose(self, decoding, scheduled):  # the widest block fits, so that none waits for ever
+        return min(scheduled, max(32, scheduled // 3))
+
+    monkeypatch.setattr(RowBudget, "_choose", choose)
     checkpoint = checkpoints()
     chosen = [i for i in checkpoint.mixed if checkpoint.cases[i].params.block_length <= 32]
     with engine(checkpoint.path, **NARROW, max_num_batched_tokens=100) as llm:
@@ -77,6 +68,7 @@ def test_preemption(checkpoints, preemptions, scheduling, request):
     checkpoint = checkpoints()
     short = [i for i, c in enumerate(checkpoint.cases) if len(c.prompt_ids) + c.max_tokens <= 160]
     options = {"max_model_len": 160, "num_gpu_blocks_override": 28, "block_size": 16}
+    options["diffusion_config"] = {"canvas_length": 128}  # one sequence must fit those pages
     with engine(checkpoint.path, **options) as llm:
         pages = free_pages(llm)
         checkpoint.run(llm, short)

@@ -66,7 +66,7 @@ def test_unusable_mask_token(checkpoint, mask):
 def test_defaults(checkpoint):
     config = vllm_config(checkpoint())
     assert integration.server_defaults(config.model_config) == DecodingParams(32, 128, 0.9, 0.4)
-    assert integration.canvas_length(config) == 128
+    assert integration.canvas_length(config) == 256
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.0}
 
 
@@ -78,11 +78,12 @@ def test_defaults_of_the_generation_config_and_overrides(checkpoint):
             "token_threshold": 0.2,
             "temperature": 0.5,
             "top_k": 20,
+            "repetition_penalty": 1.1,
         }
     )
     config = vllm_config(model, override_generation_config={"token_threshold": 0.7})
     assert integration.server_defaults(config.model_config) == DecodingParams(8, 32, 0.9, 0.7)
-    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5}
+    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5, "top_k": 20}
 
 
 def test_presets_as_defaults(checkpoint):
@@ -108,21 +109,30 @@ def test_trace_option(checkpoint):
         vllm_config(model, additional_config={"refusion_trace": "yes"})
 
 
+def test_schedule(checkpoint):
+    model = checkpoint()
+    for choice, fuses in ((None, True), ("fused", True), ("plain", False)):
+        options = {} if choice is None else {"refusion_schedule": choice}
+        assert integration.fuses_passes(vllm_config(model, additional_config=options)) is fuses
+    with pytest.raises(ValueError, match="refusion_schedule='slow'.*'fused' and 'plain'"):
+        vllm_config(model, additional_config={"refusion_schedule": "slow"})
+
+
 def test_bad_server_default(checkpoint):
     with pytest.raises(ValueError, match="slot_threshold=1.5"):
         vllm_config(checkpoint(), override_generation_config={"slot_threshold": 1.5})
 
 
 def test_canvas(checkpoint):
-    model = checkpoint({"slot_size": 8, "block_length": 256})
-    assert integration.canvas_length(vllm_config(model)) == 256
-    with pytest.raises(ValueError, match="block_length=256"):
-        vllm_config(model, diffusion_config={"canvas_length": 128})
+    model = checkpoint({"slot_size": 8, "block_length": 512})
+    assert integration.canvas_length(vllm_config(model)) == 512
+    with pytest.raises(ValueError, match="block_length=512"):
+        vllm_config(model, diffusion_config={"canvas_length": 256})
 
 
 def test_batch_limits(checkpoint):
     model = checkpoint()
-    config = vllm_config(model, max_num_batched_tokens=1000, max_num_seqs=64)
+    config = vllm_config(model, max_num_batched_tokens=1000, max_num_seqs=64)  # blocks of 128
     assert config.scheduler_config.max_num_seqs == 7
     config = vllm_config(model, max_num_batched_tokens=1024, max_num_seqs=4)
     assert config.scheduler_config.max_num_seqs == 4
@@ -132,14 +142,14 @@ def test_batch_limits(checkpoint):
 
 def test_canvases_are_not_cut_like_long_prompts(checkpoint):
     model = checkpoint()
-    vllm_config(model, long_prefill_token_threshold=128)
-    with pytest.raises(ValueError, match="long_prefill_token_threshold=127"):
-        vllm_config(model, long_prefill_token_threshold=127)
+    vllm_config(model, long_prefill_token_threshold=256)
+    with pytest.raises(ValueError, match="long_prefill_token_threshold=255"):
+        vllm_config(model, long_prefill_token_threshold=255)
 
 
 def test_positions_past_the_rope_table(checkpoint):
     config = vllm_config(checkpoint(), max_model_len=2048)
-    assert config.model_config.hf_config.max_position_embeddings == 2048 + 256
+    assert config.model_config.hf_config.max_position_embeddings == 2048 + 512
     assert config.model_config.max_model_len == 2048
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(ValueError, match="max_model_len"):

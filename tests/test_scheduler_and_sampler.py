@@ -10,14 +10,20 @@ from vllm import SamplingParams
 
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.decoding import DecodeState
+from vllm_refusion.picking import PickLimits
 from vllm_refusion.scheduler import ReFusionScheduler
 from vllm_refusion.state import LOGITS_CHUNK_BYTES, CanvasSampler
 
 
-def scheduler(async_scheduling=False):
+def scheduler(async_scheduling=False, fuses_passes=False, running=1):
     made = object.__new__(ReFusionScheduler)
     made.decoding_defaults = DecodingParams(8, 32)
     made.scheduler_config = SimpleNamespace(async_scheduling=async_scheduling)
+    made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    made.fuses_passes = fuses_passes
+    made.canvas_length = 64
+    made.max_num_scheduled_tokens = 300
+    made.running = [None] * running
     return made
 
 
@@ -43,11 +49,27 @@ def test_canvas_width(emitted, width, async_width):
     assert scheduler().canvas_width(own) == 16
 
 
+@pytest.mark.parametrize("emitted", [0, 5, 96])
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_canvas_width_with_riders(emitted, async_scheduling):
+    """A share of the step, at most the canvas; what the phase may need goes before."""
+
+    def width(running):
+        made = scheduler(async_scheduling, fuses_passes=True, running=running)
+        return made.canvas_width(request(emitted=emitted))
+
+    assert [width(running) for running in (0, 1, 4, 5)] == [64, 64, 64, 60]
+    needed = scheduler(async_scheduling).canvas_width(request(emitted=emitted))
+    assert width(30) == max(10, needed)
+    assert width(300) == needed
+
+
 def test_a_prompt_is_admitted_with_room_for_its_canvas():
     made = scheduler()
     assert made._lookahead(request(prompt=10), 7) == 32
     assert made._lookahead(request(prompt=10), 10) == 32
     assert made._lookahead(request(prompt=10, max_tokens=3), 10) == 8
+    assert scheduler(fuses_passes=True)._lookahead(request(prompt=10), 7) == 64
 
 
 def test_pages_are_not_reserved_past_the_last_slot():
@@ -55,6 +77,44 @@ def test_pages_are_not_reserved_past_the_last_slot():
     assert made._lookahead(request(emitted=32), 10 + 32 + 32) == 0
     # two canvases of 14 from position 90: the response ends at 104
     assert made._lookahead(request(emitted=90), 10 + 90 + 28) == -14
+
+
+def test_riders_may_reach_past_the_last_slot():
+    made = scheduler(async_scheduling=True, fuses_passes=True)
+    assert made._lookahead(request(emitted=90), 10 + 90 + 64) == 0
+
+
+def test_the_first_canvas_comes_with_the_end_of_the_prompt():
+    """Of short prompts that are new and end in this step, while the step has room."""
+    made = scheduler(fuses_passes=True)
+
+    def rows(scheduled, **changes):
+        made.requests = {}
+        for name in scheduled:
+            made.requests[name] = request(prompt=100)
+            vars(made.requests[name]).update({"num_computed_tokens": 0, "num_preemptions": 0})
+            vars(made.requests[name]).update(changes)
+        step = SimpleNamespace(
+            num_scheduled_tokens=dict(scheduled),
+            total_num_scheduled_tokens=sum(scheduled.values()),
+            scheduled_spec_decode_tokens={},
+        )
+        made._plan_with_prompts(step)
+        assert sum(step.num_scheduled_tokens.values()) == step.total_num_scheduled_tokens
+        drafts = step.scheduled_spec_decode_tokens
+        for name, count in scheduled.items():
+            assert step.num_scheduled_tokens[name] == count + len(drafts.get(name, ()))
+        return step.num_scheduled_tokens
+
+    assert rows({"a": 100}) == {"a": 132}
+    assert rows({"a": 99}) == {"a": 99}
+    assert rows({"a": 40}, num_computed_tokens=60) == {"a": 72}
+    assert rows({"a": 100}, num_preemptions=1) == {"a": 100}
+    assert rows({"a": 100, "b": 100, "c": 50}) == {"a": 132, "b": 100, "c": 50}
+    assert rows({"a": 100}, max_tokens=3) == {"a": 108}
+    made.max_num_scheduled_tokens = 10_000
+    assert rows({"a": 2049}, num_prompt_tokens=2049, num_tokens=2049) == {"a": 2049}
+    assert rows({"a": 481}, num_prompt_tokens=481, num_tokens=481) == {"a": 481}
 
 
 class Model:
@@ -75,9 +135,13 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
 
     return CanvasSampler(
         SimpleNamespace(
+            row_budget=None,
+            vllm_config=SimpleNamespace(additional_config={}),
             model=Model(),
             operations=operations(torch.device("cpu")),
             decode_state=state,
+            limits=PickLimits(max_requests, vocab_size, "cpu"),
+            records={},
             req_states=SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
             model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size),
             dtype=torch.float32,

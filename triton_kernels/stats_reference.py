@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from vllm_refusion.noise import gumbel_noise
+from vllm_refusion.picking import PickLimits, lowest_kept_score
 
 Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -38,6 +39,7 @@ def token_stats_reference(
     min_tokens: torch.Tensor,
     stop_ids: torch.Tensor,
     mask_token_id: int,
+    limits: PickLimits | None = None,
     out: Stats | None = None,
 ) -> Stats:
     """The statistics of `token_stats.token_stats`: same arguments, same results.
@@ -47,23 +49,32 @@ def token_stats_reference(
     """
     picked, picked_prob, given_prob = allocate_stats(logits) if out is None else out
     used = (row_position >= 0).nonzero().flatten()
-    request, position = row_request[used], row_position[used]
+    request, position, draw = row_request[used], row_position[used], row_draw[used]
     raw = logits[used].to(torch.float32)  # [n, V]
     vocab = raw.shape[1]
 
-    value = raw.clone()
-    sampled = (temperature[request] > 0).nonzero().flatten()
-    if len(sampled):
-        of = request[sampled]
-        noise = gumbel_noise(seed[of], row_draw[used][sampled], position[sampled], vocab)
-        value[sampled] = raw[sampled] / temperature[of, None] + noise
-    value = torch.where(value > FLOOR, value, FLOOR)
+    value, forbidden = raw.clone(), torch.zeros_like(raw, dtype=torch.bool)
     if 0 <= mask_token_id < vocab:
-        value[:, mask_token_id] = -torch.inf
+        forbidden[:, mask_token_id] = True
     early = (position < min_tokens[request]).nonzero().flatten()
     banned = stop_ids[request[early]]  # [e, F]
     entry, column = ((banned >= 0) & (banned < vocab)).nonzero(as_tuple=True)
-    value[early[entry], banned[entry, column].to(torch.int64)] = -torch.inf
+    forbidden[early[entry], banned[entry, column].to(torch.int64)] = True
+    if limits is not None:
+        bias = limits.bias[limits.bias_index[request].to(torch.int64)]  # [n, V]
+        value += bias
+        forbidden |= bias == -torch.inf
+    sampled = (temperature[request] > 0).nonzero().flatten()
+    if len(sampled):
+        of = request[sampled]
+        score = value[sampled] / temperature[of, None]
+        if limits is not None and limits.cuts:
+            score = torch.where(score > FLOOR, score, FLOOR).clamp(max=-FLOOR)
+            allowed = score.masked_fill(forbidden[sampled], -torch.inf)
+            cuts = (limits.top_k[of], limits.top_p[of], limits.log_min_p[of])
+            forbidden[sampled] |= score < lowest_kept_score(allowed, *cuts)[:, None]
+        value[sampled] = score + gumbel_noise(seed[of], draw[sampled], position[sampled], vocab)
+    value = torch.where(value > FLOOR, value, FLOOR).masked_fill(forbidden, -torch.inf)
     # torch.argmax returns the first of equal maxima
     pick = value.argmax(dim=1)
 

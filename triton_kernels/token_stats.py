@@ -8,7 +8,8 @@ For one row x of V logits, with the draw of the row, T and seed of its request:
     prob(t)  = exp(x[t] - m) / s,          m = max x,  s = sum_j exp(x[j] - m)
 
 Never allowed is the mask token; before ``min_tokens`` the stop tokens are not allowed either.
-Probabilities are those of the full softmax at temperature 1, whatever is allowed.
+Requests may limit what is allowed and bias it, see `vllm_refusion/picking.py`. Probabilities are
+those of the full softmax of x at temperature 1, whatever is allowed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.noise import LARGEST_UNIFORM, NOISE_BOUND
+from vllm_refusion.picking import PickLimits
+from vllm_refusion.triton_kernels.lowest_kept import lowest_kept
 from vllm_refusion.triton_kernels.stats_reference import FLOOR, Stats, allocate_stats
 
 _FLOOR = tl.constexpr(FLOOR)
@@ -54,6 +57,7 @@ def gumbel(seed, draw, position, token):
         "tile_sum_ptr",
         "part_best_ptr",
         "part_picked_ptr",
+        "lowest_ptr",
     ],
 )
 def _token_stats_kernel(
@@ -69,6 +73,9 @@ def _token_stats_kernel(
     tile_sum_ptr,  # [N, tiles] float32
     part_best_ptr,  # [N, parts] float32
     part_picked_ptr,  # [N, parts] int32
+    bias_index_ptr,  # [max_reqs] int32, read if BIASED
+    bias_ptr,  # [1 + B, V] float32, read if BIASED
+    lowest_ptr,  # [N] float32, read if CUT
     logits_stride,
     vocab,
     num_stop_ids,
@@ -76,6 +83,8 @@ def _token_stats_kernel(
     tiles,
     parts,
     tiles_per_part,
+    BIASED: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per (row, part): each tile's maximum and sum, the best value of the part."""
@@ -92,6 +101,10 @@ def _token_stats_kernel(
     draw = tl.load(row_draw_ptr + row)
     stop_ids = stop_ids_ptr + request * num_stop_ids
     logits = logits_ptr + row * logits_stride
+    if BIASED:
+        bias = bias_ptr + tl.load(bias_index_ptr + request).to(tl.int64) * vocab
+    if CUT:
+        lowest = tl.load(lowest_ptr + row)
 
     best = float("-inf")
     picked = 0
@@ -116,14 +129,25 @@ def _token_stats_kernel(
         # No value of the tile lies above this bound (division and addition round monotonically),
         # and an equal one would lose to the lower id found before: many tiles need no noise.
         bound = maximum
+        if BIASED:
+            added = tl.load(bias + token, mask=token < vocab, other=0.0)
+            x += added
+            floored = tl.where(x > _FLOOR, x, _FLOOR)
+            bound = tl.max(floored, axis=0)
         if temperature > 0:
-            bound = tl.maximum(tl.div_rn(maximum, temperature) + _NOISE_BOUND, _FLOOR)
+            bound = tl.maximum(tl.div_rn(bound, temperature) + _NOISE_BOUND, _FLOOR)
         if bound > best:
             value = floored
             if temperature > 0:
-                perturbed = tl.div_rn(x, temperature) + gumbel(seed, draw, position, token)
+                score = tl.div_rn(x, temperature)
+                perturbed = score + gumbel(seed, draw, position, token)
                 value = tl.where(perturbed > _FLOOR, perturbed, _FLOOR)
+                if CUT:
+                    score = tl.where(score > _FLOOR, score, _FLOOR)
+                    value = tl.where(score >= lowest, value, float("-inf"))
             value = tl.where(token < vocab, value, float("-inf"))
+            if BIASED:
+                value = tl.where(added == float("-inf"), float("-inf"), value)
             value = tl.where(token != mask_token_id, value, float("-inf"))
             if position < min_tokens:
                 for entry in range(num_stop_ids):
@@ -215,6 +239,7 @@ def token_stats(
     min_tokens: torch.Tensor,
     stop_ids: torch.Tensor,
     mask_token_id: int,
+    limits: PickLimits | None = None,
     out: Stats | None = None,
 ) -> Stats:
     """Picks a token for every used row of logits and gives its and another token's probability.
@@ -236,6 +261,7 @@ def token_stats(
         min_tokens: [max_reqs] int32.
         stop_ids: [max_reqs, F] int32, padded with -1; not picked at positions < min_tokens.
         mask_token_id: never picked.
+        limits: of requests that limit or bias what is picked; None reads nothing.
         out: results to write into, three contiguous [N] tensors; allocated when absent.
 
     Returns:
@@ -263,6 +289,22 @@ def token_stats(
 
     widest = GPU_TILE if logits.is_cuda else CPU_TILE
     block = min(widest, triton.next_power_of_2(vocab))
+    num_warps = max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD))
+    biased, cut = limits is not None and limits.biased, limits is not None and limits.cuts
+    lowest = None
+    if cut:
+        lowest = lowest_kept(
+            logits,
+            row_request,
+            row_position,
+            temperature=temperature,
+            min_tokens=min_tokens,
+            stop_ids=stop_ids,
+            mask_token_id=mask_token_id,
+            limits=limits,
+            block=block,
+            num_warps=num_warps,
+        )
     tiles = triton.cdiv(vocab, block)
     programs = GPU_PROGRAMS if logits.is_cuda else CPU_PROGRAMS
     tiles_per_part = min(tiles, max(1, rows * tiles // programs))
@@ -273,8 +315,9 @@ def token_stats(
     _token_stats_kernel[(rows * parts,)](
         logits, row_request, row_position, temperature, seed, row_draw, min_tokens, stop_ids,
         maximum, total, best, token,
+        limits.bias_index if biased else None, limits.bias if biased else None, lowest,
         logits.stride(0), vocab, num_stop_ids, mask_token_id, tiles, parts, tiles_per_part,
-        BLOCK=block, num_warps=max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD)),
+        BIASED=biased, CUT=cut, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     rows_at_once = 1 if logits.is_cuda else triton.next_power_of_2(rows)
     _combine_tiles_kernel[(triton.cdiv(rows, rows_at_once),)](

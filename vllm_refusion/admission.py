@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,25 @@ from vllm_refusion.integration import (
     server_defaults,
     tracing_enabled,
 )
+from vllm_refusion.logprobs import MAX_LOGPROBS
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
-# Fields of vLLM's SamplingParams that work as in stock vLLM, or that cannot change the output.
+# Fields of vLLM's SamplingParams that work, or that cannot change the output: docs/serving.md says
+# how. Every other field must have its default.
 HONOURED = {
     "n",
     "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",  # of one token each
+    "logprobs",
     "seed",
     "stop",
     "stop_token_ids",
@@ -41,15 +51,11 @@ HONOURED = {
     "repetition_detection",
     "flat_logprobs",
     "output_text_buffer_length",
-    "watermarking",  # vLLM refuses to start with a watermark and resolves this to False
     "_watermarking_skipped",
     "_eos_token_id",
     "_all_stop_token_ids",
     "_bad_words_token_ids",
 }
-# Every other field must have one of these values, or its default if it is not listed.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"top_k": (0, -1), "bad_words": ([], None)}
-
 INT64_MAX = 2**63 - 1
 
 
@@ -72,6 +78,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             raise ParameterError("resumable", True, "ReFusion does not take streamed input")
         _resolve_eos(params, vllm_config)  # EOS counts among the stop tokens checked next
         _check_sampling_params(params)
+        _check_picks(params, vllm_config)
         _check_prompt(request.prompt_token_ids, vllm_config)
         decoding = server_defaults(vllm_config.model_config).updated(params.extra_args)
         decoding.check_canvas(canvas_length(vllm_config))
@@ -98,15 +105,14 @@ def ending_token_ids(params: SamplingParams) -> set[int]:
 
 def _check_sampling_params(params: SamplingParams) -> None:
     defaults = type(params)()
+    if params.watermarking is False:  # no watermark; vLLM resolves None to False
+        params.watermarking = None
     for name in params.__struct_fields__:
         if name in HONOURED:
             continue
-        value = getattr(params, name)
-        allowed = NEUTRAL.get(name, (getattr(defaults, name),))
-        if not any(type(value) is type(other) and value == other for other in allowed):
-            raise ParameterError(name, value, f"ReFusion allows only {allowed[0]!r}")
-    if params.watermarking:
-        raise ParameterError("watermarking", True, "ReFusion allows only False or None")
+        value, allowed = getattr(params, name), getattr(defaults, name)
+        if type(value) is not type(allowed) or value != allowed:
+            raise ParameterError(name, value, f"ReFusion allows only {allowed!r}")
     if params.seed is not None and not -INT64_MAX <= params.seed <= INT64_MAX:
         raise ParameterError("seed", params.seed, "allowed is a 64-bit integer")
     if params.min_tokens and len(ending_token_ids(params)) > MAX_STOP_IDS:
@@ -114,6 +120,40 @@ def _check_sampling_params(params: SamplingParams) -> None:
             "stop_token_ids",
             len(ending_token_ids(params)),
             f"with min_tokens allowed are at most {MAX_STOP_IDS} stop tokens, EOS included",
+        )
+
+
+def banned_token_ids(params: SamplingParams) -> list[int]:
+    """Tokens that ``bad_words`` forbids; words of several tokens are not admitted."""
+    return [token_ids[0] for token_ids in params.bad_words_token_ids or ()]
+
+
+def _check_picks(params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Checks what limits the tokens that may be picked."""
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    if params.top_k >= vocab_size:
+        params.top_k = 0
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        raise ParameterError("logprobs", params.logprobs, f"allowed is 0 to {MAX_LOGPROBS}")
+    for token, bias in (params.logit_bias or {}).items():
+        if not math.isfinite(bias):
+            raise ParameterError("logit_bias", {token: bias}, "allowed are finite numbers")
+    if params.bad_words and params.bad_words_token_ids is None:
+        raise ParameterError("bad_words", params.bad_words, "it needs a tokenizer: none is allowed")
+    if any(len(token_ids) > 1 for token_ids in params.bad_words_token_ids or ()):
+        raise ParameterError(
+            "bad_words", params.bad_words, "allowed are words of a single token of the model"
+        )
+    forbidden = {vllm_config.model_config.hf_text_config.mask_token_id, *banned_token_ids(params)}
+    if params.min_tokens:
+        forbidden |= ending_token_ids(params)
+    allowed = params.allowed_token_ids
+    if forbidden.issuperset(allowed) if allowed else len(forbidden) >= vocab_size:
+        raise ParameterError(
+            "allowed_token_ids",
+            allowed,
+            "no token would be left to pick; allowed are sets with one that neither bad_words nor "
+            "min_tokens nor the model (its mask token) forbids",
         )
 
 

@@ -25,6 +25,8 @@ def install(architectures: Mapping[str, str], config_hook: type) -> None:
         MODELS_CONFIG_MAP[architecture] = config_hook
     _route_checkpoints(architectures)
     _validate_requests()
+    _refuse_beam_search()
+    _report_figures()
     _tell_preempted_from_finished()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
@@ -82,6 +84,67 @@ def _validate_requests() -> None:
 
     setattr(process_inputs, _PATCHED, True)
     InputProcessor.process_inputs = process_inputs
+
+
+def _refuse_beam_search() -> None:
+    """vLLM's beam search sends requests of one token each, which look like any other.
+
+    The one method of the engine that it calls with its own parameters, on every front end, is
+    ``resolve_watermarking``, before the first of them.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.resolve_watermarking
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def resolve_watermarking(self: Any, params: Any) -> bool:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.sampling_params import BeamSearchParams
+
+        from vllm_refusion.integration import is_refusion
+
+        if isinstance(params, BeamSearchParams) and is_refusion(self.model_config):
+            raise VLLMValidationError(
+                "use_beam_search=True is not supported: ReFusion does not extend texts token by "
+                "token; allowed is False.",
+                parameter="use_beam_search",
+                value=True,
+            )
+        return original(self, params)
+
+    setattr(resolve_watermarking, _PATCHED, True)
+    InputProcessor.resolve_watermarking = resolve_watermarking
+
+
+def _report_figures() -> None:
+    """Counters of the device in the server's log and among its Prometheus metrics.
+
+    A stat logger plugin would see vLLM's own figures only: what the worker counts reaches the front
+    end through a call to it. vLLM's ``do_log_stats``, every VLLM_LOG_STATS_INTERVAL seconds (10),
+    is the place where a front end may wait for one. Steps carry nothing for it.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.do_log_stats
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    async def do_log_stats(self: Any) -> None:
+        from vllm_refusion.integration import is_refusion
+
+        # of several front ends one reports
+        first = getattr(self.engine_core, "client_index", 0) == 0
+        if first and self.logger_manager and is_refusion(self.model_config) and not self.errored:
+            from vllm_refusion.metrics import report
+
+            await report(self)
+        await original(self)
+
+    setattr(do_log_stats, _PATCHED, True)
+    AsyncLLM.do_log_stats = do_log_stats
 
 
 def _keep_stock_models_off_the_interpreter() -> None:

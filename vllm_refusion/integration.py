@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.config import DecodingParams, ParameterError, expand_preset
@@ -32,11 +33,9 @@ CAPTURE_SIZES = (
 )
 TRACE_OPTION = "refusion_trace"  # in vLLM's additional_config: record traces
 MAX_REQUESTS = 256
-# Sampling defaults of a generation config that ReFusion cannot honour yet.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
+# Sampling defaults of a generation config that ReFusion cannot honour.
 UNSUPPORTED_DEFAULTS = (
-    "top_p",
-    "top_k",
-    "min_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
@@ -155,8 +154,9 @@ class ReFusionConfig:
         """Checks the checkpoint and sets sampling defaults that ReFusion can honour.
 
         Raises:
-            ValueError: the checkpoint has no usable mask token.
+            ValueError: the checkpoint has no usable mask token, or no tokenizer.
         """
+        check_tokenizer(model_config)
         config = model_config.hf_text_config
         mask = getattr(config, "mask_token_id", None)
         if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < config.vocab_size:
@@ -169,7 +169,7 @@ class ReFusionConfig:
         for name in UNSUPPORTED_DEFAULTS:
             if name in defaults and name not in overrides:
                 overrides[name] = None
-                logger.info("Ignoring %s of the generation config: not supported yet.", name)
+                logger.info("Ignoring %s of the generation config: not supported.", name)
         if "temperature" not in defaults:
             overrides["temperature"] = 0.0  # the published results are greedy
 
@@ -259,6 +259,22 @@ class ReFusionConfig:
             config.max_position_embeddings = needed
 
 
+def check_tokenizer(model_config: ModelConfig) -> None:
+    """Raises ValueError if a tokenizer is needed and its folder has none of the usual files.
+
+    Without them transformers makes an empty tokenizer up, which turns every text into nothing.
+    """
+    folder = Path(str(model_config.tokenizer))
+    if model_config.skip_tokenizer_init or not folder.is_dir():
+        return
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the base model's "
+            "files there, name a model that has one with --tokenizer, or send token ids only "
+            "and pass --skip-tokenizer-init."
+        )
+
+
 def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
     """Raises ValueError naming every engine option that ReFusion cannot work with."""
     parallel = vllm_config.parallel_config
@@ -278,6 +294,7 @@ def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
         "enable_prompt_embeds": model_config.enable_prompt_embeds,
         "return_sampling_mask": model_config.return_sampling_mask,
         "enable_trace_replay": model_config.enable_trace_replay,
+        f"logprobs_mode={model_config.logprobs_mode}": model_config.logprobs_mode != "raw_logprobs",
         "custom logits_processors": bool(model_config.logits_processors),
         "a custom scheduler_cls": vllm_config.scheduler_config.scheduler_cls is not None,
         "a custom worker_extension_cls": bool(parallel.worker_extension_cls),

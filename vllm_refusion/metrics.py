@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
+import prometheus_client
+
 from vllm_refusion.decoding import Counter
+
+logger = logging.getLogger("vllm.refusion")
+
+DECODING_PASSES = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
+PASSES = (*DECODING_PASSES, Counter.REPLAY, Counter.IDLE)
 
 
 class WorkerExtension:
@@ -30,7 +39,52 @@ def snapshot(llm: Any) -> dict[str, int]:
     """
     counters = llm.collective_rpc("refusion_counters")[0]
     counts = {counter.name.lower(): counters[counter] for counter in Counter}
-    passes = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
-    counts["forward_passes"] = sum(counters[kind] for kind in passes)
+    counts["forward_passes"] = sum(counters[kind] for kind in DECODING_PASSES)
     counts["output_tokens"] = counts.pop("tokens")
     return counts
+
+
+async def report(engine: Any) -> None:
+    """Fetches the counters of an ``AsyncLLM``, updates its metrics and logs what was done since."""
+    if not hasattr(engine, "refusion_figures"):
+        engine.refusion_figures = Figures(engine.model_config.served_model_name)
+    line = engine.refusion_figures.update((await engine.collective_rpc("refusion_counters"))[0])
+    if line:
+        logger.info(line)
+
+
+class Figures:
+    """Prometheus counters that follow the totals of the device.
+
+    ``vllm:refusion_passes_total`` by ``kind``; one counter for every other entry of ``Counter``.
+    The names begin as vLLM's, which drops them with its own when another engine starts.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        labels = {"model_name": model_name}
+        passes = prometheus_client.Counter(
+            "vllm:refusion_passes", "Forward passes of requests.", ["model_name", "kind"]
+        )
+        self._metrics = {kind: passes.labels(**labels, kind=kind.name.lower()) for kind in PASSES}
+        for counter in Counter:
+            if counter not in self._metrics:
+                name = counter.name.lower()
+                self._metrics[counter] = prometheus_client.Counter(
+                    f"vllm:refusion_{name}", f"Total of {name}.", ["model_name"]
+                ).labels(**labels)
+        self._totals = [0] * len(Counter)
+
+    def update(self, totals: Sequence[int]) -> str | None:
+        """Counts up to ``totals``; returns a line about what was done since, None for nothing."""
+        done = [new - old for new, old in zip(totals, self._totals, strict=True)]
+        self._totals = list(totals)
+        for counter, metric in self._metrics.items():
+            metric.inc(done[counter])
+        passes = sum(done[kind] for kind in DECODING_PASSES)
+        if not passes:
+            return None
+        kinds = ", ".join(f"{done[kind]} {kind.name.lower()}" for kind in PASSES if done[kind])
+        return (
+            f"ReFusion: {done[Counter.TOKENS] / passes:.2f} tokens per forward pass of a request, "
+            f"{done[Counter.ROWS_FED] / passes:.1f} tokens fed; passes: {kinds}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,41 @@ class ReFusionMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with compat.attention_backend(CanvasAttentionBackend):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._quantised = vllm_config.quant_config is not None
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads a checkpoint's weights; returns the names of the parameters that got theirs.
+
+        Raises:
+            ValueError: weights are unknown, of the wrong shape or missing (vLLM itself does not
+                miss those of its linear layers); says which, and what to do.
+        """
+        name, shape = "", ()
+
+        def noted() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal name, shape
+            for name, tensor in weights:
+                shape = tuple(tensor.shape)
+                yield name, tensor
+
+        advice = "Download the checkpoint again, or convert it again."
+        try:
+            loaded = super().load_weights(noted())
+        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+            if not name:  # no file could be read
+                raise
+            raise ValueError(
+                f"Weight {name} of shape {shape} does not fit the model that the checkpoint's "
+                f"config.json describes. {error} {advice}"
+            ) from error
+        missing = {parameter for parameter, _ in self.named_parameters()} - loaded
+        if missing and not self._quantised:
+            shown = ", ".join(sorted(missing)[:5])
+            raise ValueError(
+                f"{len(missing)} weights are not in the checkpoint ({shown}, ...): it is "
+                f"incomplete. {advice}"
+            )
+        return loaded
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Passes the rows on: the sampler computes logits in chunks, to bound their memory.

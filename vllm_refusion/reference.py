@@ -8,7 +8,7 @@ the prompt; RoPE positions add the prompt's length.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from vllm_refusion.config import DecodingParams
+from vllm_refusion.picking import bias_row, lowest_kept_score
 
 _SlotTokens = list[tuple[int, list[int]]]  # per slot: first response position, tokens
 
@@ -51,6 +52,8 @@ class Decoded:
         passes: the forward passes, without the prompt's.
         branches: names of the branches of the algorithm that ran.
         rounds: the plans and how close the decisions after each were.
+        logprobs: of each of ``tokens``, if asked for: of itself and of the likeliest tokens, by
+            token, of the row whose probability accepted it (see ``vllm_refusion/logprobs.py``).
     """
 
     tokens: list[int]
@@ -58,6 +61,7 @@ class Decoded:
     passes: list[Pass]
     branches: frozenset[str]
     rounds: list[Round]
+    logprobs: list[dict[int, float]] | None = None
 
     @property
     def commit_order(self) -> list[int]:
@@ -90,22 +94,36 @@ def decode(
     seed: int = 0,
     min_tokens: int = 0,
     stop_token_ids: Collection[int] = (),
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    allowed_token_ids: Collection[int] | None = None,
+    banned_token_ids: Collection[int] = (),
+    logprobs: int | None = None,
 ) -> Decoded:
     """Decodes one request with ``model``, a transformers causal LM.
 
     ``eos_token_id=None`` makes EOS an ordinary token. Stop tokens are ordinary while decoding and
-    cut the output. Neither is picked at a response position below ``min_tokens``.
+    cut the output. Neither is picked at a response position below ``min_tokens``. What the
+    parameters behind them do: see ``vllm_refusion/picking.py``.
     """
     if not prompt_ids or max_tokens < 1:
         raise ValueError(f"{len(prompt_ids)=} and {max_tokens=} must both be at least 1")
     barred = {*stop_token_ids, eos_token_id} - {None}
-    rules = _PickRules(mask_token_id, barred, min_tokens, temperature, seed)
+    biases = (logit_bias, allowed_token_ids, banned_token_ids)
+    bias = bias_row(model.config.vocab_size, *biases) if any(biases) else None
+    cuts = (top_k, top_p, min_p)
+    rules = _PickRules(mask_token_id, barred, min_tokens, temperature, seed, cuts, bias)
     request = _Request(_Canvas(model, prompt_ids), params, rules, eos_token_id, max_tokens)
+    request.num_logprobs = logprobs
     request.decode_blocks()
     tokens = [request.tokens[position] for position in range(min(request.end, max_tokens))]
     stop = next((i for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
     passes, branches = request.canvas.passes[1:], frozenset(request.branches)
-    return Decoded(tokens[: stop + 1], request.tokens, passes, branches, request.rounds)
+    tokens = tokens[: stop + 1]
+    scores = [request.logprobs[p] for p in range(len(tokens))] if logprobs is not None else None
+    return Decoded(tokens, request.tokens, passes, branches, request.rounds, scores)
 
 
 class _Canvas:
@@ -161,21 +179,26 @@ class _PickRules:
     min_tokens: int
     temperature: float
     seed: int
+    cuts: tuple[int, float, float] = (0, 1.0, 0.0)  # top_k, top_p, min_p
+    bias: torch.Tensor | None = None  # [V]
     draw: int = 0  # plan and predict operations so far
 
     def pick(self, logits: torch.Tensor, where: list[int]) -> list[tuple[int, float, float]]:
         """Per row of ``logits`` [rows, V]: the token, its raw probability, its lead in score."""
         positions = torch.tensor(where, device=logits.device)
-        scores = logits.clone()
-        if self.temperature > 0:
-            from vllm_refusion.noise import gumbel_noise
-
-            noise = gumbel_noise(self.seed, self.draw, positions, logits.shape[-1])
-            scores = logits / self.temperature + noise
-        self.draw += 1
+        scores = logits.clone() if self.bias is None else logits + self.bias.to(logits.device)
         scores[:, self.mask_token_id] = -math.inf
         for token in self.barred:
             scores[positions < self.min_tokens, token] = -math.inf
+        if self.temperature > 0:
+            from vllm_refusion.noise import gumbel_noise
+
+            scores /= self.temperature
+            top_k, top_p, min_p = (scores.new_tensor(cut).expand(len(where)) for cut in self.cuts)
+            lowest = lowest_kept_score(scores, top_k, top_p, min_p.log())
+            scores[scores < lowest[:, None]] = -math.inf
+            scores += gumbel_noise(self.seed, self.draw, positions, logits.shape[-1])
+        self.draw += 1
         picked = scores.argmax(-1)  # the lowest id on a tie
         probabilities = logits.softmax(-1).gather(1, picked[:, None])[:, 0]
         leads = -scores.topk(2).values.diff()[:, 0]
@@ -189,6 +212,7 @@ class _Slot:
     start: int
     tokens: list[int]  # cut right after an accepted EOS
     leads: list[float]
+    logits: list[torch.Tensor]  # of each token, the row that proposed or, later, accepted it
     accepted: int = 0
 
     @property
@@ -212,6 +236,8 @@ class _Request:
         self.rounds: list[Round] = []
         self.distances: list[float] = []  # of probabilities compared in this round
         self.leads: list[float] = []  # of this round's picks that had a say
+        self.num_logprobs: int | None = None
+        self.logprobs: dict[int, dict[int, float]] = {}  # by response position
 
     def decode_blocks(self) -> None:
         length, size = self.params.block_length, self.params.slot_size
@@ -241,8 +267,12 @@ class _Request:
             best, *others = sorted(certainty, reverse=True)
             self.distances += [best - c for c in others]
             chosen = [certainty.index(best)]
-        drafts = [(masked[i], zip(*picks[i * size : (i + 1) * size])) for i in chosen]
-        return [_Slot(start, list(t), list(leads)) for start, (t, _, leads) in drafts]
+        slots = []
+        for i in chosen:
+            rows = slice(i * size, (i + 1) * size)
+            tokens, _, leads = zip(*picks[rows])
+            slots.append(_Slot(masked[i], list(tokens), list(leads), list(logits[rows])))
+        return slots
 
     def _verify(self, chosen: list[_Slot]) -> list[_Slot]:
         """3.2: tests all drafts in one pass; returns the slots to commit, from 3.3 if none."""
@@ -279,8 +309,8 @@ class _Request:
         rows = self.canvas.feed("predict", [(s.start, s.tokens) for s in slots], isolated=True)
         logits = torch.cat([row[slot.accepted :] for slot, row in zip(slots, rows)])
         picks = self.rules.pick(logits, [slot.start + i for slot, i in blanks])
-        for (slot, i), (token, _, lead) in zip(blanks, picks):
-            slot.tokens[i], slot.leads[i] = token, lead
+        for (slot, i), (token, _, lead), row in zip(blanks, picks, logits):
+            slot.tokens[i], slot.leads[i], slot.logits[i] = token, lead, row
 
     def _test(self, kind: str, slots: list[_Slot], isolated: bool = False) -> None:
         """Feeds the slots; accepts in each one more token untested, then tokens while they pass."""
@@ -294,6 +324,7 @@ class _Request:
                     self.distances.append(abs(probability - self.token_threshold))
                     if probability <= self.token_threshold:
                         break
+                    slot.logits[i] = logits[i - 1]
                 slot.accepted += 1
 
     def _until_eos(self, slots: list[_Slot]) -> list[_Slot]:
@@ -311,6 +342,11 @@ class _Request:
         eos_before = self.eos in self.tokens.values()
         for slot in slots:
             self.tokens.update(enumerate(slot.tokens, slot.start))
+            if self.num_logprobs is not None:
+                for position, token in enumerate(slot.tokens, slot.start):
+                    row = slot.logits[position - slot.start].log_softmax(-1)
+                    likely = row.topk(self.num_logprobs).indices.tolist()
+                    self.logprobs[position] = {t: row[t].item() for t in (token, *likely)}
         last = slots[-1]
         if last.tokens[-1] == self.eos:
             self.end = last.start + len(last.tokens)

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.admission import ending_token_ids
+from vllm_refusion.admission import banned_token_ids, ending_token_ids
 from vllm_refusion.attention import PromptTail
 from vllm_refusion.decoding import DecodeState, Field
 from vllm_refusion.integration import (
@@ -32,6 +34,8 @@ from vllm_refusion.integration import (
     server_defaults,
     tracing_enabled,
 )
+from vllm_refusion.logprobs import Record
+from vllm_refusion.picking import PickLimits, bias_row
 from vllm_refusion.replay import replay_tables
 from vllm_refusion.riders import NO_RIDERS
 from vllm_refusion.row_budget import PassCost, RowBudget, measure_passes
@@ -69,6 +73,9 @@ class ReFusionModelState(ModelState):
         self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
+        self.limits = PickLimits(self.max_num_reqs, self.model_config.get_vocab_size(), device)
+        self.records: dict[int, Record] = {}  # by request slot: logprobs, of who asks for them
+        self._suspended_records: dict[str, Record] = {}
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -96,6 +103,18 @@ class ReFusionModelState(ModelState):
         self._slot_of[new_req_data.req_id] = req_index
         if self.recorder is not None and (params.extra_args or {}).get("trace"):
             self.recorder.add(req_index, new_req_data.req_id, new_req_data.prompt_token_ids)
+        decoding = self.defaults.updated(params.extra_args)
+        max_tokens = min(params.max_tokens or room, room)  # vLLM's own warm-up sets none
+        self._limit_picks(req_index, params)
+        if params.logprobs is not None:
+            self.records[req_index] = self._suspended_records.pop(
+                new_req_data.req_id, None
+            ) or Record.empty(
+                decoding.budget(max_tokens),
+                self.decode_state.canvas_length,
+                params.logprobs,
+                self.device,
+            )
         saved = self._suspended.pop(new_req_data.req_id, None)
         self._repeats_tokens[req_index] = saved is not None
         if saved is not None:
@@ -105,8 +124,8 @@ class ReFusionModelState(ModelState):
         self.decode_state.add(
             req_index,
             prompt_len,
-            self.defaults.updated(params.extra_args),
-            min(params.max_tokens or room, room),  # vLLM's own warm-up sets none
+            decoding,
+            max_tokens,
             params.eos_token_id,
             min_tokens=params.min_tokens,
             stop_ids=sorted(ending_token_ids(params)) if params.min_tokens else (),
@@ -125,11 +144,21 @@ class ReFusionModelState(ModelState):
         self.row_budget = RowBudget(self, runner.input_buffers.query_start_loc, sizes)
         return self.row_budget
 
+    def _limit_picks(self, slot: int, params: Any) -> None:
+        bias = bias_row(
+            self.limits.vocab,
+            params.logit_bias,
+            params.allowed_token_ids,
+            banned_token_ids(params),
+        )
+        self.limits.add(slot, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, bias=bias)
+
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""
         self._preempting = preempted - finished
         for req_id in finished:
             self._suspended.pop(req_id, None)
+            self._suspended_records.pop(req_id, None)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slot_of.pop(req_id, None)
@@ -137,6 +166,10 @@ class ReFusionModelState(ModelState):
             return
         if req_id in self._preempting:
             self._suspended[req_id] = self.decode_state.save(slot)
+            if slot in self.records:
+                self._suspended_records[req_id] = self.records[slot]
+        self.records.pop(slot, None)
+        self.limits.remove(slot)
         self.decode_state.remove(slot)
         if self.recorder is not None:
             self.recorder.remove(slot)
@@ -218,6 +251,8 @@ class CanvasSampler:
         self.operations = model_state.operations  # records, where the engine is to trace
         self.state = model_state.decode_state
         self.req_states = model_state.req_states
+        self.limits = model_state.limits
+        self.records = model_state.records
         state = self.state
         rows = state.max_requests * state.canvas_length
         vocab_size = model_state.model_config.get_vocab_size()
@@ -275,6 +310,8 @@ class CanvasSampler:
             output.num_rejected,
             budget.speculation if budget else NO_RIDERS,
         )
+        if self.records:
+            output.logprobs_tensors = self._emitted_logprobs(input_batch, output.num_sampled)
         return output
 
     def _emit_limit(self, input_batch: InputBatch) -> torch.Tensor:
@@ -283,6 +320,34 @@ class CanvasSampler:
         if budget is not None and input_batch.num_draft_tokens:
             return budget.scheduled
         return input_batch.query_start_loc[: requests + 1].diff()
+
+    def _emitted_logprobs(
+        self, input_batch: InputBatch, num_sampled: torch.Tensor
+    ) -> LogprobsTensors | None:
+        """Of the requests that ask for them, a canvas's number of rows each."""
+        width, start, starts, tables = self.state.canvas_length, 0, [], []
+        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
+            starts.append(start)
+            if slot in self.records:
+                self.records[slot].take(self.state, slot)
+                first = self.state.ints[slot, Field.EMITTED] - num_sampled[row]
+                tables.append(self.records[slot].emitted(first, width))
+                start += width
+        if not tables:
+            return None
+        columns = max(table.ids.shape[1] for table in tables)
+
+        def joined(parts: list[torch.Tensor], fill: float) -> torch.Tensor:
+            return torch.cat(
+                [functional.pad(p, (0, columns - p.shape[1]), value=fill) for p in parts]
+            )
+
+        return LogprobsTensors(
+            joined([table.ids for table in tables], 0),
+            joined([table.logprobs for table in tables], -torch.inf),
+            torch.cat([table.rank for table in tables]),
+            starts,
+        )
 
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         state = self.state
@@ -295,8 +360,9 @@ class CanvasSampler:
         draws = state.row_draw.view(-1)[flat]
         for start in range(0, hidden_states.shape[0], self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
+            logits = self.model.row_logits(hidden_states[rows])
             self.operations.token_stats(
-                self.model.row_logits(hidden_states[rows]),
+                logits,
                 requests[rows],
                 positions[rows],
                 given[rows],
@@ -306,8 +372,11 @@ class CanvasSampler:
                 min_tokens=state.min_tokens,
                 stop_ids=state.stop_ids,
                 mask_token_id=state.mask_token_id,
+                limits=self.limits.used,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )
+            if self.records:
+                self._describe_rows(input_batch, logits, rows.start, given)
         if self.replay is not None:
             rows = slice(0, hidden_states.shape[0])
             self.operations.replay_stats(
@@ -321,3 +390,24 @@ class CanvasSampler:
                 tables=self.replay,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )
+
+    def _describe_rows(
+        self, input_batch: InputBatch, logits: torch.Tensor, start: int, given: torch.Tensor
+    ) -> None:
+        """Hands ``logits``, of the rows from ``start`` on, to the requests that want logprobs.
+
+        Which rows a request has is known on the device only; on the host, the most it may have.
+        """
+        most = input_batch.num_draft_tokens_per_req.tolist()
+        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
+            if slot in self.records and most[row]:
+                self.records[slot].describe(
+                    self.state,
+                    slot,
+                    input_batch.cu_num_logits[row : row + 2],
+                    most[row],
+                    logits,
+                    start,
+                    self.picked,
+                    given,
+                )
