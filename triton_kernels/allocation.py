@@ -23,6 +23,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_CANVAS,
     F_COMMITTED,
     F_EMITTED,
+    F_KEPT,
     F_PHASE,
     F_PROMPT_LEN,
     F_RESUME,
@@ -68,7 +69,8 @@ def _allocate_kernel(
     phase = tl.load(ints + F_PHASE, mask=exists, other=IDLE)
     committed = tl.load(ints + F_COMMITTED, mask=exists, other=0)
     # pages are reserved behind what has been delivered
-    room = scheduled - (committed - tl.load(ints + F_EMITTED, mask=exists, other=0))
+    kept = tl.load(ints + F_KEPT, mask=exists, other=0)
+    room = scheduled - (committed + kept - tl.load(ints + F_EMITTED, mask=exists, other=0))
     needed = tl.load(ints + F_ROWS, mask=exists, other=0)
     canvas = tl.load(ints + F_CANVAS, mask=exists, other=0)
     prompt_len = tl.load(ints + F_PROMPT_LEN, mask=exists, other=0)

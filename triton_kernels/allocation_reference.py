@@ -51,7 +51,8 @@ def allocate_reference(
                 needed[request] = canvas[request] = int(ints[Field.ROWS])
         elif phase not in (Phase.IDLE, Phase.DONE):
             # pages are reserved behind what has been delivered
-            room = most[request] - (committed - int(ints[Field.EMITTED]))
+            undelivered = committed + int(ints[Field.KEPT]) - int(ints[Field.EMITTED])
+            room = most[request] - undelivered
             if ints[Field.ROWS] <= room:
                 needed[request] = int(ints[Field.ROWS])
             canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])
