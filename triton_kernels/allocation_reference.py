@@ -55,8 +55,7 @@ def allocate_reference(
             room = most[request] - undelivered
             if ints[Field.ROWS] <= room:
                 needed[request] = int(ints[Field.ROWS])
-            canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])
-            if needed[request]:
+                canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])
                 ints[Field.CANVAS] = canvas[request]
 
     given, total = [0] * num_decoding, 0
@@ -64,9 +63,7 @@ def allocate_reference(
         total += needed[request]
         if total <= rows:
             given[request] = needed[request]
-    extras = [
-        canvas[i] - needed[i] if given[i] > 0 or needed[i] == 0 else 0 for i in range(num_decoding)
-    ]
+    extras = [canvas[i] - needed[i] if given[i] else 0 for i in range(num_decoding)]
     left = rows - sum(given)
     for limit in (extras, None):
         for request in order:
