@@ -8,7 +8,7 @@ import torch
 
 from vllm_refusion.decoding import DecodeState, Field, Phase, Status
 from vllm_refusion.riders import Speculation
-from vllm_refusion.triton_kernels.transition_reference import compose_reference
+from vllm_refusion.triton_kernels.transition_reference import INFILLED, compose_reference
 
 MASK_TOKEN_ID = 23
 POISON = 1_000_003  # where nobody may look
@@ -98,12 +98,17 @@ class Fuzz:
             Field.COMMITTED: committed,
             Field.ROWS: 0,
             Field.CANVAS: 0,
+            Field.KEPT: 0,
             Field.DRAW: rng.randrange(100),
             Field.PASSES: rng.randrange(100),
         }
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL
         state.ints[slot] = torch.tensor([fields[name] for name in Field])
+        if phase == Phase.INFILL:
+            slots = [s for s in status if s in INFILLED]
+            leading = next(i for i, s in enumerate([*slots, None]) if s != Status.ACCEPTED)
+            state.ints[slot, Field.KEPT] = rng.randint(0, min(leading, len(slots) - 1))
         if resume == Phase.START:
             first = min(block_length, budget)
             state.ints[slot, [Field.ROWS, Field.CANVAS]] = first

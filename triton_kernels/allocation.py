@@ -23,6 +23,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_CANVAS,
     F_COMMITTED,
     F_EMITTED,
+    F_KEPT,
     F_PHASE,
     F_PROMPT_LEN,
     F_RESUME,
@@ -68,7 +69,8 @@ def _allocate_kernel(
     phase = tl.load(ints + F_PHASE, mask=exists, other=IDLE)
     committed = tl.load(ints + F_COMMITTED, mask=exists, other=0)
     # pages are reserved behind what has been delivered
-    room = scheduled - (committed - tl.load(ints + F_EMITTED, mask=exists, other=0))
+    kept = tl.load(ints + F_KEPT, mask=exists, other=0)
+    room = scheduled - (committed + kept - tl.load(ints + F_EMITTED, mask=exists, other=0))
     needed = tl.load(ints + F_ROWS, mask=exists, other=0)
     canvas = tl.load(ints + F_CANVAS, mask=exists, other=0)
     prompt_len = tl.load(ints + F_PROMPT_LEN, mask=exists, other=0)
@@ -79,13 +81,14 @@ def _allocate_kernel(
     idle = idle | ((phase == PREFILL) & (fresh == 0))
     needed = tl.where(replaying, tl.minimum(committed - replayed, scheduled), needed)
     needed = tl.where(idle | ((replaying == 0) & (needed > room)), 0, needed)
-    canvas = tl.where(replaying | idle, needed, tl.maximum(tl.minimum(canvas, room), needed))
+    whole = replaying | idle | (phase == PREFILL) | (needed == 0)
+    canvas = tl.where(whole, needed, tl.maximum(tl.minimum(canvas, room), needed))
 
     through = tl.cumsum(needed, axis=0)
     given = tl.where(through <= rows, needed, 0)
     served = exists & (replaying == 0) & (idle == 0) & (phase != PREFILL)
     tl.store(ints + F_CANVAS, canvas, mask=served & (needed > 0))
-    extra = tl.where((given > 0) | (needed == 0), canvas - needed, 0)
+    extra = tl.where(given > 0, canvas - needed, 0)
     given += _deal(extra, rows - tl.sum(given, axis=0))
     given += _deal(scheduled - given, rows - tl.sum(given, axis=0))
     tl.store(logits_start_ptr + request, given, mask=exists)

@@ -51,11 +51,11 @@ def allocate_reference(
                 needed[request] = canvas[request] = int(ints[Field.ROWS])
         elif phase not in (Phase.IDLE, Phase.DONE):
             # pages are reserved behind what has been delivered
-            room = most[request] - (committed - int(ints[Field.EMITTED]))
+            undelivered = committed + int(ints[Field.KEPT]) - int(ints[Field.EMITTED])
+            room = most[request] - undelivered
             if ints[Field.ROWS] <= room:
                 needed[request] = int(ints[Field.ROWS])
-            canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])
-            if needed[request]:
+                canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])
                 ints[Field.CANVAS] = canvas[request]
 
     given, total = [0] * num_decoding, 0
@@ -63,9 +63,7 @@ def allocate_reference(
         total += needed[request]
         if total <= rows:
             given[request] = needed[request]
-    extras = [
-        canvas[i] - needed[i] if given[i] > 0 or needed[i] == 0 else 0 for i in range(num_decoding)
-    ]
+    extras = [canvas[i] - needed[i] if given[i] else 0 for i in range(num_decoding)]
     left = rows - sum(given)
     for limit in (extras, None):
         for request in order:

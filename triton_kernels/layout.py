@@ -35,6 +35,7 @@ ROWS_PER_TILE = 1024
 def _layout_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     row_position_ptr,  # [max_reqs, W] int32
+    row_context_ptr,  # [max_reqs, W] int32
     row_run_start_ptr,  # [max_reqs, W] int32
     row_run_end_ptr,  # [max_reqs, W] int32
     row_own_start_ptr,  # [max_reqs, W] int32
@@ -97,7 +98,7 @@ def _layout_kernel(
             run_start = context + tl.load(row_run_start_ptr + at, mask=used, other=0)
             run_end = context + tl.load(row_run_end_ptr + at, mask=used, other=0)
             own_start = context + tl.load(row_own_start_ptr + at, mask=used, other=0)
-            context_end = tl.zeros([BLOCK], dtype=tl.int32) + context
+            context_end = context + tl.load(row_context_ptr + at, mask=used, other=0)
 
         tl.store(positions_ptr + start + row, tl.where(used, rope, 0), mask=exists)
         sees = visibility_ptr + (start + row).to(tl.int64) * 4
@@ -132,6 +133,7 @@ def layout(
     _layout_kernel[(requests,)](
         state.ints,
         state.row_position,
+        state.row_context,
         state.row_run_start,
         state.row_run_end,
         state.row_own_start,

@@ -27,6 +27,7 @@ F_ROWS = tl.constexpr(int(Field.ROWS))
 F_DRAW = tl.constexpr(int(Field.DRAW))
 F_PASSES = tl.constexpr(int(Field.PASSES))
 F_CANVAS = tl.constexpr(int(Field.CANVAS))
+F_KEPT = tl.constexpr(int(Field.KEPT))
 
 IDLE = tl.constexpr(int(Phase.IDLE))
 PREFILL = tl.constexpr(int(Phase.PREFILL))

@@ -54,6 +54,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_DRAW,
     F_EMITTED,
     F_EOS,
+    F_KEPT,
     F_LIMIT,
     F_MAX_TOKENS,
     F_PASSES,
@@ -92,11 +93,21 @@ def _in_slot(marked, slot_start, size, LANES: tl.constexpr):
 
 
 @triton.jit
-def _is_member(status, phase, slot_start, size, LANES: tl.constexpr):
-    """Whether positions of ``status`` [LANES] take part in the canvas of ``phase``."""
+def _infilled(status):
+    """Whether positions of ``status`` [LANES] are of slots in infill."""
+    return (status == CHOSEN) | (status == BLANK) | (status == ACCEPTED)
+
+
+@triton.jit
+def _is_member(status, phase, kept, slot_start, size, LANES: tl.constexpr):
+    """Whether positions of ``status`` [LANES] take part in the canvas of ``phase``.
+
+    ``kept``: how many tokens of an infill have their KV already.
+    """
     open_ = (status == CHOSEN) | (status == BLANK)
     if phase == INFILL:
-        member = open_ | (status == ACCEPTED)
+        member = _infilled(status)
+        member = member & (_rows_of(member) >= kept)
         # nothing can be committed while a slot lacks proposals: complete slots stay out
         if tl.max((status == BLANK).to(tl.int32), axis=0) > 0:
             member = member & (_in_slot(open_, slot_start, size, LANES) > 0)
@@ -118,6 +129,18 @@ def _intact(failed, slot_start):
     failed = failed.to(tl.int32)
     fails = tl.cumsum(failed, axis=0)
     return fails == tl.gather(fails - failed, slot_start, axis=0)
+
+
+@triton.jit
+def _keepable(status, member, masked, row, kept, LANES: tl.constexpr):
+    """How many leading canvas rows hold accepted tokens that are the next in commit order.
+
+    ``member``, ``masked`` [LANES]: what was in the canvas, and what of it as a mask.
+    """
+    order = _rows_of(_infilled(status)) - kept
+    final = member & (masked == 0) & (status == ACCEPTED) & (order == row)
+    first_other = tl.min(tl.where(member & (final == 0), row, LANES), axis=0)
+    return tl.sum((final & (row < first_other)).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -187,7 +210,7 @@ def _verify(status, token, row, p, slot_start, size, passes, eos, LANES: tl.cons
 
 @triton.jit
 def _infill(status, token, p, slot_start, passes, eos, LANES: tl.constexpr):
-    """Section 3.3. Returns status, the rows to commit (0: go on), where EOS cuts.
+    """Section 3.3. Returns status and where EOS cuts.
 
     Slots with proposals (CHOSEN) are verified; those of BLANK ones have just been picked.
     """
@@ -200,10 +223,7 @@ def _infill(status, token, p, slot_start, passes, eos, LANES: tl.constexpr):
     status = tl.where(chosen, tl.where(good, ACCEPTED, BLANK), status)
     status = tl.where(blank, CHOSEN, status)
     cut = _first((status == ACCEPTED) & (token == eos), p, LANES)
-    status = _drop_after(status, p, cut)
-    missing = tl.sum(((status == CHOSEN) | (status == BLANK) | blank).to(tl.int32), axis=0)
-    accepted = tl.sum((status == ACCEPTED).to(tl.int32), axis=0)
-    return status, tl.where(missing > 0, 0, accepted), cut
+    return _drop_after(status, p, cut), cut
 
 
 @triton.jit
@@ -215,13 +235,14 @@ def _block_statuses(p, start, ints):
 
 @triton.jit
 def _write_rows(
-    where, row, token, position, draw, run_start, run_end, own_start,
-    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr, row_run_end_ptr,
-    row_own_start_ptr,
+    where, row, token, position, draw, context, run_start, run_end, own_start,
+    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_context_ptr, row_run_start_ptr,
+    row_run_end_ptr, row_own_start_ptr,
 ):  # fmt: skip
     tl.store(canvas_token_ptr + row, token.to(tl.int64), mask=where)
     tl.store(row_position_ptr + row, position, mask=where)
     tl.store(row_draw_ptr + row, draw, mask=where)
+    tl.store(row_context_ptr + row, context, mask=where)
     tl.store(row_run_start_ptr + row, run_start, mask=where)
     tl.store(row_run_end_ptr + row, run_end, mask=where)
     tl.store(row_own_start_ptr + row, own_start, mask=where)
@@ -267,7 +288,7 @@ def _riders(
         next_chance = _chance(tl.gather(by_row, next_end_row, axis=0), chance_table_ptr)
         plan_chance -= tl.where(row + size < rows, next_chance, 0)
     else:
-        last_slot = tl.max(tl.where(opens, p, -1), axis=0)
+        last_slot = tl.max(tl.where(member, slot_start, -1), axis=0)
         any_blank = tl.max((status == BLANK).to(tl.int32), axis=0)
         plans = p == tl.where(any_blank > 0, LANES, last_slot)
         plan_chance = _chance(tl.max(through, axis=0) + tl.zeros_like(p), chance_table_ptr)
@@ -278,13 +299,13 @@ def _riders(
 @triton.jit
 def _compose(
     status, token, confidence, rounds, p, slot_start, size, phase, block_start, next_start, limit,
-    draw, mask_token_id, free_rows, pass_price, ints, rider_row_ptr,
-    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr, row_run_end_ptr,
-    row_own_start_ptr, cost_table_ptr, chance_table_ptr,
+    draw, kept, mask_token_id, free_rows, pass_price, ints, rider_row_ptr,
+    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_context_ptr, row_run_start_ptr,
+    row_run_end_ptr, row_own_start_ptr, cost_table_ptr, chance_table_ptr,
     CANVAS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes the canvas of the next pass; returns its rows without and with riders."""
-    member = _is_member(status, phase, slot_start, size, LANES)
+    member = _is_member(status, phase, kept, slot_start, size, LANES)
     row = _rows_of(member)
     rows = tl.sum(member.to(tl.int32), axis=0)
     in_infill = phase == INFILL
@@ -294,10 +315,10 @@ def _compose(
     tl.store(rider_row_ptr + p, zero - 1, mask=p < CANVAS)
     tl.debug_barrier()
     _write_rows(
-        member, row, fed, block_start + p, draw + tl.where(in_infill, rounds, 0), zero, zero,
-        tl.where(in_infill, row - (p - slot_start), 0),
-        canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr, row_run_end_ptr,
-        row_own_start_ptr,
+        member, row, fed, block_start + p, draw + tl.where(in_infill, rounds, 0), zero - kept,
+        zero, zero, tl.where(in_infill, row - (p - slot_start), 0),
+        canvas_token_ptr, row_position_ptr, row_draw_ptr, row_context_ptr, row_run_start_ptr,
+        row_run_end_ptr, row_own_start_ptr,
     )  # fmt: skip
 
     canvas = rows
@@ -327,7 +348,8 @@ def _compose(
                     where = back | (p < tl.where(anew, w, 0))
                     offset = tl.where(anew, p, _rows_of(back))
                     position = tl.where(anew, next_start, block_start) + p
-                    most = tl.max(tl.where(member, rounds, 0), axis=0)
+                    most = tl.max(tl.where(_infilled(status), rounds, 0), axis=0)
+                    context = 0
                     rider_draw = draw + tl.where(in_infill, most, 0)
                     run_start = 0
                     run_end = tl.where(in_infill, rows, at_row + size)
@@ -336,13 +358,14 @@ def _compose(
                     offset = p - at
                     position = block_start + p
                     rider_draw = draw + tl.where(in_infill, _at(rounds, p, at), 0)
+                    context = -kept
                     run_start = at_row - at % size
                     run_end = at_row
                 _write_rows(
                     where, canvas + offset, zero + mask_token_id, position, zero + rider_draw,
-                    zero + run_start, zero + run_end, zero + canvas,
-                    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_run_start_ptr,
-                    row_run_end_ptr, row_own_start_ptr,
+                    zero + context, zero + run_start, zero + run_end, zero + canvas,
+                    canvas_token_ptr, row_position_ptr, row_draw_ptr, row_context_ptr,
+                    row_run_start_ptr, row_run_end_ptr, row_own_start_ptr,
                 )  # fmt: skip
                 tl.store(rider_row_ptr + at, canvas)
                 canvas = end
@@ -365,6 +388,7 @@ def _transition_kernel(
     canvas_token_ptr,  # [max_reqs, W] int64
     row_position_ptr,  # [max_reqs, W] int32
     row_draw_ptr,  # [max_reqs, W] int32
+    row_context_ptr,  # [max_reqs, W] int32
     row_run_start_ptr,  # [max_reqs, W] int32
     row_run_end_ptr,  # [max_reqs, W] int32
     row_own_start_ptr,  # [max_reqs, W] int32
@@ -415,6 +439,7 @@ def _transition_kernel(
     canvas = tl.load(ints + F_CANVAS)
     draw = tl.load(ints + F_DRAW)
     passes_made = tl.load(ints + F_PASSES)
+    infill_kept = tl.load(ints + F_KEPT)
     computed = tl.load(num_computed_ptr + slot)
 
     p = tl.arange(0, LANES)
@@ -425,13 +450,14 @@ def _transition_kernel(
     rounds = tl.load(rounds_ptr + of_block, mask=p < CANVAS, other=0)
     rider_row = tl.load(rider_row_ptr + of_block, mask=p < CANVAS, other=-1)
     slot_start = p - p % size
-    member = _is_member(status, phase, slot_start, size, LANES)
+    member = _is_member(status, phase, infill_kept, slot_start, size, LANES)
     row = _rows_of(member)
 
     # Decide. What follows a commit is either a plan, or START of the block at next_start, or DONE.
     next_phase = phase
     next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
     kept = 0
+    commits = 0  # tokens
     decided = 0
     counter = -1
     fed = 0
@@ -457,6 +483,7 @@ def _transition_kernel(
     else:
         decided = 1
         fed = tl.minimum(query_len, canvas)
+        tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - rows)
         passes_made += 1
         if phase == PLAN:
             counter = COUNT_PLAN
@@ -475,16 +502,24 @@ def _transition_kernel(
             if phase == VERIFY:
                 counter = COUNT_VERIFY
                 rounds = tl.where(member, 0, rounds)
-                status, kept, cut = _verify(
+                status, commits, cut = _verify(
                     status, token, row, p, slot_start, size, passes, eos, LANES
                 )
+                kept = commits
+                if commits == 0:
+                    kept = _keepable(status, member, status == MASKED, row, 0, LANES)
+                    infill_kept = kept
             else:
                 blank = status == BLANK
                 any_blank = tl.max(blank.to(tl.int32), axis=0) > 0
                 counter = tl.where(any_blank, COUNT_PREDICT, COUNT_INFILL_VERIFY)
                 token, confidence = _pick(blank, row, token, confidence, picks, pick_probs)
                 rounds += blank.to(tl.int32)
-                status, kept, cut = _infill(status, token, p, slot_start, passes, eos, LANES)
+                status, cut = _infill(status, token, p, slot_start, passes, eos, LANES)
+                kept = _keepable(status, member, blank, row, infill_kept, LANES)
+                infill_kept += kept
+                total = tl.sum(_infilled(status).to(tl.int32), axis=0)
+                commits = tl.where(infill_kept >= total, total, 0)
             limit = tl.minimum(limit, tl.where(cut < LANES, block_start + cut + 1, limit))
             next_phase = INFILL
 
@@ -496,14 +531,17 @@ def _transition_kernel(
         tl.atomic_add(counters_ptr + counter, 1)
         tl.atomic_add(counters_ptr + COUNT_ROWS_FED, fed)
 
-    if (decided == 1) & (kept > 0):
-        now = member & (row < kept)
-        at = slot * max_response + committed + row
+    if commits > 0:
+        slots = _infilled(status)
+        rank = tl.where(phase == INFILL, tl.where(slots, _rows_of(slots), commits), row)
+        now = (slots | member) & (rank < commits)
+        at = slot * max_response + committed + rank
         group = tl.where(phase == INFILL, committed, -1)
         tl.store(response_ptr + slot * max_response + block_start + p, token, mask=now)
         tl.store(order_ptr + at, block_start + p, mask=now)
         tl.store(group_context_ptr + at, tl.zeros([LANES], dtype=tl.int32) + group, mask=now)
-        committed += kept
+        committed += commits
+        infill_kept = 0
         draw += tl.where(phase == INFILL, tl.max(tl.where(now, rounds, 0), axis=0), 0)
         last_slot = tl.max(tl.where(now, slot_start, -1), axis=0)
         status = tl.where(now, COMMITTED, status)
@@ -535,7 +573,9 @@ def _transition_kernel(
             )  # fmt: skip
             next_phase = VERIFY
             tl.atomic_add(counters_ptr + COUNT_PLANS_RIDDEN, 1)
-    if (next_phase == INFILL) & (decided == 1):
+    if (next_phase == INFILL) & (decided == 0) & (phase != INFILL):
+        decided = 1  # resumed: no accepted token is kept any more
+    elif (next_phase == INFILL) & (decided == 1):
         blank = status == BLANK
         width = _in_slot(blank, slot_start, size, LANES)
         opening = slot_start + size - width
@@ -548,19 +588,18 @@ def _transition_kernel(
         tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
 
     if decided == 1:
-        if counter >= 0:
-            tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, tl.maximum(fed - rows, 0))
         tl.store(status_ptr + of_block, status, mask=p < CANVAS)
         tl.store(token_ptr + of_block, token, mask=p < CANVAS)
         tl.store(confidence_ptr + of_block, confidence, mask=p < CANVAS)
         tl.store(rounds_ptr + of_block, rounds, mask=p < CANVAS)
         rows, canvas = _compose(
             status, token, confidence, rounds, p, slot_start, size, next_phase, block_start,
-            next_start, limit, draw, mask_token_id, free_rows, pass_price, ints,
+            next_start, limit, draw, infill_kept, mask_token_id, free_rows, pass_price, ints,
             rider_row_ptr + slot * CANVAS,
             canvas_token_ptr + slot * canvas_token_stride,
             row_position_ptr + slot * CANVAS,
             row_draw_ptr + slot * CANVAS,
+            row_context_ptr + slot * CANVAS,
             row_run_start_ptr + slot * CANVAS,
             row_run_end_ptr + slot * CANVAS,
             row_own_start_ptr + slot * CANVAS,
@@ -594,6 +633,7 @@ def _transition_kernel(
     tl.store(ints + F_CANVAS, canvas)
     tl.store(ints + F_DRAW, draw)
     tl.store(ints + F_PASSES, passes_made)
+    tl.store(ints + F_KEPT, infill_kept)
 
 
 def transition(
@@ -639,6 +679,7 @@ def transition(
         state.canvas_token,
         state.row_position,
         state.row_draw,
+        state.row_context,
         state.row_run_start,
         state.row_run_end,
         state.row_own_start,

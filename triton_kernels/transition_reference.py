@@ -22,6 +22,7 @@ from vllm_refusion.riders import (
     cost_table,
 )
 
+INFILLED = (Status.CHOSEN, Status.BLANK, Status.ACCEPTED)  # positions of slots in infill
 UNSEEN = 2**31 - 1  # own_start of a row that sees nothing
 
 
@@ -81,7 +82,7 @@ def layout_reference(
             if phase not in (Phase.IDLE, Phase.DONE) and length >= ints[Field.ROWS]:
                 position[:width] = state.row_position[slot, :width]
                 used[: ints[Field.CANVAS]] = True
-            see[:, 0] = context
+            see[:width, 0] = context + state.row_context[slot, :width]
             see[:width, 1] = context + state.row_run_start[slot, :width]
             see[:width, 2] = context + state.row_run_end[slot, :width]
             see[:width, 3] = context + state.row_own_start[slot, :width]
@@ -161,6 +162,7 @@ class _Row(NamedTuple):
     token: int
     position: int
     draw: int
+    context: int = 0
     run_start: int = 0
     run_end: int = 0
     own_start: int = 0
@@ -174,6 +176,7 @@ class _Rider(NamedTuple):
     positions: list[int]  # response positions of its masks
     draw: int
     run: tuple[int, int]
+    context: int = 0
 
     @property
     def score(self) -> int:
@@ -302,7 +305,7 @@ class _Step:
         eos = self._first_eos(members[:accepted])
         if eos is not None:
             kept = members.index(eos) + 1
-            self._commit(kept, isolated=False)
+            self._commit(members[:kept], isolated=False)
             self._cut_after(eos)
         else:
             kept = accepted // size * size
@@ -313,8 +316,9 @@ class _Step:
                     self.status[position] = Status.ACCEPTED if whole else Status.BLANK
                 self._accept_eos()
                 ints[Field.PHASE] = Phase.INFILL
-                return 0
-            self._commit(kept, isolated=False)
+                ints[Field.KEPT] = self._keepable(set(members))
+                return ints[Field.KEPT]
+            self._commit(members[:kept], isolated=False)
             for position in members[kept:]:
                 self.status[position] = Status.MASKED
         self._after_commit(None if eos is not None else members[kept - size])
@@ -335,14 +339,25 @@ class _Step:
             passed = is_first or (reached and self._passes(row))
             self.status[position] = Status.ACCEPTED if passed else Status.BLANK
         eos = self._accept_eos()
-        if blank or any(self.status[p] in (Status.CHOSEN, Status.BLANK) for p in self.members):
-            return 0
-        accepted = [p for p in self.members if self.status[p] == Status.ACCEPTED]
-        ints[Field.DRAW] += max(self.rounds[p] for p in accepted)
-        self._commit(len(accepted), isolated=True)
-        last_slot = accepted[-1] - accepted[-1] % size
-        self._after_commit(None if eos is not None else last_slot)
-        return len(accepted)
+        kept = self._keepable({p for p in self.members if before[p] != Status.BLANK})
+        ints[Field.KEPT] += kept
+        slots = self._positions(*INFILLED)
+        if ints[Field.KEPT] >= len(slots):
+            ints[Field.DRAW] += max(self.rounds[p] for p in slots)
+            self._commit(slots, isolated=True)
+            ints[Field.KEPT] = 0
+            last_slot = slots[-1] - slots[-1] % size
+            self._after_commit(None if eos is not None else last_slot)
+        return kept
+
+    def _keepable(self, fed_as_tokens: set[int]) -> int:
+        """Leading canvas rows that hold accepted tokens and are the next in commit order."""
+        following = self._positions(*INFILLED)[self.ints[Field.KEPT] :]
+        for row, (position, expected) in enumerate(zip(self.members, following)):
+            final = position in fed_as_tokens and self.status[position] == Status.ACCEPTED
+            if position != expected or not final:
+                return row
+        return min(len(self.members), len(following))
 
     def _passes(self, row: int) -> bool:
         """Whether the row before gives this row's token more than the token threshold."""
@@ -370,17 +385,17 @@ class _Step:
                 self.status[p] = Status.DROPPED
         ints[Field.LIMIT] = min(ints[Field.LIMIT], ints[Field.BLOCK_START] + position + 1)
 
-    def _commit(self, count: int, isolated: bool) -> None:
-        """Commits the first ``count`` canvas rows; their KV is final."""
+    def _commit(self, positions: list[int], isolated: bool) -> None:
+        """Commits tokens whose KV is final, in this order."""
         ints, state, slot = self.ints, self.state, self.slot
         committed = ints[Field.COMMITTED]
-        for row, position in enumerate(self.members[:count]):
+        for row, position in enumerate(positions):
             response_position = ints[Field.BLOCK_START] + position
             self.status[position] = Status.COMMITTED
             state.response[slot, response_position] = self.token[position]
             state.order[slot, committed + row] = response_position
             state.group_context[slot, committed + row] = committed if isolated else -1
-        ints[Field.COMMITTED] += count
+        ints[Field.COMMITTED] += len(positions)
 
     def _after_commit(self, last_slot: int | None) -> None:
         """What follows a commit, done at once if its rider is in the canvas.
@@ -440,6 +455,8 @@ class _Step:
             self.compose()
         else:
             ints[Field.PHASE] = ints[Field.RESUME]
+            if ints[Field.PHASE] == Phase.INFILL:  # no accepted token is kept any more
+                self.compose()
 
     def compose(self) -> None:
         """Writes the next canvas: the rows that the phase needs, then riders while they pay."""
@@ -457,7 +474,7 @@ class _Step:
                 continue
             rider_row[rider.at] = start
             rows += [
-                _Row(state.mask_token_id, position, rider.draw, *rider.run, start)
+                _Row(state.mask_token_id, position, rider.draw, rider.context, *rider.run, start)
                 for position in rider.positions
             ]
         ints[Field.CANVAS] = len(rows)
@@ -476,7 +493,7 @@ class _Step:
             return [_Row(self.token[p], start + p, draw) for p in self._positions(Status.CHOSEN)]
         if ints[Field.PHASE] != Phase.INFILL:
             return []
-        members = self._positions(Status.CHOSEN, Status.BLANK, Status.ACCEPTED)
+        members = self._positions(*INFILLED)[ints[Field.KEPT] :]
         if Status.BLANK in self.status:  # nothing can be committed: complete slots stay out
             active = {p // size for p in self._positions(Status.CHOSEN, Status.BLANK)}
             members = [p for p in members if p // size in active]
@@ -485,6 +502,7 @@ class _Step:
                 mask if self.status[p] == Status.BLANK else self.token[p],
                 start + p,
                 draw + self.rounds[p],
+                context=-ints[Field.KEPT],
                 own_start=row - p % size,
             )
             for row, p in enumerate(members)
@@ -505,7 +523,7 @@ class _Step:
             if status[p] == Status.CHOSEN and not untested:
                 total += self._cost(p)
         costs.append(total)
-        opens = [row for row, p in enumerate(members) if p % size == 0]
+        opens = [row for row, p in enumerate(members) if not row or p % size == 0]
         closes = [*opens[1:], len(members)]
 
         riders = []
@@ -524,13 +542,13 @@ class _Step:
                 chance = _chance(costs[row] - costs[opening])
                 chance -= _chance(costs[row + 1] - costs[opening])
                 positions = [row.position for row in rows[row:closing]]
-                run = (opening, row)
                 at = members[row]
+                run = (row - at % size, row)
                 rider_draw = draw if verifies else draw + self.rounds[at]
-                riders.append(_Rider(at, chance, positions, rider_draw, run))
+                riders.append(_Rider(at, chance, positions, rider_draw, run, -ints[Field.KEPT]))
         if not verifies and Status.BLANK not in status:
-            draw += max(self.rounds[p] for p in members)
-            last = members[opens[-1]]
+            draw += max(self.rounds[p] for p in self._positions(*INFILLED))
+            last = members[-1] - members[-1] % size
             riders.append(self._plan_rider(last, _chance(total), len(members), draw))
         return [rider for rider in riders if rider.positions]
 

@@ -9,9 +9,9 @@ phase           rows of the canvas             what the pass decides            
 =============== ============================== ======================================= ==========
 PLAN            masks of all remaining slots   which slots are chosen, their drafts    none
 VERIFY          drafts of the chosen slots     how long a prefix is accepted           a prefix
-INFILL          per slot, on its own: accepted proposals for the masks; how far the    all or none
+INFILL          per slot, on its own: accepted proposals for the masks; how far the    what is next
                 tokens, then masks or          proposals are accepted
-                proposals
+                proposals                                                              to commit
 REPLAY          committed tokens after a       nothing: rebuilds the KV                all
                 preemption, in commit order
 =============== ============================== ======================================= ==========
@@ -88,6 +88,7 @@ class Field(IntEnum):
     DRAW = 13  # plan and predict operations before the present infill (keys the sampling noise)
     PASSES = 14  # forward passes made, prompt and replay excluded
     CANVAS = 15  # rows of the present canvas with its riders
+    KEPT = 16  # accepted tokens of the present infill whose KV is final: the first in commit order
 
 
 class Counter(IntEnum):
@@ -125,8 +126,9 @@ class DecodeState:
         canvas_token: [R, W] int64, by canvas row.
         row_position: [R, W] int32, by canvas row: response position, -1 for an unused row.
         row_draw: [R, W] int32, by canvas row: operations before the one that the row is of.
-        row_run_end, row_run_start, row_own_start: [R, W] int32, by canvas row: it sees the canvas
-            rows [row_run_start, row_run_end) and those from row_own_start to itself.
+        row_context, row_run_start, row_run_end, row_own_start: [R, W] int32, by canvas row: it sees
+            the context up to row_context, the canvas rows [row_run_start, row_run_end) and those
+            from row_own_start to itself. Tokens kept by the present infill have rows below 0.
         response: [R, P] int32, committed token by response position.
         order: [R, P] int32, response position of the j-th committed token.
         group_context: [R, P] int32, for the j-th committed token: the number of committed
@@ -175,6 +177,7 @@ class DecodeState:
         self.rider_row = zeros(*shape)
         self.row_position = zeros(*shape)
         self.row_draw = zeros(*shape)
+        self.row_context = zeros(*shape)
         self.row_run_start = zeros(*shape)
         self.row_run_end = zeros(*shape)
         self.row_own_start = zeros(*shape)
@@ -232,7 +235,7 @@ class DecodeState:
         self._write("canvas_token", slot, self.mask_token_id)
         positions = list(range(first)) + [-1] * (self.canvas_length - first)
         self._write("row_position", slot, positions)
-        for name in ("row_draw", "row_run_start", "row_run_end", "row_own_start"):
+        for name in ("row_draw", "row_context", "row_run_start", "row_run_end", "row_own_start"):
             self._write(name, slot, 0)
 
     def save(self, slot: int) -> dict[str, torch.Tensor]:
@@ -258,6 +261,7 @@ class DecodeState:
         ints[Field.RESUME] = torch.where(suspended, saved["ints"][Field.RESUME], phase)
         ints[Field.PHASE].fill_(int(Phase.PREFILL))
         ints[Field.EMITTED].fill_(emitted)
+        ints[Field.KEPT].fill_(0)
 
     def remove(self, slot: int) -> None:
         """Frees ``slot``; its KV is never written again."""
