@@ -115,7 +115,8 @@ def test_logprobs_are_those_of_the_plain_schedule(checkpoints, monkeypatch):
     for ours, theirs in zip(fused, plain, strict=True):
         assert len(ours) == len(theirs)
         for entries, expected_entries in zip(ours, theirs, strict=True):
-            assert entries == pytest.approx(expected_entries, rel=1e-5, abs=1e-5)
+            # the rounding of logits, which passes of other widths compute in another order
+            assert entries == pytest.approx(expected_entries, rel=0, abs=1e-4)
 
 
 @pytest.mark.slow
