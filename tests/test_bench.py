@@ -24,7 +24,7 @@ from vllm_refusion.bench.simulate import ReplayedOutcomes, simulate, tokens_per_
 from vllm_refusion.cli import build_parser, main
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.metrics import snapshot
-from vllm_refusion.replay import Profile, build_tables, seed_of, to_config
+from vllm_refusion.replay import CONFIG_KEY, Profile, build_tables, seed_of, to_config
 
 TINY_SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -74,7 +74,7 @@ def test_settings_survive_the_way_to_the_child(tmp_path):
 
 def test_real_weights_are_not_replayed(tmp_path):
     made = settings(tmp_path, "--model", "a", "--stock-model", "b", "--stop-at-eos")
-    assert made.models == {"refusion": "a", "stock": "b"} and made.stop_at_eos
+    assert made.models == {"refusion": "a", "plain": "a", "stock": "b"} and made.stop_at_eos
     assert made.presets[0].acceptance == "real"
 
 
@@ -113,8 +113,11 @@ def test_engine_arguments_of_the_sides(tmp_path):
     stock, ours = (engine_args(made, side, 384, 8192) for side in ("stock", "refusion"))
     assert stock["speculative_config"] == {"method": "ngram"} and stock["seed"] == 5
     assert "speculative_config" not in ours and ours["seed"] == 6
-    assert ours["diffusion_config"] == {"canvas_length": 128}
-    assert len(next(iter(ours["additional_config"].values()))) == 2
+    assert ours["diffusion_config"] == {"canvas_length": 256}
+    assert len(ours["additional_config"][CONFIG_KEY]) == 2
+    assert ours["additional_config"]["refusion_schedule"] == "fused"
+    plain = engine_args(made, "plain", 384, 8192)
+    assert plain["additional_config"]["refusion_schedule"] == "plain"
     assert stock["compilation_config"] == ours["compilation_config"]
     same = set(stock) & set(ours) - {"model", "seed", "disable_log_stats"}
     assert all(stock[name] == ours[name] for name in same) and "max_num_batched_tokens" in same
@@ -324,7 +327,8 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
     ]
     options = {"diffusion_config": {"canvas_length": 32}, "load_format": "dummy"}
     options["override_generation_config"] = vars(params[0])
-    with engine(model, **options, additional_config=to_config(profiles)) as llm:
+    config = to_config(profiles) | {"refusion_schedule": "plain"}
+    with engine(model, **options, additional_config=config) as llm:
         watch = compat.ScheduleWatch(llm.llm_engine.engine_core.engine_core.scheduler)
         before = snapshot(llm)
         outputs = llm.generate(

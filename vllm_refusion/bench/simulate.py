@@ -97,10 +97,12 @@ def simulate(params: DecodingParams, outcomes: Outcomes, max_tokens: int) -> lis
             if not whole:
                 # 3.3: all chosen slots side by side until the last is complete
                 while incomplete := [s for s in chosen if accepted[s] < size]:
+                    first = incomplete[0]  # what lies before its masks is kept
+                    kept = chosen.index(first) * size + accepted[first]
                     blanks = [s + i for s in incomplete for i in range(accepted[s], size)]
-                    tokens, _ = draft("predict", blanks, len(incomplete) * size)
+                    tokens, _ = draft("predict", blanks, len(incomplete) * size - accepted[first])
                     token.update(zip(blanks, tokens))
-                    passes.append(Pass("infill_verify", len(chosen) * size))
+                    passes.append(Pass("infill_verify", len(chosen) * size - kept))
                     for start in incomplete:
                         accepted[start] = _run(outcomes, token, start, accepted[start] + 1, size)
                 whole = len(chosen)
