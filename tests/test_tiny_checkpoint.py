@@ -80,9 +80,13 @@ def test_same_tokens_as_the_reference(tiny_checkpoint, problems, reference, coun
             tokens = after["output_tokens"] - before["output_tokens"]
             passes = after["forward_passes"] - before["forward_passes"]
             assert tokens == sum(len(answer.tokens) for answer in answers)
-            assert passes == sum(len(answer.passes) for answer in answers)
+            plain = sum(len(answer.passes) for answer in answers)
+            assert passes < plain
             with capsys.disabled():
-                print(f"\n{preset}: {right} of {count} right, {tokens / passes:.1f} TPF")
+                print(
+                    f"\n{preset}: {right} of {count} right, {tokens / passes:.1f} TPF, "
+                    f"{tokens / plain:.1f} without fused passes"
+                )
 
 
 @pytest.mark.slow
