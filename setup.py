@@ -44,6 +44,7 @@ setup(
         ],
         # With Debian's chromium beside it: tests of the viewer's page.
         "browser": ["playwright>=1.50"],
+        "train": ["accelerate>=1.10", "gguf>=0.17"],
         "bench": ["matplotlib>=3.8"],
     },
     entry_points={
