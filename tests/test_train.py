@@ -196,13 +196,14 @@ def test_autoregressive_twin(checkpoint, data, tmp_path):
 def test_two_processes_train_like_one(checkpoint, data, tmp_path):
     """Under DDP on the CPU: the same losses and, but for rounding, the same weights."""
     train(checkpoint, data, tmp_path / "one", *SHORT, "--steps", 4)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["-m", "vllm_refusion", "train", checkpoint, "--data", data / "train.jsonl"]
     command += ["-o", tmp_path / "two", "--quiet", *SHORT, "--steps", "4"]
     result = subprocess.run(
         list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "4 steps of 8 examples on 2 devices" in result.stderr
     for name in ("loss", "grad_norm"):
         one, two = (
             [row[name] for row in log(tmp_path / folder) if "loss_ar" in row]

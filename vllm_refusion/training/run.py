@@ -127,6 +127,9 @@ def train(
     store = TokenStore(run / "data")
     steps = recipe.steps or math.ceil(recipe.epochs * len(store) / recipe.batch_size)
     args.max_steps = steps
+    if args.process_index == 0:
+        amount = f"{steps} steps of {recipe.batch_size} examples on {args.world_size} devices"
+        print(amount, file=sys.stderr)
     course = Course(
         store, steps * recipe.batch_size, recipe.seed, recipe.slot_sizes, mask, recipe.objective
     )
@@ -192,6 +195,7 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.max_grad_norm,
             bf16=recipe.bf16,
+            use_cpu=not torch.accelerator.is_available(),
             seed=recipe.seed % 2**32,
             gradient_checkpointing=execution.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
