@@ -136,6 +136,20 @@ def test_loss_and_gradients_equal_the_literal_ones():
             assert_close(gradient, other)
 
 
+def test_only_logits_are_rounded_under_autocast():
+    """Losses of their bfloat16 logits, computed in float32."""
+    _, _, batch = random_batch(5)
+    torch.manual_seed(0)
+    hidden = torch.randn(*batch["input_ids"].shape, 6)
+    head = torch.nn.Linear(6, VOCABULARY, bias=False)
+    counts = label_counts(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = hybrid_loss(hidden, head, batch, counts)
+        logits = head(hidden).float()
+    expected = hybrid_loss(logits, torch.nn.Identity(), batch, counts)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
+
+
 def test_parts_of_a_batch_add_up_to_it(model):
     """Gradient accumulation and several devices give the same loss as one large batch."""
     examples, draws, batch = random_batch(3)

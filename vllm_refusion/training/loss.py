@@ -80,7 +80,8 @@ def hybrid_loss(
 def _chunk_losses(
     head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    return weights.float() @ cross_entropy(head(hidden).float(), labels, reduction="none")
+    losses = cross_entropy(head(hidden).float(), labels, reduction="none")
+    return (weights * losses).sum(1)  # a matrix product would be autocast to bfloat16
 
 
 def attach(model: Any, chunk_rows: int = CHUNK_ROWS) -> None:
