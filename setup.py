@@ -36,6 +36,8 @@ setup(
         # The terminal view and pictures. What vLLM requires itself includes Pillow.
         "view": ["rich>=13", "pillow>=11"],
         "test": [
+            "accelerate>=1.10",
+            "gguf>=0.17",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
@@ -45,6 +47,7 @@ setup(
         ],
         # With Debian's chromium beside it: tests of the viewer's page.
         "browser": ["playwright>=1.50"],
+        "train": ["accelerate>=1.10", "gguf>=0.17"],
         "bench": ["matplotlib>=3.8"],
     },
     entry_points={

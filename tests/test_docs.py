@@ -41,6 +41,9 @@ RUN_BY = {
     "vllm-refusion bench --shape": "test_benchmark_commands_parse",  # hours on a GPU
     "vllm-refusion bench --model": "test_benchmark_commands_parse",
     "vllm-refusion bench-report": "test_benchmark_commands_parse",
+    "vllm-refusion convert": "test_training_commands_parse",  # tests/test_convert.py runs it
+    "vllm-refusion train": "test_training_commands_parse",  # hours on a GPU; tests/test_train.py
+    "accelerate launch": "test_training_commands_parse",
     "vllm-refusion view": RUN,
     "vllm-refusion trace": SLOW,
     "python examples/": SLOW,
@@ -219,6 +222,21 @@ def test_benchmark_commands_parse():
         if command.startswith("vllm-refusion bench"):
             words = shlex.split(command.replace("\\\n", " "), comments=True)
             assert parser.parse_args(words[1:]).run
+
+
+def test_training_commands_parse():
+    """The command line takes them and their settings are allowed."""
+    from vllm_refusion.training.train_command import settings_from
+
+    parser = build_parser()
+    for _, command in documented("sh"):
+        if run_by(command) != "test_training_commands_parse":
+            continue
+        words = shlex.split(command.replace("\\\n", " "), comments=True)
+        launched = "vllm_refusion" if words[0] == "accelerate" else "vllm-refusion"
+        args = parser.parse_args(words[words.index(launched) + 1 :])
+        if args.command == "train":
+            assert settings_from(args)
 
 
 @pytest.mark.slow

@@ -1,0 +1,161 @@
+"""Reading training data: what is taken, what is refused and where, and the order it is seen in."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from vllm_refusion.training.collator import Example
+from vllm_refusion.training.data import DataError, Encoder, Row, TokenStore, read_rows, write_store
+from vllm_refusion.training.order import Course
+
+ROWS = [{"query": f"What is {n}?", "response": f"It is {n}.\n#### {n}"} for n in range(9)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return Encoder(tokenizer, tokenizer.mask_token_id)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", LINES),
+        ("a.jsonl", "\ufeff" + LINES.replace("\n", "\n\n")),
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=3)),
+        ("a.jsonl.gz", LINES),
+        ("a.json.gz", json.dumps(ROWS)),
+    ],
+)
+def test_formats(tmp_path, name, content):
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [row.values for row in read_rows([tmp_path / name])] == ROWS
+
+
+def test_places_in_an_array(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ROWS[:3], indent=1))  # an object takes 4 lines
+    assert [row.place for row in read_rows([path])] == [f"{path}:{line}" for line in (2, 6, 10)]
+    path.write_text("[ ]")
+    assert list(read_rows([path])) == []
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", LINES + '{"query": "x", "response": ""}', ":10: empty response"),
+        ("a.jsonl", LINES + '{"query": "x", "response": " \\n"}', ":10: empty response"),
+        ("a.jsonl", '{"query": "x", "answer": "y"}', ":1: no response; its keys are query, answer"),
+        ("a.jsonl", LINES + '{"prompt": "x"}', ":10: no query and no response"),
+        ("a.jsonl", '{"query": 3, "response": "y"}', ":1: query must be text, not int"),
+        ("a.jsonl", LINES + '\n["x", "y"]', ":11: a row must be an object, not list"),
+        ("a.jsonl", LINES + '{"query": "x", ', ":10: not JSON: "),
+        ("a.jsonl", LINES.encode() + b'{"query": "\xff"}', ":10: not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], ": truncated or damaged gz file"),
+        ("a.jsonl.gz", LINES, ":1: truncated or damaged gz file"),
+        ("a.json", '[\n{"query": "x", "response": "y"}\n', ":3: not a JSON array of rows: the end"),
+        ("a.json", '[\n{"query": "x" "response": "y"}\n]', ":2: not JSON: "),
+        ("a.json", '{"query": "x"}', ":1: not a JSON array of rows: '{', not '['"),
+        ("a.json", '[\n{"query": "x", "response": ""}]', ":2: empty response"),
+        ("a.txt", LINES, ": allowed are files ending in .jsonl"),
+    ],
+)
+def test_bad_data_is_refused_with_file_and_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as error:
+        list(read_rows([path]))
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+def test_truncated_gz_says_how_far_it_goes(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = "".join(
+        json.dumps({"query": str(n), "response": str(n * 7919)}) + "\n" for n in range(20000)
+    )
+    path.write_bytes(gzip.compress(lines.encode())[:-4000])
+    rows = read_rows([path])
+    count = 0
+    with pytest.raises(DataError) as error:
+        for _ in rows:
+            count += 1
+    assert count > 1000
+    assert str(error.value).startswith(f"{path}:{count + 1}: ")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere.jsonl: No such file"):
+        list(read_rows([tmp_path / "nowhere.jsonl"]))
+
+
+def test_store_holds_template_response_and_eos(tmp_path, encoder, tokenizer):
+    report = write_store([Row("a:1", ROWS[0])], encoder, tmp_path, 100)
+    (example,) = TokenStore(tmp_path)
+    assert tokenizer.decode(example.prompt) == "<|user|>What is 0?<|assistant|>"
+    assert tokenizer.decode(example.response) == ROWS[0]["response"] + tokenizer.eos_token
+    assert (report.kept, report.response_tokens) == (1, len(example.response))
+
+
+def test_long_rows_are_left_out_and_reported(tmp_path, encoder):
+    long = {"query": "x", "response": "word " * 50}
+    rows = [Row(f"a.jsonl:{n}", long if n % 2 else ROWS[0]) for n in range(1, 20)]
+    report = write_store(rows, encoder, tmp_path, 40)
+    assert report.kept == len(TokenStore(tmp_path)) == 9
+    assert "10 rows left out, of more than 40 tokens" in str(report)
+    assert "a.jsonl:1: " in str(report) and "and 5 more" in str(report)
+    with pytest.raises(DataError, match="no row is left\n(.*\n)*.*a.jsonl:1: "):
+        write_store(rows[::2], encoder, tmp_path, 40)
+    with pytest.raises(DataError, match="hold no rows"):
+        write_store([], encoder, tmp_path, 40)
+
+
+def test_text_with_the_mask_token_is_refused(tmp_path, encoder, tokenizer):
+    row = Row("a.jsonl:7", {"query": "x", "response": f"a {tokenizer.mask_token}"})
+    with pytest.raises(DataError, match="a.jsonl:7: the text contains the mask token"):
+        write_store([row], encoder, tmp_path, 40)
+
+
+def test_stores_differ_by_fingerprint(tmp_path, encoder):
+    def fingerprint(rows):
+        write_store([Row("a:1", row) for row in rows], encoder, tmp_path, 100)
+        return TokenStore(tmp_path).fingerprint
+
+    assert fingerprint(ROWS) == fingerprint(ROWS) != fingerprint(ROWS[::-1])
+
+
+def test_no_chat_template(tokenizer, tiny_checkpoint):
+    other = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    other.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        Encoder(other, 1)
+    assert tokenizer.decode(Encoder(other, 1, plain=True).prompt("What?")) == "What?"
+
+
+def test_course_is_a_function_of_seed_and_index():
+    examples = [Example([n], list(range(100 + n, 140 + n))) for n in range(11)]
+
+    def course(seed=5, **options):
+        return Course(examples, 33, seed, (4, 8), 99, **options)
+
+    one, other = course(), course()
+    assert [one[i] for i in range(33)] == [other[i] for i in reversed(range(33))][::-1]
+    assert [one[i] for i in range(33)] != [course(seed=6)[i] for i in range(33)]
+    orders = [[one[i].input_ids[0] for i in range(11 * e, 11 * e + 11)] for e in range(3)]
+    assert all(sorted(order) == list(range(11)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    # the same example in other epochs is masked and ordered anew
+    seen = [next(r for i in range(11 * e, 11 * e + 11) if (r := one[i]).input_ids[0] == 3)
+            for e in range(3)]  # fmt: skip
+    assert seen[0] != seen[1] != seen[2]
+    assert course(objective="autoregressive")[0].input_ids[1:] != []

@@ -1,0 +1,51 @@
+"""Section 6 of the algorithm taken literally: one example, one token, one probability at a time."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+
+def feeding_order(prompt, response, drawn, mask_token_id):
+    """Of each token fed: (id, position, kind of label or None, label)."""
+    slots = {}
+    for index, token in enumerate(response):
+        slots.setdefault(index // drawn.slot_size, []).append((len(prompt) + index, token))
+    fed = [(token, position, None, None) for position, token in enumerate(prompt)]
+    for number in drawn.clean:
+        slot = slots.pop(number)
+        for (position, token), following in zip(slot, [*slot[1:], None], strict=True):
+            fed.append((token, position, following and "ar", following and following[1]))
+    for number in sorted(slots):
+        fed += [(mask_token_id, position, "mdm", token) for position, token in slots[number]]
+    return fed
+
+
+def losses(examples, draws, mask_token_id, logits_of):
+    """(L_AR, L_MDM) as scalars; ``logits_of(i, fed)`` gives the logits [tokens, V] of example i."""
+    clean, per_example = [], []
+    for index, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
+        fed = feeding_order(example.prompt, example.response, drawn, mask_token_id)
+        masked = []
+        for row, (_, _, kind, label) in zip(logits_of(index, fed), fed, strict=True):
+            if kind is not None:
+                surprise = row.double().logsumexp(0) - row[label].double()
+                (clean if kind == "ar" else masked).append(surprise)
+        per_example.append(sum(ce / drawn.masking for ce in masked) / len(example.response))
+    l_ar = sum(clean) / len(clean) if clean else torch.tensor(0.0)
+    return l_ar, sum(per_example) / len(per_example)
+
+
+def one_token_at_a_time(model, fed):
+    """Logits [tokens, V]: each token is fed alone, behind a cache of those fed before it."""
+    cache, rows = DynamicCache(), []
+    for count, (token, position, _, _) in enumerate(fed, 1):
+        output = model(
+            input_ids=torch.tensor([[token]]),
+            position_ids=torch.tensor([[position]]),
+            attention_mask=torch.zeros(1, 1, 1, count),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rows.append(output.logits[0, 0])
+    return torch.stack(rows)

@@ -1,0 +1,1 @@
+"""Training of ReFusion models (algorithm section 6); imports no vLLM."""

@@ -1,0 +1,107 @@
+"""From examples to a batch: slots masked whole, clean slots in random order, masks behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORED = -100  # no label
+MIN_MASKING = 1e-3  # eps: the masking probability is never below
+MULTIPLE = 8  # rows are padded to it: attention kernels want masks aligned
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt, which may be empty, and of a response, EOS included."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decides about an example, each time it is seen.
+
+    Attributes:
+        slot_size: tokens per slot; the last slot of the response may be shorter.
+        masking: the probability p with which each slot was masked.
+        clean: numbers of the slots left clean, in the order they are fed.
+    """
+
+    slot_size: int
+    masking: float
+    clean: tuple[int, ...]
+
+
+def draw(length: int, slot_sizes: Sequence[int], generator: np.random.Generator) -> Draw:
+    """Draws slot size, masking and order for a response of ``length`` tokens."""
+    slot_size = slot_sizes[generator.integers(len(slot_sizes))]
+    masking = (1 - MIN_MASKING) * generator.random() + MIN_MASKING
+    kept = generator.random(-(-length // slot_size)) >= masking
+    return Draw(slot_size, masking, tuple(generator.permutation(np.flatnonzero(kept)).tolist()))
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """One row of a batch before padding; the lists are of the same length.
+
+    A label is what the token at its own index has to predict: nothing is shifted later.
+    ``mdm_weight`` multiplies the cross-entropy of each mask: 1 / (p * response length).
+    """
+
+    input_ids: list[int]
+    position_ids: list[int]
+    ar_labels: list[int]
+    mdm_labels: list[int]
+    mdm_weight: float = 0.0
+
+
+def sequence(example: Example, drawn: Draw, mask_token_id: int) -> Sequenced:
+    """The prompt, the clean slots in the order drawn, the masked slots in position order."""
+    start, response, size = len(example.prompt), example.response, drawn.slot_size
+    slots = range(-(-len(response) // size))
+    masked = [slot for slot in slots if slot not in set(drawn.clean)]
+    ids, positions = list(example.prompt), list(range(start))
+    ar, mdm = [IGNORED] * start, [IGNORED] * start
+    for slot in (*drawn.clean, *masked):
+        tokens = list(response[slot * size : (slot + 1) * size])
+        first = start + slot * size
+        positions += range(first, first + len(tokens))
+        nothing = [IGNORED] * len(tokens)
+        if slot in masked:
+            ids += [mask_token_id] * len(tokens)
+            ar += nothing
+            mdm += tokens
+        else:
+            ids += tokens
+            ar += tokens[1:] + [IGNORED]
+            mdm += nothing
+    return Sequenced(ids, positions, ar, mdm, 1 / (drawn.masking * len(response)))
+
+
+def autoregressive(example: Example) -> Sequenced:
+    """Plain next-token prediction of the response: the objective of an autoregressive twin."""
+    ids = [*example.prompt, *example.response]
+    unlabelled = max(0, len(example.prompt) - 1)
+    labels = [IGNORED] * unlabelled + ids[unlabelled + 1 :] + [IGNORED]
+    return Sequenced(ids, list(range(len(ids))), labels, [IGNORED] * len(ids))
+
+
+def collate(rows: Sequence[Sequenced], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch: ids, positions and labels int64 [B, L] padded at the end, mdm_weights float32 [B].
+
+    Padding comes after all that is real and has no labels, so a causal mask is all it needs.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    width = -(-longest // MULTIPLE) * MULTIPLE
+    fills = {"input_ids": pad_token_id, "position_ids": 0}
+    fills |= {"ar_labels": IGNORED, "mdm_labels": IGNORED}
+    batch = {}
+    for name, fill in fills.items():
+        padded = [[*(row := getattr(r, name)), *[fill] * (width - len(row))] for r in rows]
+        batch[name] = torch.tensor(padded)
+    batch["mdm_weights"] = torch.tensor([row.mdm_weight for row in rows])
+    return batch

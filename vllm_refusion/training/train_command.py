@@ -1,0 +1,96 @@
+"""``vllm-refusion train``: trains a ReFusion checkpoint, or an autoregressive twin."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "train a ReFusion checkpoint (see convert) on (query, response) pairs"
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a ReFusion checkpoint: a folder or a name on the hub")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help=".jsonl or .json files, or .gz of them"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--objective", help="refusion (default) or autoregressive")
+    what.add_argument("--from-scratch", action="store_true", default=None, help="random weights")
+    what.add_argument("--epochs", type=float, help="default: 4")
+    what.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
+    what.add_argument("--batch-size", type=int, help="examples a step, all devices; default: 64")
+    what.add_argument("--max-length", type=int, help="longer rows are left out; default: 4096")
+    what.add_argument("--slot-sizes", type=_sizes, help="default: 4,8,16,32")
+    what.add_argument("--ar-weight", type=float, help="default: 1")
+    what.add_argument("--mdm-weight", type=float, help="default: 1")
+    what.add_argument("--learning-rate", type=float, help="default: 2e-5")
+    what.add_argument("--schedule", help="cosine (default), linear or constant_with_warmup")
+    what.add_argument("--warmup-steps", type=int, help="default: 0")
+    what.add_argument("--weight-decay", type=float, help="default: 0")
+    what.add_argument("--max-grad-norm", type=float, help="default: 1")
+    what.add_argument("--bf16", action="store_true", default=None, help="mixed precision")
+    what.add_argument("--seed", type=int, help="of data order and masking; default: 0")
+    what.add_argument("--plain-prompt", action="store_true", default=None, help="no chat template")
+    what.add_argument("--template-options", type=json.loads, help="JSON, for the chat template")
+    how = parser.add_argument_group("how it is carried out")
+    how.add_argument("--micro-batch-size", type=int, help="examples per device; default: 8")
+    how.add_argument("--gradient-checkpointing", action="store_true", default=None)
+    how.add_argument("--workers", type=int, help="processes that prepare batches; default: 0")
+    how.add_argument("--log-every", type=int, help="steps; default: 10")
+    how.add_argument("--save-every", type=int, help="steps; default: 500")
+    how.add_argument("--dev", type=Path, nargs="+", help="files as for --data")
+    how.add_argument("--eval-every", type=int, help="steps; default: 500")
+    how.add_argument("--dev-decoded", type=int, help="dev problems decoded; default: 20")
+    how.add_argument("--dev-preset", help="how they are decoded; default: gsm8k")
+    how.add_argument("--dev-slot-size", type=int)
+    how.add_argument("--dev-block-length", type=int)
+    how.add_argument("--dev-slot-threshold", type=float)
+    how.add_argument("--dev-token-threshold", type=float)
+    how.add_argument("--max-tokens", type=int, help="of a decoded answer; default: 512")
+    how.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def settings_from(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(Recipe, Execution). Raises ValueError on values that are not allowed."""
+    from dataclasses import fields
+
+    from vllm_refusion.config import DecodingParams
+    from vllm_refusion.training.run import Execution, Recipe
+
+    def given(kind: type) -> dict[str, Any]:
+        values = {field.name: getattr(args, field.name, None) for field in fields(kind)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    if args.steps is not None and args.epochs is not None:
+        raise ValueError("either --steps or --epochs")
+    names = ("preset", "slot_size", "block_length", "slot_threshold", "token_threshold")
+    decoding = {name: getattr(args, f"dev_{name}") for name in names}
+    params = DecodingParams().updated({n: v for n, v in decoding.items() if v is not None})
+    execution = given(Execution) | {"dev_params": params, "progress": not args.quiet}
+    execution["dev"] = tuple(args.dev or ())
+    return Recipe(**given(Recipe)), Execution(**execution)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ValueError if settings, data or folder do not fit; says what."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise ValueError('training needs: pip install "vllm-refusion[train]"') from error
+    from vllm_refusion.training.run import train
+
+    recipe, execution = settings_from(args)
+    if train(recipe, execution, args.data, args.output, args.resume):
+        print(f"wrote {args.output}/model", file=sys.stderr)
+        return 0
+    print(f"interrupted; go on with --resume -o {args.output}", file=sys.stderr)
+    return 1

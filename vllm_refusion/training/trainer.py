@@ -1,0 +1,235 @@
+"""transformers' Trainer with the hybrid loss, and decoding of a dev set while training."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from vllm_refusion.config import DecodingParams
+from vllm_refusion.reference import decode
+from vllm_refusion.training.collator import Sequenced, collate
+from vllm_refusion.training.loss import CHUNK_ROWS, attach, label_counts
+
+
+class Problem(NamedTuple):
+    """A row of the dev set: its values, its prompt, and its sequence for the dev loss."""
+
+    values: Mapping[str, Any]
+    prompt: list[int]
+    row: Sequenced
+
+
+class Dev(NamedTuple):
+    """How the dev set is decoded.
+
+    Attributes:
+        params: of the reference decoder; None decodes token by token, for autoregressive models.
+        decoded: how many problems, from the first; all count for the loss.
+        samples: file that decoded texts are appended to.
+    """
+
+    problems: Sequence[Problem]
+    params: DecodingParams | None
+    decoded: int
+    max_tokens: int
+    samples: Path
+
+
+class ReFusionTrainer(Trainer):
+    """Both losses are means over an optimiser step's whole batch, however it is spread.
+
+    Logs ``loss_ar`` and ``loss_mdm`` beside ``loss``, and ``tokens_per_second`` fed, padding
+    included. ``evaluate`` gives both losses on the dev set and figures of decoding it.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: TrainingArguments,
+        pad_token_id: int,
+        examples: int,
+        loss_weights: tuple[float, float] = (1.0, 1.0),
+        chunk_rows: int = CHUNK_ROWS,
+        dev: Dev | None = None,
+        **options: Any,
+    ) -> None:
+        """``examples`` is the size of an epoch, for the log."""
+        attach(model, chunk_rows)
+        self._collate: Callable[..., dict] = lambda rows: collate(rows, pad_token_id)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collate,
+            eval_dataset=dev.problems if dev else None,
+            **options,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
+        self._examples, self._dev = examples, dev
+        self._loss_weights = torch.tensor(loss_weights, device=args.device)
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._losses = torch.zeros(2, device=self.args.device)
+        self._steps, self._tokens, self._since = 0, 0, time.monotonic()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        self._steps += 1
+        counts = sum(label_counts(batch).to(device) for batch in batch_samples)
+        return self.accelerator.gather(counts[None]).sum(0)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        losses = model(batch=inputs, counts=num_items_in_batch)
+        self._losses += losses.detach()
+        self._tokens += inputs["input_ids"].numel()
+        # Gradients are averaged over the processes, but their losses are parts of one sum.
+        return (losses * self._loss_weights).sum() * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.state.epoch = self.state.global_step * self._batch_size() / self._examples
+        if "loss" in logs and self._steps:
+            losses = self.accelerator.reduce(self._losses, "sum") / self._steps
+            logs["loss_ar"], logs["loss_mdm"] = losses.tolist()
+            seconds = time.monotonic() - self._since
+            logs["tokens_per_second"] = self._tokens * self.accelerator.num_processes / seconds
+            self._start_interval()
+        super().log(logs, start_time)
+
+    def _batch_size(self) -> int:
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Every process decodes all problems, since sharded models need all for a pass."""
+        began, model = time.monotonic(), self.model
+        training = model.training
+        model.eval()
+        metrics = self._dev_losses(model) | self._decode(model)
+        model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self._since += time.monotonic() - began
+        return metrics
+
+    def _dev_losses(self, model: Any) -> dict[str, float]:
+        rows, size = [p.row for p in self._dev.problems], self.args.per_device_eval_batch_size
+        batches = [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        counts = sum(label_counts(batch) for batch in batches).to(self.args.device)
+        batches = (self._prepare_inputs(batch) for batch in batches)
+        losses = sum(model(batch=batch, counts=counts) for batch in batches)
+        ar, mdm = losses.tolist()
+        return {"loss": (losses * self._loss_weights).sum().item(), "loss_ar": ar, "loss_mdm": mdm}
+
+    def _decode(self, model: Any) -> dict[str, float]:
+        dev, tokenizer, outcomes = self._dev, self.processing_class, []
+        for problem in dev.problems[: dev.decoded]:
+            tokens, passes = decode_one(model, tokenizer, problem.prompt, dev)
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            outcomes.append((len(tokens), passes, is_right(text, problem.values)))
+            if self.is_world_process_zero():
+                sample = {"step": self.state.global_step, "query": problem.values["query"]}
+                sample |= {"text": text, "tokens": len(tokens), "passes": passes}
+                with open(dev.samples, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        if not outcomes:
+            return {}
+        tokens, passes, right = (sum(column) for column in zip(*outcomes))
+        return {"tpf": tokens / passes, "right": right / len(outcomes)}
+
+
+def decode_one(model: Any, tokenizer: Any, prompt: list[int], dev: Dev) -> tuple[list[int], int]:
+    """The tokens of an answer and the passes that it took, the prompt's not counted."""
+    if dev.params is None:
+        ids = torch.tensor([prompt], device=model.device)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=dev.max_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        tokens = output[0, len(prompt) :].tolist()
+        return tokens, len(tokens)
+    decoded = decode(
+        model,
+        prompt,
+        dev.params,
+        mask_token_id=model.config.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_tokens=dev.max_tokens,
+    )
+    return decoded.tokens, len(decoded.passes)
+
+
+def is_right(text: str, values: Mapping[str, Any]) -> bool:
+    """What follows the last ``####`` is the row's ``answer``; without one: text is ``response``."""
+    if "answer" in values:
+        return text.split("####")[-1].strip() == str(values["answer"]).strip()
+    return text.strip() == values["response"].strip()
+
+
+class LogFile(TrainerCallback):
+    """Appends what is logged to a file, one JSON object a line; cut back where a run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        if state.is_world_process_zero and self._path.exists():
+            kept = [
+                line
+                for line in self._path.read_text().splitlines(keepends=True)
+                if json.loads(line)["step"] <= state.global_step
+            ]
+            self._path.write_text("".join(kept))
+
+    def on_log(self, args, state, control, logs: dict | None = None, **_: Any) -> None:
+        if state.is_world_process_zero:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class SaveWhenInterrupted(TrainerCallback):
+    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one ends at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.interrupted = True
+        signal.signal(number, self._handlers[number])
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        if args.world_size > 1:  # all stop after the same step
+            flag = torch.tensor(self.interrupted, dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
