@@ -1,0 +1,55 @@
+"""The step kernels compile for a GPU, also where there is none: the interpreter takes more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from vllm_refusion.triton_kernels import allocation, layout, transition
+
+kernel, constants = {
+    "transition": (transition._transition_kernel, {"CANVAS": 48, "LANES": 64}),
+    "layout": (layout._layout_kernel, {"BLOCK": 1024}),
+    "allocation": (allocation._allocate_kernel, {"LANES": 64}),
+}[sys.argv[1]]
+FLOATS = {"slot_threshold", "token_threshold", "confidence", "picked_prob", "given_prob"}
+LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "slot_mappings"}
+
+
+def type_of(name):
+    if name in constants:
+        return "constexpr"
+    if not name.endswith("_ptr"):
+        return "i32"
+    base = name.removesuffix("_ptr")
+    return "*fp32" if base in FLOATS else "*i64" if base in LONGS else "*i32"
+
+
+source = ASTSource(
+    fn=kernel,
+    signature={name: type_of(name) for name in kernel.arg_names},
+    constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+)
+assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.parametrize("kernel", ["transition", "layout", "allocation"])
+def test_compiles(kernel, tmp_path):
+    environment = dict(
+        os.environ,
+        TRITON_INTERPRET="0",
+        TRITON_BACKENDS_IN_TREE="1",  # keeps the package's interpreter off
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, kernel], env=environment, cwd=tmp_path, check=True
+    )
