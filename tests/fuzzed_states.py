@@ -6,9 +6,9 @@ import random
 
 import torch
 
-from vllm_refusion.decoding import DecodeState, Field, Phase, Status
+from vllm_refusion.decoding import ACCEPTANCE_WINDOW, DecodeState, Field, Phase, Status
 from vllm_refusion.riders import Speculation
-from vllm_refusion.triton_kernels.transition_reference import INFILLED, compose_reference
+from vllm_refusion.triton_kernels.compose_reference import INFILLED, OPEN, compose_reference
 
 MASK_TOKEN_ID = 23
 POISON = 1_000_003  # where nobody may look
@@ -70,8 +70,9 @@ class Fuzz:
         resume = rng.choice((Phase.START, *DECODING, Phase.DONE) if suspended else (phase,))
         if size == 1 and resume == Phase.INFILL:  # a single token is never infilled
             resume = Phase.VERIFY
-        status, limit = self.block(resume, size, length)
+        status, origin, limit = self.block(resume, size, length)
         state.status[slot] = torch.tensor(status)
+        state.origin[slot] = torch.tensor(origin)
         state.confidence[slot] = torch.tensor([self.probability() for _ in range(width)])
         state.slot_threshold[slot] = rng.choice(PROBABILITIES)
         state.token_threshold[slot] = rng.choice(PROBABILITIES)
@@ -101,6 +102,8 @@ class Fuzz:
             Field.KEPT: 0,
             Field.DRAW: rng.randrange(100),
             Field.PASSES: rng.randrange(100),
+            Field.TESTED: (tested := rng.randrange(ACCEPTANCE_WINDOW)),
+            Field.PASSED: rng.randint(0, tested),
         }
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL
@@ -108,7 +111,10 @@ class Fuzz:
         if phase == Phase.INFILL:
             slots = [s for s in status if s in INFILLED]
             leading = next(i for i, s in enumerate([*slots, None]) if s != Status.ACCEPTED)
-            state.ints[slot, Field.KEPT] = rng.randint(0, min(leading, len(slots) - 1))
+            first = next((p for p, s in enumerate(status) if s in OPEN), None)
+            if first is not None and origin[first] < first:  # the token before it is fed again
+                leading -= 1
+            state.ints[slot, Field.KEPT] = rng.randint(0, max(0, min(leading, len(slots) - 1)))
         if resume == Phase.START:
             first = min(block_length, budget)
             state.ints[slot, [Field.ROWS, Field.CANVAS]] = first
@@ -137,8 +143,10 @@ class Fuzz:
             rows = rng.choice((needed, canvas, rng.randint(needed, width)))
         return rows, rows
 
-    def block(self, phase: Phase, size: int, length: int) -> tuple[list[int], int | None]:
-        """Statuses of a block of ``length`` positions in ``phase``; where EOS cut it, if it did."""
+    def block(
+        self, phase: Phase, size: int, length: int
+    ) -> tuple[list[int], list[int], int | None]:
+        """A block of ``length`` positions in ``phase``: statuses, origins, where EOS cut it."""
         rng = self.rng
         kinds = {
             Phase.PLAN: (Status.MASKED,),
@@ -151,13 +159,20 @@ class Fuzz:
         if kinds:
             of_slot[needed] = kinds[0]
         status = [s for s in of_slot for _ in range(size)]
+        origin = [p - p % size for p in range(self.state.canvas_length)]
         if phase == Phase.INFILL:
             for index, kind in enumerate(of_slot):
                 if kind == Status.CHOSEN:
                     done = rng.randint(1, size - 1 if index == needed else size)
                     slot = slice(index * size, index * size + size)
-                    kind = rng.choice((Status.CHOSEN, Status.BLANK))
-                    status[slot] = [Status.ACCEPTED] * done + [kind] * (size - done)
+                    proposed = rng.choice((0, size - done, rng.randint(0, size - done)))
+                    kinds = (Status.ACCEPTED, Status.CHOSEN, Status.BLANK)
+                    counts = (done, proposed, size - done - proposed)
+                    status[slot] = [s for s, n in zip(kinds, counts) for _ in range(n)]
+                    begun = rng.choice(
+                        (done, rng.randint(0 if proposed == size - done else 1, done))
+                    )
+                    origin[slot] = [index * size + begun] * size
         limit = None
         if needed + 1 < count and rng.random() < 0.3:
             limit = rng.randint((needed + 1) * size + 1, length)
@@ -169,7 +184,7 @@ class Fuzz:
                 s if s == Status.COMMITTED and p // size * size != ending else Status.DROPPED
                 for p, s in enumerate(status[limit:], limit)
             ]
-        return status + [Status.DROPPED] * (self.state.canvas_length - length), limit
+        return status + [Status.DROPPED] * (self.state.canvas_length - length), origin, limit
 
 
 def tensors(state: DecodeState) -> dict[str, torch.Tensor]:

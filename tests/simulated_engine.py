@@ -308,7 +308,7 @@ class SimulatedEngine:
         if not self._chance(self.weather.riders):
             return Speculation()
         free = self.random.choice((0, self.state.canvas_length, self.random.randint(0, 200)))
-        return Speculation(free, self.random.choice((0, 8, 100)))
+        return Speculation(free, self.random.choice((0, 3, 30, 300)))
 
     def _deliver(self, job: _Job, tokens: list[int]) -> None:
         if self._chance(self.weather.lose):

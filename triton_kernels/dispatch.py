@@ -50,22 +50,23 @@ def _load(twins: bool) -> Operations:
     if twins:
         from vllm_refusion.triton_kernels import allocation_reference as allocation
         from vllm_refusion.triton_kernels import attention_reference as attention
-        from vllm_refusion.triton_kernels import replay_reference
+        from vllm_refusion.triton_kernels import layout_reference, replay_reference
         from vllm_refusion.triton_kernels import stats_reference as stats
-        from vllm_refusion.triton_kernels import transition_reference as steps
+        from vllm_refusion.triton_kernels import transition_reference as transitions
 
         return Operations(
             canvas_attention=attention.canvas_attention_reference,
             write_kv=attention.write_kv_reference,
             token_stats=stats.token_stats_reference,
-            layout=steps.layout_reference,
-            transition=steps.transition_reference,
+            layout=layout_reference.layout_reference,
+            transition=transitions.transition_reference,
             allocate=allocation.allocate_reference,
             replay_stats=replay_reference.replay_stats_reference,
         )
     from vllm_refusion.triton_kernels import (
         allocation,
         canvas_attention,
+        layout,
         replay,
         token_stats,
         transition,
@@ -76,7 +77,7 @@ def _load(twins: bool) -> Operations:
         canvas_attention=canvas_attention.canvas_attention,
         write_kv=write_kv.write_kv,
         token_stats=token_stats.token_stats,
-        layout=transition.layout,
+        layout=layout.layout,
         transition=transition.transition,
         allocate=allocation.allocate,
         replay_stats=replay.replay_stats,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.decoding import DecodeState
+from vllm_refusion.triton_kernels.layout_reference import UNSEEN
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
@@ -25,7 +26,6 @@ from vllm_refusion.triton_kernels.state_codes import (
     REPLAY,
     START,
 )
-from vllm_refusion.triton_kernels.transition_reference import UNSEEN
 
 _UNSEEN = tl.constexpr(UNSEEN)
 ROWS_PER_TILE = 1024

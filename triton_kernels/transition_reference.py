@@ -1,4 +1,4 @@
-"""PyTorch twins of the layout and transition kernels: one request at a time, plain Python.
+"""PyTorch twin of the kernel in ``transition``: one request at a time, plain Python.
 
 The state and its fields are described in ``vllm_refusion.decoding``.
 """
@@ -6,90 +6,12 @@ The state and its fields are described in ``vllm_refusion.decoding``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from vllm_refusion.decoding import Counter, DecodeState, Field, Phase, Status
-from vllm_refusion.riders import (
-    CERTAIN,
-    LARGEST_COST,
-    LEVELS,
-    MAX_RIDERS,
-    NO_RIDERS,
-    Speculation,
-    chance_table,
-    cost_table,
-)
-
-INFILLED = (Status.CHOSEN, Status.BLANK, Status.ACCEPTED)  # positions of slots in infill
-UNSEEN = 2**31 - 1  # own_start of a row that sees nothing
-
-
-def layout_reference(
-    state: DecodeState,
-    idx_mapping: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    num_computed: torch.Tensor,
-    input_ids: torch.Tensor,
-    positions: torch.Tensor,
-    visibility: torch.Tensor,
-    slot_mappings: torch.Tensor,
-) -> None:
-    """Places the rows of one pass: RoPE positions, visibility, KV writes, replayed tokens.
-
-    Args:
-        idx_mapping: [R] int64, request slot of each batch row.
-        query_start_loc: [R+1] int32.
-        num_computed: [max_requests] int32, KV entries of each request before this pass.
-        input_ids: [N] int; rows that replay committed tokens are overwritten, others left alone.
-        positions: [N] int64, out: RoPE positions.
-        visibility: [N, 4] int32, out: see ``canvas_attention``.
-        slot_mappings: [groups, N] int64: set to -1 for rows whose KV must not be written.
-    """
-    starts = query_start_loc.tolist()
-    for row, slot in enumerate(idx_mapping.tolist()):
-        start, end = starts[row], starts[row + 1]
-        ints = state.ints[slot].tolist()
-        prompt_len, context = ints[Field.PROMPT_LEN], int(num_computed[slot])
-        phase = ints[Field.PHASE]
-        length = end - start
-        kv = torch.arange(context, context + length, dtype=torch.int32)
-        see = torch.zeros(length, 4, dtype=torch.int32)
-        if phase in (Phase.PREFILL, Phase.REPLAY):
-            entry = (kv - prompt_len).long()
-            replayed = entry >= 0
-            # the first plan may be fed with the end of the prompt
-            plans = phase == Phase.PREFILL and ints[Field.RESUME] == Phase.START
-            plans &= context + length - prompt_len >= ints[Field.ROWS]
-            used = entry < (ints[Field.ROWS] if plans else ints[Field.COMMITTED])
-            used |= ~replayed
-            replayed &= entry < ints[Field.COMMITTED]
-            entry = entry.clamp(0, state.max_response - 1)
-            position = torch.where(replayed, state.order[slot, entry], kv - prompt_len)
-            group = torch.where(replayed, state.group_context[slot, entry], -1)
-            in_slot = position % max(ints[Field.SLOT_SIZE], 1)
-            isolated = group >= 0
-            see[:, 0] = torch.where(isolated, prompt_len + group, 0)
-            see[:, 3] = torch.where(isolated, kv - in_slot, 0)
-            tokens = state.response[slot, position.clamp_min(0).long()]
-            rewrite = replayed & used
-            input_ids[start:end][rewrite] = tokens[rewrite].to(input_ids.dtype)
-        else:
-            width = min(length, state.canvas_length)
-            used = torch.zeros(length, dtype=torch.bool)
-            position = torch.zeros(length, dtype=torch.int32)
-            if phase not in (Phase.IDLE, Phase.DONE) and length >= ints[Field.ROWS]:
-                position[:width] = state.row_position[slot, :width]
-                used[: ints[Field.CANVAS]] = True
-            see[:width, 0] = context + state.row_context[slot, :width]
-            see[:width, 1] = context + state.row_run_start[slot, :width]
-            see[:width, 2] = context + state.row_run_end[slot, :width]
-            see[:width, 3] = context + state.row_own_start[slot, :width]
-        see[~used] = torch.tensor([0, 0, 0, UNSEEN], dtype=torch.int32)
-        positions[start:end] = torch.where(used, prompt_len + position, 0)
-        visibility[start:end] = see
-        slot_mappings[:, start:end].masked_fill_(~used, -1)
+from vllm_refusion.decoding import ACCEPTANCE_WINDOW, Counter, DecodeState, Field, Phase, Status
+from vllm_refusion.riders import NO_RIDERS, Speculation
+from vllm_refusion.triton_kernels.compose_reference import INFILLED, OPEN, Request
 
 
 def transition_reference(
@@ -122,7 +44,7 @@ def transition_reference(
         sampled: [R, W] int, out: tokens newly contiguous in position order.
         num_sampled: [R] int32, out: their number.
         num_rejected: [R] int32, out: query rows whose KV is not kept.
-        speculation: which riders the next canvas takes.
+        speculation: which rows the next canvas takes.
     """
     starts = query_start_loc.tolist()
     first_logit = logits_start.tolist()
@@ -149,52 +71,10 @@ def transition_reference(
         step.save()
 
 
-def compose_reference(state: DecodeState, slot: int, speculation: Speculation) -> None:
-    """Writes the canvas of one request, whose other fields are set, and ROWS and CANVAS."""
-    step = _Step.load(state, slot, speculation)
-    step.compose()
-    step.save()
-
-
-class _Row(NamedTuple):
-    """A canvas row, see ``DecodeState``."""
-
-    token: int
-    position: int
-    draw: int
-    context: int = 0
-    run_start: int = 0
-    run_end: int = 0
-    own_start: int = 0
-
-
-class _Rider(NamedTuple):
-    """A rider that the canvas could take, at block position ``at``; see ``rider_row``."""
-
-    at: int
-    chance: int
-    positions: list[int]  # response positions of its masks
-    draw: int
-    run: tuple[int, int]
-    context: int = 0
-
-    @property
-    def score(self) -> int:
-        return self.chance * 256 // len(self.positions)
-
-
 @dataclass
-class _Step:
-    """One pass of one request. Fields are updated in place and written back by ``save``."""
+class _Step(Request):
+    """One pass of one request."""
 
-    state: DecodeState
-    slot: int
-    speculation: Speculation
-    ints: list[int]
-    status: list[int]
-    token: list[int]
-    rounds: list[int]
-    confidence: torch.Tensor
     query_len: int = 0
     fed: int = 0
     computed: int = 0
@@ -202,16 +82,17 @@ class _Step:
     picked: list[int] | None = None
     picked_prob: torch.Tensor | None = None
     given_prob: torch.Tensor | None = None
-
-    @classmethod
-    def load(cls, state: DecodeState, slot: int, speculation: Speculation) -> _Step:
-        names = ("ints", "status", "token", "rounds")
-        lists = [getattr(state, name)[slot].tolist() for name in names]
-        return cls(state, slot, speculation, *lists, state.confidence[slot].clone())
+    passed: int = 0  # of the tokens tested
+    tested: int = 0
 
     def run(self) -> int:
         """Decides, builds the next canvas; returns how many leading rows keep their KV."""
         ints, phase = self.ints, Phase(self.ints[Field.PHASE])
+        self.canvas_row, self.rider_row, self.rider_width = (
+            column[self.slot].tolist()
+            for column in (self.state.canvas_row, self.state.rider_row, self.state.rider_width)
+        )
+        self.first_rider = ints[Field.ROWS]
         if phase == Phase.PREFILL:
             if self.computed + self.query_len >= self.prefill_len:
                 self._resume(self.prefill_len - ints[Field.PROMPT_LEN])
@@ -229,11 +110,6 @@ class _Step:
         ints[Field.PASSES] += 1
         self._count(Counter.ROWS_FED, self.fed)
         self._count(Counter.RIDER_ROWS_FED, self.fed - ints[Field.ROWS])
-        self.members = [
-            p - ints[Field.BLOCK_START]
-            for p in self.state.row_position[self.slot, : ints[Field.ROWS]].tolist()
-        ]
-        self.rider_row = self.state.rider_row[self.slot].tolist()
         if phase == Phase.PLAN:
             self._count(Counter.PLAN)
             self._plan(0)
@@ -242,18 +118,12 @@ class _Step:
             self._count(Counter.VERIFY)
             kept = self._verify()
         else:
-            blank = Status.BLANK in self.status
-            self._count(Counter.PREDICT if blank else Counter.INFILL_VERIFY)
-            kept = self._infill(blank)
+            self._count(Counter.PREDICT if self._waiting() else Counter.INFILL_VERIFY)
+            kept = self._infill()
         self._ride_predicts()
+        self._learn()
         self.compose()
         return kept
-
-    def save(self) -> None:
-        state, slot = self.state, self.slot
-        for name in ("ints", "status", "token", "rounds"):
-            getattr(state, name)[slot] = torch.tensor(getattr(self, name), dtype=torch.int32)
-        state.confidence[slot] = self.confidence
 
     def emit(self, limit: int) -> list[int]:
         """Tokens newly contiguous in position order, at most ``limit``."""
@@ -279,7 +149,7 @@ class _Step:
         ints = self.ints
         size = ints[Field.SLOT_SIZE]
         ints[Field.DRAW] += 1
-        rows = dict(enumerate(self._positions(Status.MASKED), first_row))
+        rows = dict(enumerate(self.positions(Status.MASKED), first_row))
         certainty = {row: float(self.picked_prob[row]) for row in list(rows)[::size]}
         threshold = float(self.state.slot_threshold[self.slot])
         chosen = [row for row in certainty if certainty[row] > threshold]
@@ -287,84 +157,149 @@ class _Step:
             chosen = [max(certainty, key=lambda row: (certainty[row], -row))]
         for first in chosen:
             for row in range(first, first + size):
-                self._pick(rows[row], row)
+                self._pick(rows[row], row, origin=rows[first])
+        self._count(Counter.SLOTS_CHOSEN, len(chosen))
         ints[Field.PHASE] = Phase.VERIFY
 
-    def _pick(self, position: int, row: int) -> None:
+    def _pick(self, position: int, row: int, origin: int) -> None:
         self.status[position] = Status.CHOSEN
         self.token[position] = self.picked[row]
         self.confidence[position] = self.picked_prob[row]
+        self.origin[position] = origin
 
     def _verify(self) -> int:
-        ints, members = self.ints, self.members
-        size, count = ints[Field.SLOT_SIZE], len(members)
-        for position in members:
-            self.rounds[position] = 0
-        passed = [self._passes(row) or members[row] % size == 0 for row in range(count)]
-        accepted = next((row for row in range(count) if not passed[row]), count)
-        eos = self._first_eos(members[:accepted])
+        ints = self.ints
+        size = ints[Field.SLOT_SIZE]
+        fed = [p for p, row in enumerate(self.canvas_row) if row >= 0]
+        slots = self.by_slot(self.positions(Status.CHOSEN))
+        runs = [self._run(positions) for positions in slots]
+        accepted = 0  # of all slots' tokens
+        for positions, run in zip(slots, runs):
+            accepted += run
+            if run < len(positions):
+                break
+        for p in sum(slots, []):
+            self.rounds[p] = 0
+        eos = self._first_eos(fed[:accepted])
         if eos is not None:
-            kept = members.index(eos) + 1
-            self._commit(members[:kept], isolated=False)
+            kept = fed.index(eos) + 1
+            self._commit(fed[:kept], isolated=False)
             self._cut_after(eos)
-        else:
-            kept = accepted // size * size
-            if not kept:
-                for row, position in enumerate(members):
-                    slot_rows = range(row - position % size, row + 1)
-                    whole = all(passed[r] for r in slot_rows)
-                    self.status[position] = Status.ACCEPTED if whole else Status.BLANK
-                self._accept_eos()
-                ints[Field.PHASE] = Phase.INFILL
-                ints[Field.KEPT] = self._keepable(set(members))
-                return ints[Field.KEPT]
-            self._commit(members[:kept], isolated=False)
-            for position in members[kept:]:
+            self._after_commit(None)
+            return kept
+        kept = accepted // size * size
+        if kept:
+            self._commit(fed[:kept], isolated=False)
+            for position in fed[kept:]:
                 self.status[position] = Status.MASKED
-        self._after_commit(None if eos is not None else members[kept - size])
-        return kept
+            self._after_commit(fed[kept - size])
+            return kept
+        for positions, run in zip(slots, runs):
+            self._accept(positions, run)
+        self._accept_eos()
+        ints[Field.PHASE] = Phase.INFILL
+        ints[Field.KEPT] = self._keepable()
+        return ints[Field.KEPT]
 
-    def _infill(self, blank: bool) -> int:
-        ints, size = self.ints, self.ints[Field.SLOT_SIZE]
-        before = list(self.status)
-        for row, position in enumerate(self.members):
-            if before[position] == Status.BLANK:
-                self._pick(position, row)
-                self.rounds[position] += 1
-            if before[position] != Status.CHOSEN:
-                continue
-            # the row before it in its slot is accepted: always so for the first proposal
-            is_first = position % size == 0 or before[position - 1] == Status.ACCEPTED
-            reached = is_first or self.status[position - 1] == Status.ACCEPTED
-            passed = is_first or (reached and self._passes(row))
-            self.status[position] = Status.ACCEPTED if passed else Status.BLANK
+    def _infill(self) -> int:
+        ints = self.ints
+        waiting = self._waiting()
+        for positions in self.by_slot(self.positions(Status.CHOSEN)):
+            self._accept(positions, self._run(positions))
+        for blank in waiting:
+            fed = sum(self.canvas_row[p] >= 0 for p in blank)
+            if fed:
+                self._propose(blank, fed, self.canvas_row[blank[0]])
         eos = self._accept_eos()
-        kept = self._keepable({p for p in self.members if before[p] != Status.BLANK})
+        kept = self._keepable()
         ints[Field.KEPT] += kept
-        slots = self._positions(*INFILLED)
+        slots = self.positions(*INFILLED)
         if ints[Field.KEPT] >= len(slots):
-            ints[Field.DRAW] += max(self.rounds[p] for p in slots)
+            rounds = max(self.rounds[p] for p in slots)
+            ints[Field.DRAW] += rounds
+            self._count(Counter.INFILLS)
+            self._count(Counter.INFILL_ROUNDS, rounds)
             self._commit(slots, isolated=True)
             ints[Field.KEPT] = 0
-            last_slot = slots[-1] - slots[-1] % size
+            last_slot = slots[-1] - slots[-1] % ints[Field.SLOT_SIZE]
             self._after_commit(None if eos is not None else last_slot)
         return kept
 
-    def _keepable(self, fed_as_tokens: set[int]) -> int:
+    def _run(self, proposals: list[int]) -> int:
+        """How many of a slot's proposals are accepted in this pass."""
+        run = tested = 0
+        for p in proposals:
+            row = self.canvas_row[p]
+            if row < 0:
+                break
+            if self.origin[p] != p:
+                tested += 1
+                # the row before gives this row's token its probability
+                probability = self.given_prob[row - 1] if row > 0 else -1.0
+                if not probability > self.state.token_threshold[self.slot]:
+                    self.passed -= 1
+                    break
+            run += 1
+        self.tested += tested
+        self.passed += tested
+        return run
+
+    def _learn(self) -> None:
+        """Counts the tokens tested and passed, those of late for the request itself."""
+        ints = self.ints
+        self._count(Counter.TOKENS_TESTED, self.tested)
+        self._count(Counter.TOKENS_PASSED, self.passed)
+        ints[Field.TESTED] += self.tested
+        ints[Field.PASSED] += self.passed
+        if ints[Field.TESTED] >= ACCEPTANCE_WINDOW:
+            ints[Field.TESTED] //= 2
+            ints[Field.PASSED] //= 2
+
+    def _accept(self, proposals: list[int], run: int) -> None:
+        """Accepts the first of a slot's proposals; if one failed, an operation starts there."""
+        for p in proposals[:run]:
+            self.status[p] = Status.ACCEPTED
+        if run == len(proposals) or self.canvas_row[proposals[run]] < 0:
+            return  # the others are not tested yet
+        size, failed = self.ints[Field.SLOT_SIZE], proposals[run]
+        for p in range(failed, failed - failed % size + size):
+            if self.status[p] in OPEN:
+                self.status[p] = Status.BLANK
+                self.origin[p] = failed
+
+    def _propose(self, blank: list[int], count: int, first_row: int) -> None:
+        """Takes ``count`` proposals for the blank positions of a slot."""
+        if self.origin[blank[0]] == blank[0]:  # the operation begins
+            for p in blank:
+                self.rounds[p] += 1
+        for row, p in enumerate(blank[:count], first_row):
+            self._pick(p, row, self.origin[p])
+
+    def _ride_predicts(self) -> None:
+        """Takes the proposals for slots whose rider is in the canvas."""
+        for blank in self._waiting():
+            row, width = self.rider_row[blank[0]], self.rider_width[blank[0]]
+            if row < 0 or row + width > self.fed:
+                continue
+            if row >= self.first_rider:
+                self._count(Counter.PREDICTS_RIDDEN)
+            self._propose(blank, width, row)
+
+    def _keepable(self) -> int:
         """Leading canvas rows that hold accepted tokens and are the next in commit order."""
-        following = self._positions(*INFILLED)[self.ints[Field.KEPT] :]
-        for row, (position, expected) in enumerate(zip(self.members, following)):
-            final = position in fed_as_tokens and self.status[position] == Status.ACCEPTED
-            if position != expected or not final:
+        following = self.positions(*INFILLED)[self.ints[Field.KEPT] :]
+        for row, p in enumerate(following):
+            final = self.status[p] == Status.ACCEPTED and self.canvas_row[p] == row
+            if not final or self._is_asked(p):
                 return row
-        return min(len(self.members), len(following))
+        return len(following)
 
-    def _passes(self, row: int) -> bool:
-        """Whether the row before gives this row's token more than the token threshold."""
-        return row > 0 and bool(self.given_prob[row - 1] > self.state.token_threshold[self.slot])
-
-    def _positions(self, *statuses: Status) -> list[int]:
-        return [p for p, status in enumerate(self.status) if status in statuses]
+    def _is_asked(self, position: int) -> bool:
+        """Whether the token's row will be asked about the token behind it."""
+        behind = position + 1
+        if behind % self.ints[Field.SLOT_SIZE] == 0 or self.status[behind] not in OPEN:
+            return False
+        return self.origin[behind] != behind
 
     def _first_eos(self, positions: list[int]) -> int | None:
         eos = self.ints[Field.EOS]
@@ -372,7 +307,7 @@ class _Step:
 
     def _accept_eos(self) -> int | None:
         """Cuts the infill after the first accepted EOS, if there is one."""
-        eos = self._first_eos(self._positions(Status.ACCEPTED))
+        eos = self._first_eos(self.positions(Status.ACCEPTED))
         if eos is not None:
             self._cut_after(eos)
         return eos
@@ -411,36 +346,18 @@ class _Step:
                 return
             self._start_block(start)
         first_row = -1 if last_slot is None else self.rider_row[last_slot]
-        if first_row >= 0 and first_row + len(self._positions(Status.MASKED)) <= self.fed:
+        if first_row >= 0 and first_row + len(self.positions(Status.MASKED)) <= self.fed:
             self._count(Counter.PLANS_RIDDEN)
             self._plan(first_row)
-
-    def _ride_predicts(self) -> None:
-        """Takes the proposals for slots whose rider is in the canvas."""
-        size = self.ints[Field.SLOT_SIZE]
-        slots: dict[int, list[int]] = {}
-        for position in self._positions(Status.BLANK):
-            slots.setdefault(position // size, []).append(position)
-        for positions in slots.values():
-            first_row = self.rider_row[positions[0]]
-            if first_row < 0 or first_row + len(positions) > self.fed:
-                continue
-            self._count(Counter.PREDICTS_RIDDEN)
-            for row, position in enumerate(positions, first_row):
-                self._pick(position, row)
-                self.rounds[position] += 1
 
     def _start_block(self, start: int) -> None:
         ints = self.ints
         ints[Field.BLOCK_START] = start
-        length = self._block_length_at(start)
+        length = self.block_length_at(start)
         width = self.state.canvas_length
         self.status = [Status.MASKED if p < length else Status.DROPPED for p in range(width)]
         self.token = [0] * width
         ints[Field.PHASE] = Phase.PLAN
-
-    def _block_length_at(self, start: int) -> int:
-        return min(self.ints[Field.BLOCK_LENGTH], self.ints[Field.BUDGET] - start)
 
     def _resume(self, done: int) -> None:
         """After ``done`` committed tokens have been fed again: replay the rest, or go on."""
@@ -458,121 +375,5 @@ class _Step:
             if ints[Field.PHASE] == Phase.INFILL:  # no accepted token is kept any more
                 self.compose()
 
-    def compose(self) -> None:
-        """Writes the next canvas: the rows that the phase needs, then riders while they pay."""
-        ints, state, slot = self.ints, self.state, self.slot
-        rows = self._phase_rows()
-        ints[Field.ROWS] = len(rows)
-        rider_row = [-1] * state.canvas_length
-        candidates = self._riders(rows) if self.speculation != NO_RIDERS else []
-        candidates.sort(key=lambda rider: (-rider.score, rider.at))
-        free, price = self.speculation
-        for rider in candidates[:MAX_RIDERS]:
-            width, start = len(rider.positions), len(rows)
-            pays = start + width <= free or rider.chance * (width + price) > width * CERTAIN
-            if rider.score <= 0 or not pays or start + width > state.canvas_length:
-                continue
-            rider_row[rider.at] = start
-            rows += [
-                _Row(state.mask_token_id, position, rider.draw, rider.context, *rider.run, start)
-                for position in rider.positions
-            ]
-        ints[Field.CANVAS] = len(rows)
-        state.rider_row[slot] = torch.tensor(rider_row, dtype=torch.int32)
-        state.row_position[slot] = -1
-        for name, values in zip(_Row._fields, zip(*rows)):
-            target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
-            target[slot, : len(rows)] = torch.tensor(values, dtype=target.dtype)
-
-    def _phase_rows(self) -> list[_Row]:
-        ints, mask = self.ints, self.state.mask_token_id
-        start, draw, size = ints[Field.BLOCK_START], ints[Field.DRAW], ints[Field.SLOT_SIZE]
-        if ints[Field.PHASE] == Phase.PLAN:
-            return [_Row(mask, start + p, draw) for p in self._positions(Status.MASKED)]
-        if ints[Field.PHASE] == Phase.VERIFY:
-            return [_Row(self.token[p], start + p, draw) for p in self._positions(Status.CHOSEN)]
-        if ints[Field.PHASE] != Phase.INFILL:
-            return []
-        members = self._positions(*INFILLED)[ints[Field.KEPT] :]
-        if Status.BLANK in self.status:  # nothing can be committed: complete slots stay out
-            active = {p // size for p in self._positions(Status.CHOSEN, Status.BLANK)}
-            members = [p for p in members if p // size in active]
-        return [
-            _Row(
-                mask if self.status[p] == Status.BLANK else self.token[p],
-                start + p,
-                draw + self.rounds[p],
-                context=-ints[Field.KEPT],
-                own_start=row - p % size,
-            )
-            for row, p in enumerate(members)
-        ]
-
-    def _riders(self, rows: list[_Row]) -> list[_Rider]:
-        """All riders that could follow the rows of the phase, with their chances."""
-        ints, status = self.ints, self.status
-        size, start, draw = ints[Field.SLOT_SIZE], ints[Field.BLOCK_START], ints[Field.DRAW]
-        verifies = ints[Field.PHASE] == Phase.VERIFY
-        if not verifies and ints[Field.PHASE] != Phase.INFILL:
-            return []
-        members = [row.position - start for row in rows]
-        costs, total = [], 0  # before each row and after the last
-        for p in members:
-            costs.append(total)
-            untested = p % size == 0 or status[p - 1] == Status.ACCEPTED
-            if status[p] == Status.CHOSEN and not untested:
-                total += self._cost(p)
-        costs.append(total)
-        opens = [row for row, p in enumerate(members) if not row or p % size == 0]
-        closes = [*opens[1:], len(members)]
-
-        riders = []
-        for opening, closing in zip(opens, closes):
-            first = members[opening]
-            if verifies:
-                following = costs[min(closing + size, len(members))]
-                chance = _chance(costs[closing])
-                chance -= _chance(following) if closing < len(members) else 0
-                riders.append(self._plan_rider(first, chance, closing, draw))
-            if opening > 0 and verifies:
-                continue
-            for row in range(opening + 1, closing):
-                if status[members[row]] != Status.CHOSEN:
-                    continue
-                chance = _chance(costs[row] - costs[opening])
-                chance -= _chance(costs[row + 1] - costs[opening])
-                positions = [row.position for row in rows[row:closing]]
-                at = members[row]
-                run = (row - at % size, row)
-                rider_draw = draw if verifies else draw + self.rounds[at]
-                riders.append(_Rider(at, chance, positions, rider_draw, run, -ints[Field.KEPT]))
-        if not verifies and Status.BLANK not in status:
-            draw += max(self.rounds[p] for p in self._positions(*INFILLED))
-            last = members[-1] - members[-1] % size
-            riders.append(self._plan_rider(last, _chance(total), len(members), draw))
-        return [rider for rider in riders if rider.positions]
-
-    def _plan_rider(self, last_slot: int, chance: int, committed: int, draw: int) -> _Rider:
-        """The plan if ``last_slot`` is the last one committed, with so many rows in all."""
-        ints = self.ints
-        start, size = ints[Field.BLOCK_START], ints[Field.SLOT_SIZE]
-        back = [p for p in self._positions(Status.CHOSEN) if p >= last_slot + size]
-        back = back if ints[Field.PHASE] == Phase.VERIFY else []
-        positions = [start + p for p in sorted(self._positions(Status.MASKED) + back)]
-        if not positions:
-            start += ints[Field.BLOCK_LENGTH]
-            if start < ints[Field.LIMIT]:
-                positions = list(range(start, start + self._block_length_at(start)))
-        return _Rider(last_slot, chance, positions, draw, (0, committed))
-
-    def _cost(self, position: int) -> int:
-        """See ``riders.py``."""
-        level = float(self.confidence[position]) * LEVELS
-        return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]
-
     def _count(self, counter: Counter, amount: int = 1) -> None:
         self.state.counters[counter] += amount
-
-
-def _chance(cost: int) -> int:
-    return chance_table()[min(cost, LARGEST_COST)]

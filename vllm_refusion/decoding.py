@@ -19,16 +19,21 @@ REPLAY          committed tokens after a       nothing: rebuilds the KV         
 The rows kept are always a prefix of the canvas, so the KV of a committed token is written once, at
 the index it will have for ever: index = commit order, RoPE position = prompt + response position.
 
-Behind them, up to CANVAS, the canvas may carry *riders*: the masks of an operation that comes next
-if this pass turns out in one certain way, each seeing what it would see then. If it does, that
-operation is done in the same pass. A rider is either
+Where rows are dear, an operation of an infill (or the verification of a single slot) is fed piece
+by piece: tokens behind those under test, and masks behind those proposed for, wait until they are
+needed. If they are, an accepted token is fed again to test the one behind it, and the operation's
+masks are fed again for its other masks to see.
+
+Behind the rows of the phase, up to CANVAS, the canvas may carry *riders*: the masks of an operation
+that comes next if this pass turns out in one certain way, each seeing what it would see then. If it
+does, that operation is done in the same pass. A rider is either
 
 - the next plan, if just the slots up to a certain one are committed, or
 - the next predict of a slot, if just its tokens up to a certain one are accepted.
 
-Riders change the number of passes and never a token: an operation's rows are the same tokens at the
-same positions that see the same, whichever pass feeds them. The slots of an infill do not see each
-other, so that one may be a step ahead of another.
+All this changes the number of passes and rows and never a token: an operation's rows are the same
+tokens at the same positions that see the same, whichever pass feeds them. The slots of an infill do
+not see each other, so that one may be a step ahead of another.
 
 Within a block everything is kept *by block position* (0 .. block_length-1); canvas rows are the
 positions that take part, in ascending order. Positions written ``response position`` count from the
@@ -89,6 +94,8 @@ class Field(IntEnum):
     PASSES = 14  # forward passes made, prompt and replay excluded
     CANVAS = 15  # rows of the present canvas with its riders
     KEPT = 16  # accepted tokens of the present infill whose KV is final: the first in commit order
+    TESTED = 17  # tokens tested of late
+    PASSED = 18  # of TESTED
 
 
 class Counter(IntEnum):
@@ -105,8 +112,14 @@ class Counter(IntEnum):
     RIDER_ROWS_FED = 8  # of ROWS_FED
     PLANS_RIDDEN = 9  # plans that needed no pass of their own
     PREDICTS_RIDDEN = 10  # proposals for a slot that needed no pass of their own
+    SLOTS_CHOSEN = 11  # by plans
+    TOKENS_TESTED = 12  # against the token threshold
+    TOKENS_PASSED = 13  # of TOKENS_TESTED
+    INFILLS = 14  # completed
+    INFILL_ROUNDS = 15  # of completed infills: the most predicts that one of its slots took
 
 
+ACCEPTANCE_WINDOW = 128  # TESTED and PASSED are halved when so many have been tested
 MAX_STOP_IDS = 64  # stop token ids that min_tokens can hold back, per request
 
 
@@ -120,9 +133,13 @@ class DecodeState:
         status, token: [R, W] int32, by block position.
         confidence: [R, W] float32, by block position: probability of ``token`` when it was picked.
         rounds: [R, W] int32, by block position: predict operations of its slot in this infill.
-        rider_row: [R, W] int32, by block position: the first canvas row of a rider, -1 for none.
-            At the first position of a slot: the plan if that slot is the last to be committed. At
-            another: the predict of its slot if that is the first position not accepted.
+        origin: [R, W] int32, by block position that has or awaits a proposal: where the operation
+            that proposes for it began. The token there is accepted without a test.
+        canvas_row: [R, W] int32, by block position: its row among those of the phase, or -1.
+        rider_row, rider_width: [R, W] int32, by block position: the canvas row of a rider's mask
+            for it, -1 for none, and the number of masks from there on. At the first position of a
+            slot: the plan if that slot is the last to be committed. At another: the predict of its
+            slot if that is the first position not accepted.
         canvas_token: [R, W] int64, by canvas row.
         row_position: [R, W] int32, by canvas row: response position, -1 for an unused row.
         row_draw: [R, W] int32, by canvas row: operations before the one that the row is of.
@@ -174,7 +191,10 @@ class DecodeState:
         self.canvas_token = canvas_token
         self.confidence = zeros(*shape, dtype=torch.float32)
         self.rounds = zeros(*shape)
+        self.origin = zeros(*shape)
+        self.canvas_row = zeros(*shape)
         self.rider_row = zeros(*shape)
+        self.rider_width = zeros(*shape)
         self.row_position = zeros(*shape)
         self.row_draw = zeros(*shape)
         self.row_context = zeros(*shape)

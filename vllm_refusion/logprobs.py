@@ -104,8 +104,8 @@ class Record:
             logits: [n, V], of the rows of the step from ``start`` on.
             picked, given: [rows of the step] int32, picks, and tokens of the rows behind.
         """
-        names = ("ints", "status", "rider_row", "row_position", "row_own_start")
-        self._before = {name: getattr(state, name)[slot].clone() for name in names}
+        names = "ints status origin canvas_row rider_row rider_width row_position row_own_start"
+        self._before = {name: getattr(state, name)[slot].clone() for name in names.split()}
         is_mask = self._before["is_mask"] = state.canvas_token[slot] == state.mask_token_id
         width = min(most, state.canvas_length)
         count = self.said.ids.shape[1] - 1
@@ -123,56 +123,55 @@ class Record:
             return
         before, after, status = self._before, state.ints[slot], state.status[slot]
         self._before = {}
-        ints, own_start = before["ints"], before["row_own_start"]
-        row = torch.arange(state.canvas_length, device=own_start.device)
-        position, size, block = (
-            before["row_position"],
-            ints[Field.SLOT_SIZE],
-            ints[Field.BLOCK_START],
-        )
+        ints, is_mask = before["ints"], before["is_mask"]
+        size, block = ints[Field.SLOT_SIZE], ints[Field.BLOCK_START]
         phase, now = ints[Field.PHASE], after[Field.PHASE]
-        verifies, infills = phase == int(Phase.VERIFY), phase == int(Phase.INFILL)
-        planned = now == int(Phase.VERIFY)  # what follows a plan
         decided = after[Field.PASSES] > ints[Field.PASSES]
-        of_phase = (position >= 0) & (row < ints[Field.ROWS])
+        tests = decided & ((phase == int(Phase.VERIFY)) | (phase == int(Phase.INFILL)))
+        planned = now == int(Phase.VERIFY)  # what follows a plan
+        p = torch.arange(state.canvas_length, device=is_mask.device)  # block positions
 
-        # 1. The drafts that were tested.
-        def was(block_position: torch.Tensor, wanted: Status) -> torch.Tensor:
-            return _holds(before["status"], block_position, wanted)
+        def was(wanted: Status) -> torch.Tensor:
+            return before["status"] == int(wanted)
 
-        tested = position + 1
-        tests = of_phase & ~before["is_mask"] & (tested % size != 0) & (row + 1 < ints[Field.ROWS])
-        tests &= (torch.roll(position, -1) == tested) & was(tested - block, Status.CHOSEN)
-        tests &= ~(infills & was(position - block, Status.ACCEPTED))
-        self.taken.write(tested, decided & (verifies | infills) & tests, self.said)
+        def hand_on(wanted: torch.Tensor, row: torch.Tensor) -> None:
+            """What ``row`` said to the block positions that are ``wanted``."""
+            self.taken.write(block + p, wanted & (row >= 0), self.said.read(row))
 
-        # 2. The masks of the pass itself. The first plan may come with the end of the prompt.
+        # 1. The proposals that were tested, by the row before theirs.
+        canvas_row = before["canvas_row"]
+        proposed = was(Status.CHOSEN) & (canvas_row >= 0)
+        hand_on(tests & proposed & (before["origin"] != p), canvas_row - 1)
+
+        # 2. The masks of a predict.
+        hand_on(decided & (phase == int(Phase.INFILL)) & was(Status.BLANK), canvas_row)
+
+        # 3. Those behind the rows of the phase that were used: a position has got a new proposal.
+        opening = (before["rider_row"] >= 0) & (p % size != 0)
+        opening &= (status == int(Status.CHOSEN)) & (was(Status.CHOSEN) | was(Status.BLANK))
+        opening &= torch.roll(status, 1) == int(Status.ACCEPTED)
+        in_slot = torch.zeros_like(p).scatter_reduce(0, p // size, p * opening, "amax")
+        at = in_slot[p // size]  # 0: none
+        behind = (at > 0) & (p >= at) & (p < at + before["rider_width"][at])
+        infills = now == int(Phase.INFILL)
+        hand_on(tests & infills & behind, before["rider_row"][at] + p - at)
+
+        # 4. The masks of a plan. The first one may come with the end of the prompt.
         with_prompt = (phase == int(Phase.PREFILL)) & (ints[Field.RESUME] == int(Phase.START))
-        picks = of_phase & before["is_mask"] & (decided | (with_prompt & planned))
-
-        # 3. Those of riders that were used. Their rows begin at the position of their hypothesis.
-        rider = (position >= 0) & (row >= ints[Field.ROWS]) & (own_start >= ints[Field.ROWS])
-        at = position[own_start.clamp(0, state.canvas_length - 1).long()] - block
-        # What was chosen has been tested; if it is chosen again, it was picked behind the first
-        # position of its slot that was not accepted.
-        predicts = (at % size != 0) & was(at, Status.CHOSEN)
-        predicts &= _holds(status, at, Status.CHOSEN) & _holds(status, at - 1, Status.ACCEPTED)
+        plans = (decided & (phase == int(Phase.PLAN))) | (with_prompt & planned)
+        picks = plans & (p < ints[Field.ROWS])
         last_token = state.order[slot, (after[Field.COMMITTED] - 1).clamp_min(0).long()] - block
         last_slot = (last_token - last_token % size).clamp(0, state.canvas_length - 1).long()
-        plans = planned & (own_start == before["rider_row"][last_slot])
-        predicts &= now == int(Phase.INFILL)
-        picks |= rider & decided & (verifies | infills) & (predicts | plans)
-        self.taken.write(position, picks, self.said)
+        rides = (p >= ints[Field.ROWS]) & (
+            before["row_own_start"] == before["rider_row"][last_slot]
+        )
+        picks |= tests & planned & rides
+        position = before["row_position"]
+        self.taken.write(position, picks & is_mask & (position >= 0), self.said)
 
     def emitted(self, start: torch.Tensor, width: int) -> _Table:
         """What stands for ``width`` response tokens from ``start`` (a scalar tensor) on."""
         return self.taken.read(start + torch.arange(width, device=start.device))
-
-
-def _holds(status: torch.Tensor, position: torch.Tensor, wanted: Status) -> torch.Tensor:
-    """Whether block positions [n] exist and have the status."""
-    exists = (position >= 0) & (position < len(status))
-    return exists & (status[position.clamp(0, len(status) - 1).long()] == int(wanted))
 
 
 def _describe(logits: torch.Tensor, token: torch.Tensor, count: int) -> _Table:

@@ -1,4 +1,4 @@
-"""What a rider is worth: integer arithmetic that kernels and their twins do alike.
+"""What rows are worth: integer arithmetic that kernels and their twins do alike.
 
 The chance that a drafted token passes verification is taken to be its *confidence*, the probability
 it had when it was picked. Chances are in units of 2**-16, their products are sums of *costs*,
@@ -17,16 +17,19 @@ MAX_RIDERS = 64  # of one canvas
 CERTAIN = 65536
 LEVELS = 64  # of confidence
 MAX_PRICE = 8192
+# What a request's acceptance is taken to be before any of its tokens has been tested.
+PRIOR_PASSED = 12
+PRIOR_TESTED = 16
 
 
 class Speculation(NamedTuple):
-    """How many rows riders may take. The default is none: the schedule of the paper.
+    """What rows are worth. The default is the schedule of the paper: an operation a pass, whole.
 
     Attributes:
         free_rows: a canvas may be this wide at no cost.
-        pass_price: beyond it a row must be worth its while: what a pass costs of one request
-            besides its rows, in rows. A rider of w rows that saves a pass with chance P is taken if
-            P * (w + pass_price) > w.
+        pass_price: what a pass costs of one request besides its rows, in rows. Beyond the free rows
+            a rider of w rows that saves a pass with chance P is taken if P * (w + pass_price) > w.
+            Rows that are hardly needed are put off (``compose``).
     """
 
     free_rows: int = 0

@@ -30,17 +30,16 @@ class Snapshot:
     status: list[int]
     token: list[int]
     confidence: list[float]
+    origin: list[int]
+    canvas_row: list[int]
     rider_row: list[int]
-    row_position: list[int]
-    row_token: list[int]
     response: list[int]
     order: list[int]
 
     @classmethod
     def of(cls, state: DecodeState, slot: int) -> Snapshot:
         names = [field.name for field in fields(cls)]
-        columns = [getattr(state, _COLUMNS.get(name, name)) for name in names]
-        return cls(*(column[slot].tolist() for column in columns))
+        return cls(*(getattr(state, name)[slot].tolist() for name in names))
 
     def field(self, name: Field) -> int:
         return self.ints[name]
@@ -54,9 +53,6 @@ class Snapshot:
         """[position, token, probability of the pick] of positions of the current block."""
         start = self.field(Field.BLOCK_START)
         return [[p, self.token[p - start], _rounded(self.confidence[p - start])] for p in positions]
-
-
-_COLUMNS = {"row_token": "canvas_token"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def describe_pass(before: Snapshot, after: Snapshot, rows: Rows) -> dict[str, An
         if tests:
             kind = "verify" if phase == Phase.VERIFY else "infill_verify"
             operations.append({"kind": kind, "tests": tests})
-        if next_phase == Phase.INFILL and (proposed := after.in_block(Status.CHOSEN)):
+        if next_phase == Phase.INFILL and (proposed := _proposed(before, after)):
             operations.append({"kind": "predict", "proposals": after.picks(proposed)})
         if next_phase == Phase.VERIFY:  # a plan rode behind the last slot that was committed
             block, size = before.field(Field.BLOCK_START), before.field(Field.SLOT_SIZE)
@@ -112,19 +108,30 @@ def _tests(
     before: Snapshot, after: Snapshot, rows: Rows, committed: Sequence[int]
 ) -> list[list[Any]]:
     """[position, token, probability or None, accepted] of the tokens that were verified."""
-    block, size = before.field(Field.BLOCK_START), before.field(Field.SLOT_SIZE)
+    block = before.field(Field.BLOCK_START)
     stays = after.field(Field.BLOCK_START) == block
     accepted = {*committed, *(after.in_block(Status.ACCEPTED) if stays else ())}
     tests = []
-    for row, position in enumerate(before.row_position[: before.field(Field.ROWS)]):
-        if before.status[position - block] != Status.CHOSEN:
+    for position in before.in_block(Status.CHOSEN):
+        row = before.canvas_row[position - block]
+        if row < 0:
             continue
-        # accepted untested: a slot's first token, then its first proposal of each round
-        previous = before.status[position - block - 1]
-        untested = position % size == 0 or previous == Status.ACCEPTED
+        untested = before.origin[position - block] == position - block
         probability = None if untested else _rounded(rows.given_prob[row - 1])
-        tests.append([position, before.row_token[row], probability, position in accepted])
+        token = before.token[position - block]
+        tests.append([position, token, probability, position in accepted])
     return tests
+
+
+def _proposed(before: Snapshot, after: Snapshot) -> list[int]:
+    """Positions with a new proposal. Others wait for their test."""
+    start = after.field(Field.BLOCK_START)
+    return [
+        position
+        for position in after.in_block(Status.CHOSEN)
+        if before.status[position - start] == Status.BLANK
+        or before.origin[position - start] != after.origin[position - start]
+    ]
 
 
 def _plan(after: Snapshot, rows: Rows, first_row: int) -> dict[str, Any]:
