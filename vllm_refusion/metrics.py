@@ -23,6 +23,11 @@ class WorkerExtension:
         """Totals since start, indexed by ``Counter``."""
         return self.model_runner.model_state.decode_state.counters.tolist()
 
+    def refusion_rows_run(self) -> int:
+        """Decode rows of all steps since start, with those that no request used."""
+        budget = self.model_runner.model_state.row_budget
+        return 0 if budget is None else budget.rows_run
+
     def refusion_recordings(self) -> list[dict[str, Any]]:
         """What ``trace.Recorder.take`` gives; nothing where the engine does not trace."""
         recorder = self.model_runner.model_state.recorder
@@ -84,7 +89,9 @@ class Figures:
         if not passes:
             return None
         kinds = ", ".join(f"{done[kind]} {kind.name.lower()}" for kind in PASSES if done[kind])
+        accepted = done[Counter.TOKENS_PASSED] / max(1, done[Counter.TOKENS_TESTED])
         return (
             f"ReFusion: {done[Counter.TOKENS] / passes:.2f} tokens per forward pass of a request, "
-            f"{done[Counter.ROWS_FED] / passes:.1f} tokens fed; passes: {kinds}"
+            f"{done[Counter.ROWS_FED] / passes:.1f} fed; {accepted:.0%} of the tested tokens "
+            f"accepted; passes: {kinds}"
         )

@@ -163,10 +163,8 @@ class Side:
             return run_load(engine, requests, concurrency, f"{label} {name}", self.watch)
 
         load("warm-up", concurrency, min(settings.warmup_tokens, length))
-        before = self.counters()
-        scheduled = self.watch and self.watch.tokens
+        before, rows_before = self.counters(), self.rows_run()
         measured = load("measured", count, length)
-        scheduled = self.watch and self.watch.tokens - scheduled
         counters = {name: value - before[name] for name, value in self.counters().items()}
         level = {
             "side": self.side,
@@ -181,7 +179,7 @@ class Side:
             "counters": counters,
             "gpu_memory_mib": gpu_memory_mib(),
         }
-        level |= self.per_token(level, scheduled)
+        level |= self.per_token(level, self.rows_run() - rows_before)
         if settings.profile is not None and concurrency == settings.profile_level and not canvas:
             name = label.replace("/", "-").replace(" ", "_")
             self.llm.start_profile(name)
@@ -205,7 +203,11 @@ class Side:
         found = [metric for metric in self.llm.get_metrics() if metric.name == drafted]
         return {"drafted_tokens": sum(int(metric.value) for metric in found)}
 
-    def per_token(self, level: dict[str, Any], scheduled: int | None) -> dict[str, Any]:
+    def rows_run(self) -> int:
+        """Decode rows of all passes so far, with those that no request used."""
+        return 0 if self.side == "stock" else self.llm.collective_rpc("refusion_rows_run")[0]
+
+    def per_token(self, level: dict[str, Any], rows_run: int) -> dict[str, Any]:
         """Tokens per forward of a request; tokens fed, prompts apart, per token delivered."""
         tokens, counters = level["output_tokens"], level["counters"]
         # The prompt's pass gives stock decoding its first token.
@@ -217,9 +219,7 @@ class Side:
         return {
             "tokens_per_forward": decoded / max(1, passes),
             "fed_per_token": fed / tokens,
-            "scheduled_per_token": None
-            if scheduled is None
-            else (scheduled - level["prompt_tokens"]) / tokens,
+            "run_per_token": None if self.side == "stock" else rows_run / tokens,
         }
 
 

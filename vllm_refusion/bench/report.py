@@ -22,7 +22,7 @@ COLUMNS = (
     ("gap p99 ms", "gap_ms_p99", "{:.1f}"),
     ("tokens per forward", "tokens_per_forward", "{:.2f}"),
     ("fed per token", "fed_per_token", "{:.2f}"),
-    ("scheduled per token", "scheduled_per_token", "{:.2f}"),
+    ("run per token", "run_per_token", "{:.2f}"),
     ("GPU GiB", "gpu_memory_gib", "{:.1f}"),
 )
 
