@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_refusion import integration
 from vllm_refusion.config import DecodingParams
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture
@@ -202,6 +205,8 @@ def test_positions_past_the_rope_table(checkpoint):
 def test_engine_options_that_cannot_work(checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         vllm_config(checkpoint(), dtype="float32", **options)
+    documented = (DOCS / "serving.md").read_text()
+    assert [name for name in options if f"`{name}`" not in documented] == []
 
 
 def test_the_same_type_for_the_kv_cache(checkpoint):

@@ -19,7 +19,13 @@ if not ON_GPU:
 elif torch.cuda.device_count() < 2:
     pytestmark = pytest.mark.skip(reason="needs two GPUs")
 
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+# so much for KV pages: no profiling of the memory, which others on the GPU would disturb
+PAGES = 2**30
+TWO_RANKS = {
+    "tensor_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+    "kv_cache_memory_bytes": PAGES,
+}
 
 
 def figures(llm):
@@ -55,7 +61,8 @@ def test_tensor_parallel_with_preemptions(checkpoints, preemptions):
 
 def test_data_parallel(tiny_checkpoint, reference, questions, tmp_path):
     """Two engines behind one server, both of which answer."""
-    with serve(tiny_checkpoint, tmp_path, "--data-parallel-size", "2") as server:
+    options = ("--data-parallel-size", "2", "--kv-cache-memory-bytes", str(PAGES))
+    with serve(tiny_checkpoint, tmp_path, *options) as server:
 
         def ask(question):
             response = server.client.chat.completions.create(
