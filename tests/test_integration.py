@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm_refusion import integration
 from vllm_refusion.config import DecodingParams
@@ -195,6 +196,8 @@ def test_positions_past_the_rope_table(checkpoint):
         ({"logits_processors": ["a:B"]}, "logits_processors=.*a:B"),
         ({"logprobs_mode": "processed_logits"}, "logprobs_mode='processed_logits'"),
         ({"use_fp64_gumbel": True}, "use_fp64_gumbel=True"),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode=True"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config='nccl'"),
         (
             {"diffusion_config": {"canvas_length": 256, "max_denoising_steps": 4}},
             "max_denoising_steps=4",
@@ -202,7 +205,9 @@ def test_positions_past_the_rope_table(checkpoint):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_engine_options_that_cannot_work(checkpoint, options, message):
+def test_engine_options_that_cannot_work(checkpoint, monkeypatch, options, message):
+    # vLLM refuses sleep mode itself on a CPU
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
     with pytest.raises(ValueError, match=message):
         vllm_config(checkpoint(), dtype="float32", **options)
     documented = (DOCS / "serving.md").read_text()

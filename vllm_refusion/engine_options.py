@@ -91,6 +91,7 @@ def _model_options(vllm_config: VllmConfig) -> list[_Option]:
     model = vllm_config.model_config
     backend = vllm_config.attention_config.backend
     backend = backend and backend.name
+    transfer = vllm_config.weight_transfer_config
     return [
         _Option("runner", model.runner_type, model.runner_type == "generate", "allowed: generate"),
         _Option(
@@ -101,6 +102,10 @@ def _model_options(vllm_config: VllmConfig) -> list[_Option]:
         ),
         _unset("enable_lora", vllm_config.lora_config is not None),
         _unset("enable_prompt_embeds", model.enable_prompt_embeds),
+        # the state of requests on the device would have to be saved and restored
+        _unset("enable_sleep_mode", model.enable_sleep_mode),
+        # sends weights in parts; load_weights takes a part for a broken checkpoint
+        _unset("weight_transfer_config", transfer is not None, transfer and transfer.backend),
     ]
 
 
