@@ -122,3 +122,19 @@ def complete(server):
         )
 
     return send
+
+
+@pytest.fixture(scope="module")
+def trace() -> dict:
+    """A made-up trace of one English response in slots of 4 and blocks of 16."""
+    from synthetic_trace import ENGLISH, synthetic_trace
+
+    return synthetic_trace(ENGLISH, 4, 16)
+
+
+@pytest.fixture
+def timeline(trace):
+    """The states that the only request of ``trace`` goes through."""
+    from vllm_refusion.viewer.timeline import Timeline
+
+    return Timeline.of(trace, trace["requests"][0])

@@ -112,7 +112,10 @@ def _command() -> list[str]:
         metadata.version("vllm")
     except metadata.PackageNotFoundError:
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    return [str(Path(sys.executable).with_name("vllm")), "serve"]
+    script = Path(sys.executable).with_name("vllm")
+    if script.exists():
+        return [str(script), "serve"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]  # installed as a folder
 
 
 def extras(params: DecodingParams) -> dict:

@@ -45,3 +45,15 @@ def test_unknown_presets(name):
 def test_names_that_mean_something_are_listed():
     with pytest.raises(ParameterError, match="slot_sise=8 .* token_threshold, preset, trace"):
         DecodingParams().updated({"slot_sise": 8})
+
+
+def test_the_first_block_ends_with_the_budget():
+    params = DecodingParams(8, 32)
+    assert [params.first_block(tokens) for tokens in (1, 8, 9, 31, 32, 33)] == [
+        8,
+        8,
+        16,
+        32,
+        32,
+        32,
+    ]

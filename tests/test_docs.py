@@ -40,6 +40,8 @@ RUN_BY = {
     "curl http://localhost:8000": "test_server_and_its_clients",
     "vllm-refusion bench --shape": "test_benchmark_commands_parse",  # hours on a GPU
     "vllm-refusion bench --model": "test_benchmark_commands_parse",
+    "vllm-refusion bench --base-url": "test_benchmark_of_a_server",
+    "vllm-refusion bench --stock-base-url": "test_benchmark_commands_parse",
     "vllm-refusion bench-report": "test_benchmark_commands_parse",
     "vllm-refusion convert": "test_training_commands_parse",  # tests/test_convert.py runs it
     "vllm-refusion train": "test_training_commands_parse",  # hours on a GPU; tests/test_train.py
@@ -255,6 +257,26 @@ def test_server_and_its_clients(tiny_checkpoint, tmp_path):
             for request in requests:
                 answer = json.loads(run(request.replace("http://localhost:8000", url), tmp_path))
                 assert answer["choices"][0]["finish_reason"] in ("stop", "length"), answer
+
+
+@pytest.mark.slow
+def test_benchmark_of_a_server(tiny_checkpoint, tmp_path):
+    """The documented sweep, with two short requests a level, of a server of the bundled model."""
+    from server import serve
+
+    (command,) = (c for _, c in documented("sh") if run_by(c) == "test_benchmark_of_a_server")
+    with serve(tiny_checkpoint, tmp_path, "--served-model-name", PUBLISHED) as server:
+        url = str(server.http.base_url).rstrip("/")
+        command = command.replace("http://localhost:8000", url)
+        command += f" --tokenizer {tiny_checkpoint} --concurrency 1,2 --requests 2"
+        command += " --input-len 16 --output-len 16 --presets 8/32/0.9/0.4 --out out"
+        run(command, tmp_path)
+    found = json.loads((tmp_path / "out/refusion-served.json").read_text())
+    assert found["kind"] == "server" and found["sides"][0]["error"] is None
+    levels = found["sides"][0]["levels"]
+    assert [level["concurrency"] for level in levels] == [1, 2]
+    assert [level["output_tokens"] for level in levels] == [32, 32]
+    assert all(level["tokens_per_s"] > 0 and level["ttft_ms"] > 0 for level in levels)
 
 
 @pytest.mark.slow

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm_refusion import integration
 from vllm_refusion.config import DecodingParams
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture
@@ -136,8 +140,12 @@ def test_batch_limits(checkpoint):
     assert config.scheduler_config.max_num_seqs == 7
     config = vllm_config(model, max_num_batched_tokens=1024, max_num_seqs=4)
     assert config.scheduler_config.max_num_seqs == 4
+    config = vllm_config(model, max_num_scheduled_tokens=512, max_num_seqs=64)
+    assert config.scheduler_config.max_num_seqs == 4
     with pytest.raises(ValueError, match="max_num_batched_tokens=100 "):
         vllm_config(model, max_num_batched_tokens=100)
+    with pytest.raises(ValueError, match="max_num_scheduled_tokens=100 "):
+        vllm_config(model, max_num_batched_tokens=1024, max_num_scheduled_tokens=100)
 
 
 def test_canvases_are_not_cut_like_long_prompts(checkpoint):
@@ -157,25 +165,62 @@ def test_positions_past_the_rope_table(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative"),
-        ({"enable_lora": True}, "LoRA"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
-        ({"scheduler_cls": "a.B"}, "scheduler_cls"),
-        ({"worker_extension_cls": "a.B"}, "worker_extension_cls"),
-        ({"logits_processors": ["a:B"]}, "logits_processors"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 \(allowed is 1\)"),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            r"decode_context_parallel_size=2 \(allowed is 1\)",
+        ),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
+        ({"enable_dbo": True}, "enable_dbo=True"),
+        ({"ubatch_size": 2}, r"ubatch_size=2 \(allowed is 0\)"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative_config='ngram'",
+        ),
+        ({"enable_lora": True}, "enable_lora=True"),
+        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8' \(allowed is float32"),
+        ({"kv_cache_dtype": "bfloat16"}, r"kv_cache_dtype='bfloat16' \(allowed is float32"),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "kv_transfer_config",
+            "kv_transfer_config='ExampleConnector'",
+        ),
+        ({"attention_backend": "TRITON_ATTN"}, "attention_backend='TRITON_ATTN'"),
+        ({"runner": "pooling"}, r"runner='pooling' \(allowed: generate\)"),
+        ({"convert": "embed"}, "runner='pooling'"),
+        ({"scheduler_cls": "a.B"}, "scheduler_cls='a.B'"),
+        ({"worker_extension_cls": "a.B"}, "worker_extension_cls='a.B'"),
+        ({"logits_processors": ["a:B"]}, "logits_processors=.*a:B"),
+        ({"logprobs_mode": "processed_logits"}, "logprobs_mode='processed_logits'"),
+        ({"use_fp64_gumbel": True}, "use_fp64_gumbel=True"),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode=True"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config='nccl'"),
+        (
+            {"diffusion_config": {"canvas_length": 256, "max_denoising_steps": 4}},
+            "max_denoising_steps=4",
         ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_engine_options_that_cannot_work(checkpoint, options, name):
-    with pytest.raises(ValueError, match=name):
-        vllm_config(checkpoint(), **options)
+def test_engine_options_that_cannot_work(checkpoint, monkeypatch, options, message):
+    # vLLM refuses sleep mode itself on a CPU
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
+    with pytest.raises(ValueError, match=message):
+        vllm_config(checkpoint(), dtype="float32", **options)
+    documented = (DOCS / "serving.md").read_text()
+    assert [name for name in options if f"`{name}`" not in documented] == []
+
+
+def test_the_same_type_for_the_kv_cache(checkpoint):
+    vllm_config(checkpoint(), dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+def test_all_problems_at_once(checkpoint):
+    with pytest.raises(ValueError, match="kv_cache_dtype='fp8'.*enable_lora=True"):
+        vllm_config(checkpoint(), kv_cache_dtype="fp8", enable_lora=True)
 
 
 def test_model_runner_v1_is_refused(checkpoint, monkeypatch):

@@ -12,23 +12,13 @@ import jsonschema
 import pytest
 from PIL import Image
 from rich.console import Console
-from synthetic_trace import ENGLISH, synthetic_trace
+from synthetic_trace import synthetic_trace
 
 from vllm_refusion.cli import main
 from vllm_refusion.viewer import image, page, terminal
 from vllm_refusion.viewer.timeline import Event, Timeline
 
 SCHEMA = json.loads((files("vllm_refusion.viewer") / "trace.schema.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def trace():
-    return synthetic_trace(ENGLISH, 4, 16)
-
-
-@pytest.fixture
-def timeline(trace):
-    return Timeline.of(trace, trace["requests"][0])
 
 
 @pytest.fixture

@@ -8,21 +8,10 @@ import pytest
 from synthetic_trace import ENGLISH, WRONG, synthetic_trace
 
 from vllm_refusion.viewer import page
-from vllm_refusion.viewer.timeline import Timeline
 
 ARABIC = "يبدأ ما يكل بثلا ثة أضع اف عشر ين جني ها ثم يشت ري ثما ني".split()
 CHINESE = list("小明一开始有六十英镑，他买了八个玩偶，每个三英镑。")
 CHROMIUM = shutil.which("chromium")
-
-
-@pytest.fixture(scope="module")
-def trace():
-    return synthetic_trace(ENGLISH, 4, 16)
-
-
-@pytest.fixture
-def timeline(trace):
-    return Timeline.of(trace, trace["requests"][0])
 
 
 @pytest.fixture(scope="module")

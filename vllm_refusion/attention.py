@@ -27,6 +27,7 @@ from vllm_refusion.integration import position_slack
 from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE, operations
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
+PLAIN_KV_DTYPES = ("auto", "float32", "bfloat16", "float16")  # a quantised checkpoint may ask else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ class CanvasAttentionImpl(AttentionImpl):
             "logits_soft_cap": logits_soft_cap,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             "attn_type": attn_type if attn_type != AttentionType.DECODER else None,
+            "kv_cache_dtype": None if kv_cache_dtype in PLAIN_KV_DTYPES else kv_cache_dtype,
         }
         present = {name: value for name, value in unsupported.items() if value is not None}
         if present:

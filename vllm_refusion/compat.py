@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,28 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 _PATCHED = "_vllm_refusion_patched"
+
+
+def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Puts the decorated function in place of a method or property of ``owner``, once.
+
+    It is called with the original function before the arguments.
+    """
+
+    def install(function: Callable[..., Any]) -> None:
+        found = inspect.getattr_static(owner, name)
+        original = found.fget if isinstance(found, property) else found
+        if getattr(original, _PATCHED, False):
+            return
+
+        @functools.wraps(original)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        setattr(patched, _PATCHED, True)
+        setattr(owner, name, property(patched) if isinstance(found, property) else patched)
+
+    return install
 
 
 def install(architectures: Mapping[str, str], config_hook: type) -> None:
@@ -68,12 +91,8 @@ def _validate_requests() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @_patch(InputProcessor, "process_inputs")
+    def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_refusion.admission import admit
         from vllm_refusion.integration import is_refusion
 
@@ -81,9 +100,6 @@ def _validate_requests() -> None:
         if is_refusion(self.model_config):
             admit(request, self.vllm_config)
         return request
-
-    setattr(process_inputs, _PATCHED, True)
-    InputProcessor.process_inputs = process_inputs
 
 
 def _refuse_beam_search() -> None:
@@ -94,12 +110,8 @@ def _refuse_beam_search() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.resolve_watermarking
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def resolve_watermarking(self: Any, params: Any) -> bool:
+    @_patch(InputProcessor, "resolve_watermarking")
+    def resolve_watermarking(original: Any, self: Any, params: Any) -> bool:
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import BeamSearchParams
 
@@ -114,9 +126,6 @@ def _refuse_beam_search() -> None:
             )
         return original(self, params)
 
-    setattr(resolve_watermarking, _PATCHED, True)
-    InputProcessor.resolve_watermarking = resolve_watermarking
-
 
 def _report_figures() -> None:
     """Counters of the device in the server's log and among its Prometheus metrics.
@@ -127,12 +136,8 @@ def _report_figures() -> None:
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    original = AsyncLLM.do_log_stats
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    async def do_log_stats(self: Any) -> None:
+    @_patch(AsyncLLM, "do_log_stats")
+    async def do_log_stats(original: Any, self: Any) -> None:
         from vllm_refusion.integration import is_refusion
 
         # of several front ends one reports
@@ -142,9 +147,6 @@ def _report_figures() -> None:
 
             await report(self)
         await original(self)
-
-    setattr(do_log_stats, _PATCHED, True)
-    AsyncLLM.do_log_stats = do_log_stats
 
 
 def _keep_stock_models_off_the_interpreter() -> None:
@@ -161,19 +163,13 @@ def _keep_stock_models_off_the_interpreter() -> None:
     from vllm_refusion.integration import is_refusion
 
     topk_topp_sampler.HAS_TRITON = False
-    original = VllmConfig.use_v2_model_runner.fget
-    if getattr(original, _PATCHED, False):
-        return
 
-    @functools.wraps(original)
-    def use_v2_model_runner(self: Any) -> bool:
+    @_patch(VllmConfig, "use_v2_model_runner")
+    def use_v2_model_runner(original: Any, self: Any) -> bool:
         ours = self.model_config is not None and is_refusion(self.model_config)
         if ours or envs.VLLM_USE_V2_MODEL_RUNNER is not None:  # the user's choice
             return original(self)
         return False
-
-    setattr(use_v2_model_runner, _PATCHED, True)
-    VllmConfig.use_v2_model_runner = property(use_v2_model_runner)
 
 
 def _tell_preempted_from_finished() -> None:
@@ -185,12 +181,8 @@ def _tell_preempted_from_finished() -> None:
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    original = GPUModelRunner.finish_requests
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def finish_requests(self: Any, scheduler_output: Any) -> None:
+    @_patch(GPUModelRunner, "finish_requests")
+    def finish_requests(original: Any, self: Any, scheduler_output: Any) -> None:
         leaving = getattr(self.model_state, "requests_leaving", None)
         if leaving is not None:
             leaving(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set())
@@ -198,27 +190,17 @@ def _tell_preempted_from_finished() -> None:
                 self.adaptive_verification = self.model_state.start_row_budget(self)
         original(self, scheduler_output)
 
-    setattr(finish_requests, _PATCHED, True)
-    GPUModelRunner.finish_requests = finish_requests
-
 
 def _measure_passes_once_captured() -> None:
     """How long passes of various sizes take, measured where vLLM calibrates its own cost models."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    original = GPUModelRunner.capture_model
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def capture_model(self: Any, *, profile_only: bool = False) -> int:
+    @_patch(GPUModelRunner, "capture_model")
+    def capture_model(original: Any, self: Any, *, profile_only: bool = False) -> int:
         captured = original(self, profile_only=profile_only)
         if not profile_only and hasattr(self.model_state, "measure_passes"):
             self.model_state.measure_passes(self)
         return captured
-
-    setattr(capture_model, _PATCHED, True)
-    GPUModelRunner.capture_model = capture_model
 
 
 @contextlib.contextmanager

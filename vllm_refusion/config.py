@@ -91,6 +91,10 @@ class DecodingParams:
         """``max_tokens`` rounded up to whole slots: the response positions that are decoded."""
         return -(-max_tokens // self.slot_size) * self.slot_size
 
+    def first_block(self, max_tokens: int) -> int:
+        """Positions of the first block."""
+        return min(self.block_length, self.budget(max_tokens))
+
 
 PARAMETER_NAMES = tuple(field.name for field in fields(DecodingParams))
 OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold

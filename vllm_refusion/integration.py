@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.config import DecodingParams, ParameterError, expand_preset
+from vllm_refusion.engine_options import refuse_unsupported_options
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -31,7 +32,9 @@ CAPTURE_SIZES = (
     *range(512, 1024, 64),
     *range(1024, 2048 + 1, 128),
 )
-TRACE_OPTION = "refusion_trace"  # in vLLM's additional_config: record traces
+# in vLLM's additional_config
+TRACE_OPTION = "refusion_trace"
+SCHEDULE_OPTION = "refusion_schedule"
 MAX_REQUESTS = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
 # Sampling defaults of a generation config that ReFusion cannot honour.
@@ -104,14 +107,19 @@ def server_defaults(model_config: ModelConfig) -> DecodingParams:
     return DecodingParams(**model_config.hf_text_config.refusion_defaults)
 
 
+def _additional_option(vllm_config: VllmConfig, name: str, default: Any) -> Any:
+    """An entry of vLLM's additional_config, which other platforms use and which may be no dict."""
+    options = vllm_config.additional_config
+    return options.get(name, default) if isinstance(options, dict) else default
+
+
 def tracing_enabled(vllm_config: VllmConfig) -> bool:
     """Whether the engine was started to record traces of the requests that ask for one.
 
     Raises:
         ValueError: the engine option is neither True nor False.
     """
-    options = vllm_config.additional_config
-    value = options.get(TRACE_OPTION, False) if isinstance(options, dict) else False
+    value = _additional_option(vllm_config, TRACE_OPTION, False)
     if not isinstance(value, bool):
         raise ValueError(f"additional_config has {TRACE_OPTION}={value!r}: allowed is a boolean.")
     return value
@@ -138,10 +146,10 @@ def fuses_passes(vllm_config: VllmConfig) -> bool:
     Raises:
         ValueError: another value of ``refusion_schedule``.
     """
-    choice = vllm_config.additional_config.get("refusion_schedule", "fused")
+    choice = _additional_option(vllm_config, SCHEDULE_OPTION, "fused")
     if choice not in ("fused", "plain"):
         raise ValueError(
-            f"additional_config has refusion_schedule={choice!r}: allowed are 'fused' and 'plain'."
+            f"additional_config has {SCHEDULE_OPTION}={choice!r}: allowed are 'fused' and 'plain'."
         )
     return choice == "fused"
 
@@ -205,10 +213,16 @@ class ReFusionConfig:
 
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = "vllm_refusion.scheduler.create_scheduler"
-        budget = scheduler.max_num_batched_tokens
+        limits = {
+            name: getattr(scheduler, name)
+            for name in ("max_num_batched_tokens", "max_num_scheduled_tokens")
+            if getattr(scheduler, name) is not None
+        }
+        budget_name = min(limits, key=limits.get)
+        budget = limits[budget_name]
         if budget < canvas:
             raise ValueError(
-                f"max_num_batched_tokens={budget} is less than the canvas of {canvas} tokens that "
+                f"{budget_name}={budget} is less than the canvas of {canvas} tokens that "
                 "a request feeds in one pass: raise it, or lower the canvas with "
                 "--diffusion-config '{\"canvas_length\": ...}'."
             )
@@ -222,8 +236,8 @@ class ReFusionConfig:
         limit = max(1, min(MAX_REQUESTS, budget // defaults.block_length))
         if scheduler.max_num_seqs > limit:
             logger.info(
-                "max_num_seqs %d -> %d: max_num_batched_tokens=%d holds that many blocks of %d.",
-                scheduler.max_num_seqs, limit, budget, defaults.block_length,
+                "max_num_seqs %d -> %d: %s=%d holds that many blocks of %d.",
+                scheduler.max_num_seqs, limit, budget_name, budget, defaults.block_length,
             )  # fmt: skip
             scheduler.max_num_seqs = limit
 
@@ -272,39 +286,4 @@ def check_tokenizer(model_config: ModelConfig) -> None:
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the base model's "
             "files there, name a model that has one with --tokenizer, or send token ids only "
             "and pass --skip-tokenizer-init."
-        )
-
-
-def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
-    """Raises ValueError naming every engine option that ReFusion cannot work with."""
-    parallel = vllm_config.parallel_config
-    cache = vllm_config.cache_config
-    model_config = vllm_config.model_config
-    refused = {
-        "speculative_config": vllm_config.speculative_config is not None,
-        "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
-        "decode_context_parallel_size > 1": parallel.decode_context_parallel_size > 1,
-        "prefill_context_parallel_size > 1": parallel.prefill_context_parallel_size > 1,
-        "dual batch overlap (enable_dbo)": parallel.use_ubatching,
-        f"kv_cache_dtype={cache.cache_dtype}": cache.cache_dtype
-        not in ("auto", "bfloat16", "float16"),
-        "sliding window attention": cache.sliding_window is not None,
-        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
-        "LoRA": vllm_config.lora_config is not None,
-        "enable_prompt_embeds": model_config.enable_prompt_embeds,
-        "return_sampling_mask": model_config.return_sampling_mask,
-        "enable_trace_replay": model_config.enable_trace_replay,
-        f"logprobs_mode={model_config.logprobs_mode}": model_config.logprobs_mode != "raw_logprobs",
-        "custom logits_processors": bool(model_config.logits_processors),
-        "a custom scheduler_cls": vllm_config.scheduler_config.scheduler_cls is not None,
-        "a custom worker_extension_cls": bool(parallel.worker_extension_cls),
-        "batch-sharded sampling": parallel.enable_batch_sharded_sampling,
-    }
-    problems = [name for name, present in refused.items() if present]
-    if problems:
-        raise ValueError(f"ReFusion does not work with: {', '.join(problems)}.")
-    if not vllm_config.use_v2_model_runner:
-        raise ValueError(
-            "ReFusion needs vLLM's Model Runner V2, which this setup does not use: unset "
-            "VLLM_USE_V2_MODEL_RUNNER=0 and TRITON_BACKENDS_IN_TREE=1, and install triton."
         )

@@ -50,7 +50,8 @@ class ReFusionMixin:
         try:
             loaded = super().load_weights(noted())
         except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-            if not name:  # no file could be read
+            # no file could be read, or quantising what was read failed
+            if not name or (self._quantised and isinstance(error, RuntimeError)):
                 raise
             raise ValueError(
                 f"Weight {name} of shape {shape} does not fit the model that the checkpoint's "

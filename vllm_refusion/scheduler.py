@@ -79,8 +79,7 @@ class _CanvasScheduling:
         for request_id, rows in scheduled.num_scheduled_tokens.items():
             request = self.requests[request_id]
             prompt = request.num_prompt_tokens
-            params = self._params(request)
-            canvas = min(params.block_length, params.budget(request.max_tokens))
+            canvas = self._params(request).first_block(request.max_tokens)
             if (
                 rows <= LONGEST_PROMPT_TO_PLAN_WITH
                 and request.num_computed_tokens + rows == prompt == request.num_tokens

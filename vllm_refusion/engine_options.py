@@ -1,0 +1,130 @@
+"""vLLM's engine options that ReFusion cannot honour: refused at start, never dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+NOT_SET = "allowed is to leave it out"
+
+
+@dataclass(frozen=True)
+class _Option:
+    name: str
+    value: Any
+    works: bool
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r} ({self.allowed})"
+
+
+def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
+    """Checks what the user asked for, before this package changes any of it.
+
+    Raises:
+        ValueError: an option cannot work; names each with its value and what is allowed.
+    """
+    options = [
+        *_parallel_options(vllm_config),
+        *_cache_options(vllm_config),
+        *_model_options(vllm_config),
+        *_step_options(vllm_config),
+    ]
+    problems = [str(option) for option in options if not option.works]
+    if problems:
+        raise ValueError(f"ReFusion does not work with: {', '.join(problems)}.")
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "ReFusion needs vLLM's Model Runner V2, which this setup does not use: unset "
+            "VLLM_USE_V2_MODEL_RUNNER=0 and TRITON_BACKENDS_IN_TREE=1, and install triton."
+        )
+
+
+def _unset(name: str, value: Any, shown: Any = None) -> _Option:
+    """An option that must keep its default, which is false."""
+    return _Option(name, shown or value, not value, NOT_SET)
+
+
+def _parallel_options(vllm_config: VllmConfig) -> list[_Option]:
+    parallel = vllm_config.parallel_config
+    alone = [
+        _Option(name, getattr(parallel, name), getattr(parallel, name) == 1, "allowed is 1")
+        for name in (
+            "pipeline_parallel_size",
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+        )
+    ]
+    return [
+        *alone,
+        _unset("enable_dbo", parallel.enable_dbo),
+        _Option("ubatch_size", parallel.ubatch_size, parallel.ubatch_size <= 1, "allowed is 0"),
+        _unset("enable_batch_sharded_sampling", parallel.enable_batch_sharded_sampling),
+        _unset("worker_extension_cls", parallel.worker_extension_cls),
+    ]
+
+
+def _cache_options(vllm_config: VllmConfig) -> list[_Option]:
+    cache = vllm_config.cache_config
+    transfer = vllm_config.kv_transfer_config
+    same = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return [
+        # a checkpoint with quantised weights may ask for it too
+        _Option(
+            "kv_cache_dtype",
+            cache.cache_dtype,
+            cache.cache_dtype in ("auto", same),
+            f"allowed is {same}, the model's dtype",
+        ),
+        _unset("sliding_window", cache.sliding_window),
+        _unset("kv_sharing_fast_prefill", cache.kv_sharing_fast_prefill),
+        _unset("kv_transfer_config", transfer is not None, transfer and transfer.kv_connector),
+        _unset("kv_offloading_size", cache.kv_offloading_size),
+    ]
+
+
+def _model_options(vllm_config: VllmConfig) -> list[_Option]:
+    model = vllm_config.model_config
+    backend = vllm_config.attention_config.backend
+    backend = backend and backend.name
+    transfer = vllm_config.weight_transfer_config
+    return [
+        _Option("runner", model.runner_type, model.runner_type == "generate", "allowed: generate"),
+        _Option(
+            "attention_backend",
+            backend,
+            backend in (None, "CUSTOM"),
+            "canvases have an attention kernel of their own: allowed is to leave it out",
+        ),
+        _unset("enable_lora", vllm_config.lora_config is not None),
+        _unset("enable_prompt_embeds", model.enable_prompt_embeds),
+        # the state of requests on the device would have to be saved and restored
+        _unset("enable_sleep_mode", model.enable_sleep_mode),
+        # sends weights in parts; load_weights takes a part for a broken checkpoint
+        _unset("weight_transfer_config", transfer is not None, transfer and transfer.backend),
+    ]
+
+
+def _step_options(vllm_config: VllmConfig) -> list[_Option]:
+    model, diffusion = vllm_config.model_config, vllm_config.diffusion_config
+    speculative = vllm_config.speculative_config
+    return [
+        _unset("speculative_config", speculative is not None, speculative and speculative.method),
+        _unset("scheduler_cls", vllm_config.scheduler_config.scheduler_cls),
+        _unset("logits_processors", model.logits_processors),
+        _Option(
+            "logprobs_mode",
+            model.logprobs_mode,
+            model.logprobs_mode == "raw_logprobs",
+            "allowed is raw_logprobs",
+        ),
+        _unset("use_fp64_gumbel", model.use_fp64_gumbel),
+        _unset("return_sampling_mask", model.return_sampling_mask),
+        _unset("enable_trace_replay", model.enable_trace_replay),
+        _unset("watermark_config", vllm_config.watermark_config),
+        _unset("max_denoising_steps", diffusion and diffusion.max_denoising_steps),
+    ]
