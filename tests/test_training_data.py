@@ -159,3 +159,17 @@ def test_course_is_a_function_of_seed_and_index():
             for e in range(3)]  # fmt: skip
     assert seen[0] != seen[1] != seen[2]
     assert course(objective="autoregressive")[0].input_ids[1:] != []
+
+
+def test_steps_sorted_by_length_see_the_same():
+    """Longest first within a step; what is seen, and how it is masked, stays."""
+    examples = [Example([n], list(range(100, 101 + n * 7 % 30))) for n in range(1, 12)]
+    lengths = [len(e.prompt) + len(e.response) for e in examples]
+    plain = Course(examples, 33, 5, (4, 8), 99)
+    by_length = Course(examples, 33, 5, (4, 8), 99, batch_size=6, lengths=lengths)
+    for first in range(0, 33, 6):
+        step = range(first, min(first + 6, 33))
+        ours, expected = [by_length[i] for i in step], [plain[i] for i in step]
+        assert sorted(ours, key=repr) == sorted(expected, key=repr)
+        fed = [len(row.input_ids) for row in ours]
+        assert fed == sorted(fed, reverse=True)

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.training.collator import autoregressive, draw, sequence
 from vllm_refusion.training.data import Encoder, TokenStore, read_rows, write_store
+from vllm_refusion.training.loss import CAUSAL
 from vllm_refusion.training.order import OBJECTIVES, Course, generator
 from vllm_refusion.training.trainer import (
     Dev,
@@ -63,6 +64,7 @@ class Recipe:
     schedule: str = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     bf16: bool = False
     seed: int = 0
@@ -78,6 +80,7 @@ class Recipe:
             "batch_size": (self.batch_size > 0, "an integer above 0"),
             "slot_sizes": (self.slot_sizes and min(self.slot_sizes) > 0, "integers above 0"),
             "learning_rate": (self.learning_rate > 0, "a number above 0"),
+            "adam_beta2": (0 <= self.adam_beta2 < 1, "a number in [0, 1)"),
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
         }
         for name, (holds, allowed) in checks.items():
@@ -93,6 +96,7 @@ class Execution:
 
     micro_batch_size: int = 8
     gradient_checkpointing: bool = False
+    compile: bool = False
     workers: int = 0
     log_every: int = 10
     save_every: int = 500
@@ -131,7 +135,14 @@ def train(
         amount = f"{steps} steps of {recipe.batch_size} examples on {args.world_size} devices"
         print(amount, file=sys.stderr)
     course = Course(
-        store, steps * recipe.batch_size, recipe.seed, recipe.slot_sizes, mask, recipe.objective
+        store,
+        steps * recipe.batch_size,
+        recipe.seed,
+        recipe.slot_sizes,
+        mask,
+        recipe.objective,
+        recipe.batch_size,
+        store.lengths,
     )
     interruption = SaveWhenInterrupted()
     trainer = ReFusionTrainer(
@@ -142,6 +153,7 @@ def train(
         pad_token_id=tokenizer.pad_token_id or 0,
         examples=len(store),
         loss_weights=(recipe.ar_weight, recipe.mdm_weight),
+        compiled=execution.compile,
         dev=_dev(recipe, execution, encoder, mask, run) if execution.dev else None,
         callbacks=[LogFile(run / "log.jsonl"), interruption],
     )
@@ -175,7 +187,7 @@ def _load_source(recipe: Recipe) -> tuple[Any, Any]:
 
 def _load_model(recipe: Recipe, config: Any) -> Any:
     # float32 even under bf16: steps of 2e-5 would be lost in the rounding of bfloat16 weights
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    options = {"dtype": torch.float32, "attn_implementation": CAUSAL}
     if recipe.from_scratch:
         torch.manual_seed(recipe.seed)
         return AutoModelForCausalLM.from_config(config, **options)
@@ -193,6 +205,7 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             lr_scheduler_type=recipe.schedule,
             warmup_steps=recipe.warmup_steps,
             weight_decay=recipe.weight_decay,
+            adam_beta2=recipe.adam_beta2,
             max_grad_norm=recipe.max_grad_norm,
             bf16=recipe.bf16,
             use_cpu=not torch.accelerator.is_available(),
@@ -203,6 +216,7 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             train_sampling_strategy="sequential",  # the course has the order
             remove_unused_columns=False,
             dataloader_num_workers=execution.workers,
+            logging_nan_inf_filter=False,  # it would wait for the device after each micro batch
             logging_steps=execution.log_every,
             logging_first_step=True,
             save_steps=execution.save_every,
@@ -259,8 +273,8 @@ def _dev(
     recipe: Recipe, execution: Execution, encoder: Encoder, mask: int | None, run: Path
 ) -> Dev:
     problems = []
-    for number, row in enumerate(read_rows(execution.dev)):
-        example = encoder.encode(row)
+    rows = list(read_rows(execution.dev))
+    for number, (row, example) in enumerate(zip(rows, encoder.encode(rows), strict=True)):
         if mask is None:
             fed = autoregressive(example)
         else:
