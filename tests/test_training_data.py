@@ -9,7 +9,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_refusion.training.collator import Example
-from vllm_refusion.training.data import DataError, Encoder, Row, TokenStore, read_rows, write_store
+from vllm_refusion.training.data import (
+    DataError,
+    Encoder,
+    Row,
+    TokenStore,
+    read_rows,
+    stored,
+    write_store,
+)
 from vllm_refusion.training.order import Course
 
 ROWS = [{"query": f"What is {n}?", "response": f"It is {n}.\n#### {n}"} for n in range(9)]
@@ -173,3 +181,20 @@ def test_steps_sorted_by_length_see_the_same():
         assert sorted(ours, key=repr) == sorted(expected, key=repr)
         fed = [len(row.input_ids) for row in ours]
         assert fed == sorted(fed, reverse=True)
+
+
+def test_what_is_tokenised_is_kept_until_something_changes(tmp_path, encoder, tokenizer):
+    path, folder = tmp_path / "a.jsonl", tmp_path / "store"
+    path.write_text(json.dumps(ROWS[0]) + "\n")
+    key = encoder.key([path], 100)
+    assert stored(folder, key) is None
+    report = write_store(read_rows([path]), encoder, folder, 100, key=key)
+    assert stored(folder, key) == str(report)
+    others = [encoder.key([path], 99), Encoder(tokenizer, 1, plain=True).key([path], 100)]
+    others += [Encoder(tokenizer, 1, {"enable_thinking": False}).key([path], 100)]
+    path.write_text(json.dumps(ROWS[1]) + "\n")
+    others += [encoder.key([path], 100)]
+    assert len({key, *others}) == 5 and not any(stored(folder, other) for other in others)
+    with pytest.raises(DataError):  # a store that was being written is none
+        write_store(iter([]), encoder, folder, 100, key=key)
+    assert stored(folder, key) is None

@@ -159,6 +159,19 @@ class Encoder:
             **self.template_options,
         )
 
+    def key(self, paths: Iterable[Path], max_length: int) -> str:
+        """Of all that the token ids follow from, so that they need not be made again."""
+        digest = hashlib.sha256()
+        for path in paths:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        tokenizer = self.tokenizer
+        words = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [words.to_str() if words else repr(sorted(tokenizer.get_vocab().items()))]
+        parts += [tokenizer.chat_template, dict(self.template_options), self.plain, max_length]
+        digest.update(json.dumps([*parts, tokenizer.eos_token_id], sort_keys=True).encode())
+        return digest.hexdigest()
+
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Raises DataError if a text contains the mask token."""
         prompts = self._tokenised([self._prompt_text(row.values["query"]) for row in rows])
@@ -233,12 +246,22 @@ def _encoded(rows: Iterable[Row], encoder: Encoder) -> Iterator[tuple[Row, Examp
         yield from zip(part, encoder.encode(part), strict=True)
 
 
+def stored(folder: Path, key: str) -> str | None:
+    """The report of the store that ``folder`` holds under ``key``; None if it holds no such."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+    except FileNotFoundError:
+        return None
+    return about["report"] if about.get("key") == key else None
+
+
 def write_store(
     rows: Iterable[Row],
     encoder: Encoder,
     folder: Path,
     max_length: int,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    key: str | None = None,
 ) -> Report:
     """Tokenises rows, ``AT_ONCE`` at a time, into ``folder``; leaves out long ones.
 
@@ -248,6 +271,7 @@ def write_store(
     report, digest = Report(max_length), hashlib.sha256()
     bounds, end = [], 0
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.json").unlink(missing_ok=True)  # written last: what it describes is complete
     place = None
     with open(folder / "tokens.bin", "wb") as file:
         for row, example in _encoded(progress(rows), encoder):
@@ -270,6 +294,6 @@ def write_store(
         raise DataError(f"no row is left\n{report}")
     digest.update(np.array(bounds, np.int64).tobytes())
     np.save(folder / "bounds.npy", np.array(bounds, np.int64))
-    about = {"fingerprint": digest.hexdigest(), "report": str(report)}
+    about = {"fingerprint": digest.hexdigest(), "report": str(report), "key": key}
     (folder / "about.json").write_text(json.dumps(about, indent=2))
     return report

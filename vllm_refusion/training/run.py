@@ -15,17 +15,24 @@ import math
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    TrainingArguments,
+)
 
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.training.collator import autoregressive, draw, sequence
-from vllm_refusion.training.data import Encoder, TokenStore, read_rows, write_store
+from vllm_refusion.training.data import Encoder, TokenStore, read_rows, stored, write_store
 from vllm_refusion.training.loss import CAUSAL
 from vllm_refusion.training.order import OBJECTIVES, Course, generator
 from vllm_refusion.training.trainer import (
@@ -190,7 +197,10 @@ def _load_model(recipe: Recipe, config: Any) -> Any:
     options = {"dtype": torch.float32, "attn_implementation": CAUSAL}
     if recipe.from_scratch:
         torch.manual_seed(recipe.seed)
-        return AutoModelForCausalLM.from_config(config, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)
+        with suppress(OSError):  # decoding defaults are kept, where there are any
+            model.generation_config = GenerationConfig.from_pretrained(recipe.model)
+        return model
     return AutoModelForCausalLM.from_pretrained(recipe.model, **options)
 
 
@@ -250,7 +260,9 @@ def _write_data(
     def bar(rows: Any) -> Any:
         return tqdm(rows, desc="tokenising", unit=" rows", disable=not progress)
 
-    report = write_store(read_rows(data), encoder, folder, max_length, bar)
+    key = encoder.key(data, max_length) if all(path.is_file() for path in data) else None
+    report = stored(folder, key) if key else None
+    report = report or write_store(read_rows(data), encoder, folder, max_length, bar, key)
     print(report, file=sys.stderr)
 
 
