@@ -26,7 +26,7 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 def label_counts(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the two means of the loss divide by: clean labels and examples, int64 [2]."""
     labels = batch["ar_labels"]
-    return torch.stack([(labels != IGNORED).sum(), torch.tensor(len(labels), device=labels.device)])
+    return torch.stack([(labels != IGNORED).sum(), labels.new_full((), len(labels))])
 
 
 def hybrid_loss(

@@ -226,6 +226,7 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             train_sampling_strategy="sequential",  # the course has the order
             remove_unused_columns=False,
             dataloader_num_workers=execution.workers,
+            accelerator_config={"non_blocking": True},  # copies to the device wait for nothing
             logging_nan_inf_filter=False,  # it would wait for the device after each micro batch
             logging_steps=execution.log_every,
             logging_first_step=True,
