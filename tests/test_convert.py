@@ -114,6 +114,7 @@ def test_gguf(tmp_path):
     characters = [chr(0x21 + i) for i in range(0x5E)] + [chr(0x100 + i) for i in range(204)]
     writer.add_token_list(["<|endoftext|>", *characters, "ab"])
     writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     names = {
         "model.embed_tokens": "token_embd",
@@ -144,6 +145,7 @@ def test_gguf(tmp_path):
     ):
         write()
     made = convert(str(tmp_path / "a.gguf"), tmp_path / "out", dtype="float32")
+    assert made["eos_token"] == ("<|endoftext|>", 0)
     assert made["mask_token"] == ("<|mask|>", 300) and made["embedding_rows"] == (300, 302)
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())

@@ -9,7 +9,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_refusion.training.collator import Example
-from vllm_refusion.training.data import DataError, Encoder, Row, TokenStore, read_rows, write_store
+from vllm_refusion.training.data import (
+    DataError,
+    Encoder,
+    Row,
+    TokenStore,
+    read_rows,
+    stored,
+    write_store,
+)
 from vllm_refusion.training.order import Course
 
 ROWS = [{"query": f"What is {n}?", "response": f"It is {n}.\n#### {n}"} for n in range(9)]
@@ -159,3 +167,34 @@ def test_course_is_a_function_of_seed_and_index():
             for e in range(3)]  # fmt: skip
     assert seen[0] != seen[1] != seen[2]
     assert course(objective="autoregressive")[0].input_ids[1:] != []
+
+
+def test_steps_sorted_by_length_see_the_same():
+    """Longest first within a step; what is seen, and how it is masked, stays."""
+    examples = [Example([n], list(range(100, 101 + n * 7 % 30))) for n in range(1, 12)]
+    lengths = [len(e.prompt) + len(e.response) for e in examples]
+    plain = Course(examples, 33, 5, (4, 8), 99)
+    by_length = Course(examples, 33, 5, (4, 8), 99, batch_size=6, lengths=lengths)
+    for first in range(0, 33, 6):
+        step = range(first, min(first + 6, 33))
+        ours, expected = [by_length[i] for i in step], [plain[i] for i in step]
+        assert sorted(ours, key=repr) == sorted(expected, key=repr)
+        fed = [len(row.input_ids) for row in ours]
+        assert fed == sorted(fed, reverse=True)
+
+
+def test_what_is_tokenised_is_kept_until_something_changes(tmp_path, encoder, tokenizer):
+    path, folder = tmp_path / "a.jsonl", tmp_path / "store"
+    path.write_text(json.dumps(ROWS[0]) + "\n")
+    key = encoder.key([path], 100)
+    assert stored(folder, key) is None
+    report = write_store(read_rows([path]), encoder, folder, 100, key=key)
+    assert stored(folder, key) == str(report)
+    others = [encoder.key([path], 99), Encoder(tokenizer, 1, plain=True).key([path], 100)]
+    others += [Encoder(tokenizer, 1, {"enable_thinking": False}).key([path], 100)]
+    path.write_text(json.dumps(ROWS[1]) + "\n")
+    others += [encoder.key([path], 100)]
+    assert len({key, *others}) == 5 and not any(stored(folder, other) for other in others)
+    with pytest.raises(DataError):  # a store that was being written is none
+        write_store(iter([]), encoder, folder, 100, key=key)
+    assert stored(folder, key) is None

@@ -10,7 +10,7 @@ import torch
 
 IGNORED = -100  # no label
 MIN_MASKING = 1e-3  # eps: the masking probability is never below
-MULTIPLE = 8  # rows are padded to it: attention kernels want masks aligned
+MULTIPLE = 8  # rows are padded to it: few lengths, and aligned ones
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def sequence(example: Example, drawn: Draw, mask_token_id: int) -> Sequenced:
     """The prompt, the clean slots in the order drawn, the masked slots in position order."""
     start, response, size = len(example.prompt), example.response, drawn.slot_size
     slots = range(-(-len(response) // size))
-    masked = [slot for slot in slots if slot not in set(drawn.clean)]
+    clean = set(drawn.clean)
+    masked = [slot for slot in slots if slot not in clean]
     ids, positions = list(example.prompt), list(range(start))
     ar, mdm = [IGNORED] * start, [IGNORED] * start
     for slot in (*drawn.clean, *masked):
@@ -71,7 +72,7 @@ def sequence(example: Example, drawn: Draw, mask_token_id: int) -> Sequenced:
         first = start + slot * size
         positions += range(first, first + len(tokens))
         nothing = [IGNORED] * len(tokens)
-        if slot in masked:
+        if slot not in clean:
             ids += [mask_token_id] * len(tokens)
             ar += nothing
             mdm += tokens
@@ -93,7 +94,9 @@ def autoregressive(example: Example) -> Sequenced:
 def collate(rows: Sequence[Sequenced], pad_token_id: int) -> dict[str, torch.Tensor]:
     """A batch: ids, positions and labels int64 [B, L] padded at the end, mdm_weights float32 [B].
 
-    Padding comes after all that is real and has no labels, so a causal mask is all it needs.
+    Padding comes after all that is real and has no labels, so causal attention is all it needs.
+    ``labelled`` int64 [N] are the indices into [B * L] that have a label of either kind: computed
+    here, since on a device their number would have to be waited for.
     """
     longest = max(len(row.input_ids) for row in rows)
     width = -(-longest // MULTIPLE) * MULTIPLE
@@ -101,7 +104,12 @@ def collate(rows: Sequence[Sequenced], pad_token_id: int) -> dict[str, torch.Ten
     fills |= {"ar_labels": IGNORED, "mdm_labels": IGNORED}
     batch = {}
     for name, fill in fills.items():
-        padded = [[*(row := getattr(r, name)), *[fill] * (width - len(row))] for r in rows]
-        batch[name] = torch.tensor(padded)
+        padded = np.full((len(rows), width), fill, np.int64)
+        for i, row in enumerate(rows):
+            values = getattr(row, name)
+            padded[i, : len(values)] = values
+        batch[name] = torch.from_numpy(padded)
+    labelled = (batch["ar_labels"] != IGNORED) | (batch["mdm_labels"] != IGNORED)
+    batch["labelled"] = labelled.flatten().nonzero()[:, 0]
     batch["mdm_weights"] = torch.tensor([row.mdm_weight for row in rows])
     return batch

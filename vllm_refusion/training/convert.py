@@ -53,6 +53,9 @@ def convert(
     config = _load(AutoConfig, source, where)
     _check_config(source, config)
     tokenizer = _load(AutoTokenizer, source, where)
+    if "gguf_file" in where and isinstance(config.eos_token_id, int):
+        # transformers before 5.19 takes the file's BOS for EOS here, not in the configuration
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     old_words = len(tokenizer)
     _add_tokens(source, tokenizer, mask_token, pad_token)
     model = _load_model(source, where, dtype)

@@ -6,8 +6,9 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from vllm_refusion.training.collator import Example
 KEYS = ("query", "response")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 SHOWN = 5  # places that a report names
+AT_ONCE = 1024  # rows tokenised together
 
 
 class DataError(ValueError):
@@ -145,26 +147,46 @@ class Encoder:
             )
 
     def prompt(self, query: str) -> list[int]:
+        return self._tokenised([self._prompt_text(query)])[0]
+
+    def _prompt_text(self, query: str) -> str:
         if self.plain:
-            return self.tokenizer.encode(query, add_special_tokens=False)
-        text = self.tokenizer.apply_chat_template(
+            return query
+        return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": query}],
             add_generation_prompt=True,
             tokenize=False,
             **self.template_options,
         )
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def encode(self, row: Row) -> Example:
-        """Raises DataError if the text contains the mask token."""
-        response = self.tokenizer.encode(row.values["response"], add_special_tokens=False)
-        example = Example(
-            self.prompt(row.values["query"]), [*response, self.tokenizer.eos_token_id]
-        )
-        if self.mask_token_id is not None:
-            if self.mask_token_id in example.prompt or self.mask_token_id in response:
+    def key(self, paths: Iterable[Path], max_length: int) -> str:
+        """Of all that the token ids follow from, so that they need not be made again."""
+        digest = hashlib.sha256()
+        for path in paths:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        tokenizer = self.tokenizer
+        words = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [words.to_str() if words else repr(sorted(tokenizer.get_vocab().items()))]
+        parts += [tokenizer.chat_template, dict(self.template_options), self.plain, max_length]
+        digest.update(json.dumps([*parts, tokenizer.eos_token_id], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """Raises DataError if a text contains the mask token."""
+        prompts = self._tokenised([self._prompt_text(row.values["query"]) for row in rows])
+        responses = self._tokenised([row.values["response"] for row in rows])
+        eos, mask = self.tokenizer.eos_token_id, self.mask_token_id
+        for row, prompt, response in zip(rows, prompts, responses, strict=True):
+            if mask is not None and (mask in prompt or mask in response):
                 raise DataError(f"{row.place}: the text contains the mask token")
-        return example
+        return [Example(p, [*r, eos]) for p, r in zip(prompts, responses, strict=True)]
+
+    def _tokenised(self, texts: list[str]) -> list[list[int]]:
+        """Many at once: tokenizers spread them over the processor's cores."""
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)[
+            "input_ids"
+        ]
 
 
 @dataclass
@@ -207,6 +229,7 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self._tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self._bounds = np.load(folder / "bounds.npy")  # [examples, 3]: start, response, end
+        self.lengths: list[int] = (self._bounds[:, 2] - self._bounds[:, 0]).tolist()
         self.fingerprint: str = json.loads((folder / "about.json").read_text())["fingerprint"]
 
     def __len__(self) -> int:
@@ -217,14 +240,30 @@ class TokenStore:
         return Example(self._tokens[start:response].tolist(), self._tokens[response:end].tolist())
 
 
+def _encoded(rows: Iterable[Row], encoder: Encoder) -> Iterator[tuple[Row, Example]]:
+    rows = iter(rows)
+    while part := list(islice(rows, AT_ONCE)):
+        yield from zip(part, encoder.encode(part), strict=True)
+
+
+def stored(folder: Path, key: str) -> str | None:
+    """The report of the store that ``folder`` holds under ``key``; None if it holds no such."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+    except FileNotFoundError:
+        return None
+    return about["report"] if about.get("key") == key else None
+
+
 def write_store(
     rows: Iterable[Row],
     encoder: Encoder,
     folder: Path,
     max_length: int,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    key: str | None = None,
 ) -> Report:
-    """Tokenises rows, one at a time, into ``folder`` for ``TokenStore``; leaves out long ones.
+    """Tokenises rows, ``AT_ONCE`` at a time, into ``folder``; leaves out long ones.
 
     Raises:
         DataError: a row is broken, or none is left.
@@ -232,11 +271,11 @@ def write_store(
     report, digest = Report(max_length), hashlib.sha256()
     bounds, end = [], 0
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.json").unlink(missing_ok=True)  # written last: what it describes is complete
     place = None
     with open(folder / "tokens.bin", "wb") as file:
-        for row in progress(rows):
+        for row, example in _encoded(progress(rows), encoder):
             place = row.place
-            example = encoder.encode(row)
             length = len(example.prompt) + len(example.response)
             if length > max_length:
                 report.too_long.append((row.place, length))
@@ -255,6 +294,6 @@ def write_store(
         raise DataError(f"no row is left\n{report}")
     digest.update(np.array(bounds, np.int64).tobytes())
     np.save(folder / "bounds.npy", np.array(bounds, np.int64))
-    about = {"fingerprint": digest.hexdigest(), "report": str(report)}
+    about = {"fingerprint": digest.hexdigest(), "report": str(report), "key": key}
     (folder / "about.json").write_text(json.dumps(about, indent=2))
     return report

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vllm_refusion.training.collator import IGNORED
 
-CHUNK_ROWS = 2048  # a chunk's float32 logits over 152k words: 1.2 GB
+CHUNK_LOGITS = 1 << 28  # of a chunk: 1 GB in float32
 
-
-def causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Additive mask [1, 1, length, length]: a token sees what precedes it in the input's order.
-
-    Always given: without a mask transformers takes a jump in ``position_ids`` for the start of
-    another packed sequence and cuts attention there, and moved slots do jump.
-    """
-    mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=device)
-    return mask.triu(1)[None, None]
+# Causal in the input's order, whatever the positions say. Under the name "sdpa" transformers takes
+# a jump in ``position_ids`` for the start of another packed sequence and cuts attention there, and
+# moved slots do jump; for a name that it has no masks for it makes none. No mask to read also
+# means that flash kernels can be used. A mask given by the caller is applied as ever.
+CAUSAL = "refusion_causal"
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def label_counts(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the two means of the loss divide by: clean labels and examples, int64 [2]."""
     labels = batch["ar_labels"]
-    return torch.stack([(labels != IGNORED).sum(), torch.tensor(len(labels), device=labels.device)])
+    return torch.stack([(labels != IGNORED).sum(), labels.new_full((), len(labels))])
 
 
 def hybrid_loss(
@@ -35,7 +34,8 @@ def hybrid_loss(
     head: torch.nn.Module,
     batch: Mapping[str, torch.Tensor],
     counts: torch.Tensor,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int = 2048,
+    chunk_losses: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """L_AR and L_MDM of a batch, float32 [2]; only rows with a label get logits.
 
@@ -48,33 +48,27 @@ def hybrid_loss(
         hidden: [B, L, H], what ``head`` turns into logits [..., V].
         batch: from ``collate``.
         counts: [2], from ``label_counts``.
+        chunk_rows: rows of logits at a time.
+        chunk_losses: a compiled ``_chunk_losses``.
     """
-    ar, mdm = batch["ar_labels"].flatten(), batch["mdm_labels"].flatten()
-    labels = torch.where(ar != IGNORED, ar, mdm)
-    rows = (labels != IGNORED).nonzero()[:, 0]
+    chunk_losses = chunk_losses or _chunk_losses
+    rows = batch["labelled"]
+    ar, mdm = (batch[name].flatten()[rows] for name in ("ar_labels", "mdm_labels"))
     counts = counts.clamp(min=1)
     per_mask = batch["mdm_weights"] / counts[1]
     weights = torch.stack(
-        [
-            (ar != IGNORED) / counts[0],
-            (mdm != IGNORED) * per_mask.repeat_interleave(hidden.shape[1]),
-        ]
-    )  # [2, B * L]
+        [(ar != IGNORED) / counts[0], (mdm != IGNORED) * per_mask[rows // hidden.shape[1]]]
+    )  # [2, N]
+    labels = torch.where(ar != IGNORED, ar, mdm)
     hidden = hidden.flatten(0, 1)
-    losses = hidden.new_zeros(2, dtype=torch.float32)
-    for chunk in rows.split(chunk_rows):
-        # Logits are computed again in the backward pass instead of being kept.
-        losses = losses + checkpoint(
-            _chunk_losses,
-            head,
-            hidden[chunk],
-            labels[chunk],
-            weights[:, chunk],
-            use_reentrant=False,
-        )
     if len(rows) == 0:  # gradients of zero rather than none: other processes wait for them
-        losses = losses + 0 * head(hidden[:1]).float().sum()
-    return losses
+        return (0 * head(hidden[:1]).float().sum()).expand(2)
+    hidden = hidden[rows]
+    if len(rows) <= chunk_rows:
+        return chunk_losses(head, hidden, labels, weights)
+    # Logits are computed again in the backward pass instead of being kept.
+    parts = zip(hidden.split(chunk_rows), labels.split(chunk_rows), weights.split(chunk_rows, 1))
+    return sum(checkpoint(chunk_losses, head, *part, use_reentrant=False) for part in parts)
 
 
 def _chunk_losses(
@@ -84,28 +78,27 @@ def _chunk_losses(
     return (weights * losses).sum(1)  # a matrix product would be autocast to bfloat16
 
 
-def attach(model: Any, chunk_rows: int = CHUNK_ROWS) -> None:
+def attach(model: Any, chunk_rows: int | None = None, compiled: bool = False) -> None:
     """Lets ``model(batch=..., counts=...)`` return the losses [2] of a batch.
 
     It goes through the model's own ``forward``, and so through the wrappers that spread a model
-    over devices; other calls are as before.
+    over devices; other calls are as before. The model's attention becomes ``CAUSAL``.
+    ``compiled``: the training pass goes through torch.compile, for all lengths at once.
     """
-    plain = model.forward
+    model.set_attn_implementation(CAUSAL)
+    chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // model.config.vocab_size)
+    plain, base, chunk_losses = model.forward, model.base_model, _chunk_losses
+    if compiled:
+        base = torch.compile(base, dynamic=True)
+        chunk_losses = torch.compile(chunk_losses, dynamic=True)
 
     def forward(*args: Any, batch: Any = None, counts: Any = None, **kwargs: Any) -> Any:
         if batch is None:
             return plain(*args, **kwargs)
-        ids = batch["input_ids"]
-        device = ids.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
-        output = model.base_model(
-            input_ids=ids,
-            position_ids=batch["position_ids"],
-            attention_mask=causal_mask(ids.shape[1], dtype, ids.device),
-            use_cache=False,
+        output = base(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         )
         head = model.get_output_embeddings()
-        return hybrid_loss(output.last_hidden_state, head, batch, counts, chunk_rows)
+        return hybrid_loss(output.last_hidden_state, head, batch, counts, chunk_rows, chunk_losses)
 
     model.forward = forward

@@ -21,8 +21,8 @@ def generator(seed: int, number: int) -> np.random.Generator:
 class Course:
     """All examples of a run, as a dataset: item i is the i-th example seen.
 
-    Every epoch has an order of its own. An item depends on (seed, i) only, not on worker, device,
-    or where a run was resumed.
+    Every epoch has an order of its own; within a step it may be by length. An item depends on
+    (seed, i) only, not on worker, device, or where a run was resumed.
     """
 
     def __init__(
@@ -33,21 +33,41 @@ class Course:
         slot_sizes: Sequence[int],
         mask_token_id: int | None,
         objective: str = "refusion",
+        batch_size: int = 1,
+        lengths: Sequence[int] | None = None,
     ) -> None:
+        """``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees."""
+        self._batch_size, self._lengths = batch_size, lengths
         self._examples, self._length, self._seed = examples, length, seed
         self._slot_sizes, self._mask, self._objective = slot_sizes, mask_token_id, objective
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+        self._step = lru_cache(maxsize=8)(self._sorted_step)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Sequenced:
-        epoch, place = divmod(index, len(self._examples))
-        example = self._examples[self._order(epoch)[place]]
+        if self._lengths is not None:
+            step, place = divmod(index, self._batch_size)
+            index = self._step(step)[place]
+        example = self._examples[self._example_at(index)]
         if self._objective == "autoregressive":
             return autoregressive(example)
         drawn = draw(len(example.response), self._slot_sizes, generator(self._seed, index))
         return sequence(example, drawn, self._mask)
+
+    def _example_at(self, index: int) -> int:
+        epoch, place = divmod(index, len(self._examples))
+        return self._order(epoch)[place]
+
+    def _sorted_step(self, step: int) -> list[int]:
+        """The numbers of what a step sees, longest first: micro batches then need little padding.
+
+        Longest first also shows at once whether memory suffices.
+        """
+        first = step * self._batch_size
+        seen = range(first, min(first + self._batch_size, self._length))
+        return sorted(seen, key=lambda i: self._lengths[self._example_at(i)], reverse=True)
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return generator(self._seed, _SHUFFLES + epoch).permutation(len(self._examples))

@@ -15,17 +15,25 @@ import math
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    TrainingArguments,
+)
 
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.training.collator import autoregressive, draw, sequence
-from vllm_refusion.training.data import Encoder, TokenStore, read_rows, write_store
+from vllm_refusion.training.data import Encoder, TokenStore, read_rows, stored, write_store
+from vllm_refusion.training.loss import CAUSAL
 from vllm_refusion.training.order import OBJECTIVES, Course, generator
 from vllm_refusion.training.trainer import (
     Dev,
@@ -63,6 +71,7 @@ class Recipe:
     schedule: str = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     bf16: bool = False
     seed: int = 0
@@ -78,6 +87,7 @@ class Recipe:
             "batch_size": (self.batch_size > 0, "an integer above 0"),
             "slot_sizes": (self.slot_sizes and min(self.slot_sizes) > 0, "integers above 0"),
             "learning_rate": (self.learning_rate > 0, "a number above 0"),
+            "adam_beta2": (0 <= self.adam_beta2 < 1, "a number in [0, 1)"),
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
         }
         for name, (holds, allowed) in checks.items():
@@ -93,6 +103,7 @@ class Execution:
 
     micro_batch_size: int = 8
     gradient_checkpointing: bool = False
+    compile: bool = False
     workers: int = 0
     log_every: int = 10
     save_every: int = 500
@@ -131,7 +142,14 @@ def train(
         amount = f"{steps} steps of {recipe.batch_size} examples on {args.world_size} devices"
         print(amount, file=sys.stderr)
     course = Course(
-        store, steps * recipe.batch_size, recipe.seed, recipe.slot_sizes, mask, recipe.objective
+        store,
+        steps * recipe.batch_size,
+        recipe.seed,
+        recipe.slot_sizes,
+        mask,
+        recipe.objective,
+        recipe.batch_size,
+        store.lengths,
     )
     interruption = SaveWhenInterrupted()
     trainer = ReFusionTrainer(
@@ -142,6 +160,7 @@ def train(
         pad_token_id=tokenizer.pad_token_id or 0,
         examples=len(store),
         loss_weights=(recipe.ar_weight, recipe.mdm_weight),
+        compiled=execution.compile,
         dev=_dev(recipe, execution, encoder, mask, run) if execution.dev else None,
         callbacks=[LogFile(run / "log.jsonl"), interruption],
     )
@@ -175,10 +194,13 @@ def _load_source(recipe: Recipe) -> tuple[Any, Any]:
 
 def _load_model(recipe: Recipe, config: Any) -> Any:
     # float32 even under bf16: steps of 2e-5 would be lost in the rounding of bfloat16 weights
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    options = {"dtype": torch.float32, "attn_implementation": CAUSAL}
     if recipe.from_scratch:
         torch.manual_seed(recipe.seed)
-        return AutoModelForCausalLM.from_config(config, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)
+        with suppress(OSError):  # decoding defaults are kept, where there are any
+            model.generation_config = GenerationConfig.from_pretrained(recipe.model)
+        return model
     return AutoModelForCausalLM.from_pretrained(recipe.model, **options)
 
 
@@ -193,6 +215,7 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             lr_scheduler_type=recipe.schedule,
             warmup_steps=recipe.warmup_steps,
             weight_decay=recipe.weight_decay,
+            adam_beta2=recipe.adam_beta2,
             max_grad_norm=recipe.max_grad_norm,
             bf16=recipe.bf16,
             use_cpu=not torch.accelerator.is_available(),
@@ -203,6 +226,8 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             train_sampling_strategy="sequential",  # the course has the order
             remove_unused_columns=False,
             dataloader_num_workers=execution.workers,
+            accelerator_config={"non_blocking": True},  # copies to the device wait for nothing
+            logging_nan_inf_filter=False,  # it would wait for the device after each micro batch
             logging_steps=execution.log_every,
             logging_first_step=True,
             save_steps=execution.save_every,
@@ -236,7 +261,9 @@ def _write_data(
     def bar(rows: Any) -> Any:
         return tqdm(rows, desc="tokenising", unit=" rows", disable=not progress)
 
-    report = write_store(read_rows(data), encoder, folder, max_length, bar)
+    key = encoder.key(data, max_length) if all(path.is_file() for path in data) else None
+    report = stored(folder, key) if key else None
+    report = report or write_store(read_rows(data), encoder, folder, max_length, bar, key)
     print(report, file=sys.stderr)
 
 
@@ -259,8 +286,8 @@ def _dev(
     recipe: Recipe, execution: Execution, encoder: Encoder, mask: int | None, run: Path
 ) -> Dev:
     problems = []
-    for number, row in enumerate(read_rows(execution.dev)):
-        example = encoder.encode(row)
+    rows = list(read_rows(execution.dev))
+    for number, (row, example) in enumerate(zip(rows, encoder.encode(rows), strict=True)):
         if mask is None:
             fed = autoregressive(example)
         else:

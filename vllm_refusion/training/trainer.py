@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.reference import decode
 from vllm_refusion.training.collator import Sequenced, collate
-from vllm_refusion.training.loss import CHUNK_ROWS, attach, label_counts
+from vllm_refusion.training.loss import attach, label_counts
 
 
 class Problem(NamedTuple):
@@ -57,12 +57,12 @@ class ReFusionTrainer(Trainer):
         pad_token_id: int,
         examples: int,
         loss_weights: tuple[float, float] = (1.0, 1.0),
-        chunk_rows: int = CHUNK_ROWS,
+        compiled: bool = False,
         dev: Dev | None = None,
         **options: Any,
     ) -> None:
         """``examples`` is the size of an epoch, for the log."""
-        attach(model, chunk_rows)
+        attach(model, compiled=compiled)
         self._collate: Callable[..., dict] = lambda rows: collate(rows, pad_token_id)
         super().__init__(
             model=model,
