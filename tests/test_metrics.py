@@ -46,7 +46,10 @@ def test_every_counter_has_a_metric(figures):
 
 def test_the_line_is_about_what_was_done_since(figures):
     figures.update(totals(plan=30, verify=20, rows_fed=1000, tokens=400))
-    line = figures.update(totals(plan=32, verify=22, replay=1, rows_fed=1100, tokens=430))
-    assert "7.50 tokens per forward pass" in line and "25.0 tokens fed" in line
+    done = dict(plan=32, verify=22, replay=1, rows_fed=1100, tokens=430)
+    done |= dict(tokens_tested=50, tokens_passed=40)
+    line = figures.update(totals(**done))
+    assert "7.50 tokens per forward pass" in line
+    assert "25.0 fed; 80% of the tested tokens accepted" in line
     assert line.endswith("passes: 2 plan, 2 verify, 1 replay")
-    assert figures.update(totals(plan=32, verify=22, replay=1, rows_fed=1100, tokens=430)) is None
+    assert figures.update(totals(**done)) is None

@@ -242,7 +242,7 @@ class DecodeState:
         ints[Field.MAX_TOKENS] = max_tokens
         ints[Field.EOS] = -1 if eos_token_id is None else eos_token_id
         # The masks of the first block may be fed with the end of the prompt.
-        first = min(params.block_length, budget)
+        first = params.first_block(max_tokens)
         ints[Field.ROWS] = ints[Field.CANVAS] = first
         padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
         self._write("ints", slot, ints)
