@@ -6,8 +6,10 @@ A test that fails under a later vLLM says that its patch in compat.py can go, or
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +63,27 @@ def test_figures_are_still_reported_where_vllm_logs_its_own():
     assert getattr(AsyncLLM.do_log_stats, compat._PATCHED)
     assert not getattr(AsyncLLM.do_log_stats.__wrapped__, compat._PATCHED, False)
     assert "self.logger_manager.log()" in inspect.getsource(AsyncLLM.do_log_stats.__wrapped__)
+
+
+def test_passes_still_travel_as_figures_of_speculative_decoding():
+    from vllm.entrypoints.generate.base.protocol import PerRequestMetrics
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert getattr(OutputProcessor.process_outputs, compat._PATCHED)
+    assert not getattr(OutputProcessor.process_outputs.__wrapped__, compat._PATCHED, False)
+    request = SimpleNamespace()
+    compat.count_passes(request, 4)
+    for accepted in (0, 4, 3):
+        request.spec_decode_metrics.observe(num_draft_tokens=4, num_accepted=accepted)
+    assert sum(request.spec_decode_metrics.histogram) == 3
+    # vLLM sets none of its own where its option is off, and ours refuses speculative decoding
+    assert 'spec_decode_metrics_level != "none"' in inspect.getsource(Scheduler.add_request)
+    for name in compat._RESPONSES:
+        assert hasattr(importlib.import_module(name), "build_per_request_timing_metrics")
+    stats = SimpleNamespace(forward_passes=4)
+    shown = compat._with_passes(lambda *_: PerRequestMetrics(), stats, 30).model_dump()
+    assert (shown["forward_passes"], shown["tokens_per_forward"]) == (4, 7.5)
 
 
 def test_model_state_is_still_not_told_why_a_request_leaves():

@@ -236,6 +236,29 @@ def test_structured_outputs_that_are_no_object(server):
     assert 400 <= response.status_code < 500
 
 
+def test_logs_hold_no_prompts_and_no_answers(server, chat, reference, questions):
+    """At the default level; neither those of requests that are refused."""
+    secret = "xylophone quartz marmalade"
+    bad = [
+        CHAT | {"messages": [{"role": "user", "content": f"{secret} <|mask|>"}]},
+        CHAT | {"messages": [{"role": "user", "content": f"{secret} " * 200}]},
+        CHAT | {"messages": [{"role": "user", "content": secret}], "presence_penalty": 1},
+        {"messages": {"role": "user", "content": secret}},
+        {"messages": [{"role": secret, "content": secret}], "max_tokens": secret},
+    ]
+    for body in bad:
+        assert 400 <= post(server, "/v1/chat/completions", body).status_code < 500
+    answered = post(
+        server, "/v1/chat/completions", {"messages": [{"role": "user", "content": secret}]}
+    )
+    assert answered.status_code == 200
+    text = chat(questions[1], SMALL).choices[0].message.content
+    log = server.log.read_text()
+    assert "POST /v1/chat/completions" in log
+    for private in (*secret.split(), questions[1], text, text[:40]):
+        assert private not in log
+
+
 def test_a_killed_engine_ends_the_server_and_its_clients_requests(server, chat, questions):
     """The last test. Nobody hangs: clients get an error, and the server exits as vLLM's does."""
     stream = chat(questions[1], SMALL, stream=True, max_tokens=400, extra_body={"ignore_eos": True})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def install(architectures: Mapping[str, str], config_hook: type) -> None:
     _validate_requests()
     _refuse_beam_search()
     _report_figures()
+    _report_passes_of_requests()
     _tell_preempted_from_finished()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
@@ -145,6 +147,63 @@ def _report_figures() -> None:
 
     setattr(do_log_stats, _PATCHED, True)
     AsyncLLM.do_log_stats = do_log_stats
+
+
+def _report_passes_of_requests() -> None:
+    """Forward passes among the figures of a request's output, offline and over HTTP.
+
+    What ``count_passes`` counts would appear as figures of speculative decoding, so it moves to
+    ``RequestOutput.metrics`` before an output is made of it.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    original = OutputProcessor.process_outputs
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            count = output.spec_decode_metrics
+            if count is None or count.num_spec_tokens:
+                continue
+            output.spec_decode_metrics = None
+            state = self.request_states.get(output.request_id)
+            if state is not None and state.stats is not None:
+                state.stats.forward_passes = sum(count.histogram)
+                _show_passes_in_responses()
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    setattr(process_outputs, _PATCHED, True)
+    OutputProcessor.process_outputs = process_outputs
+
+
+_RESPONSES = tuple(
+    f"vllm.entrypoints.openai.{kind}.serving" for kind in ("chat_completion", "completion")
+)
+
+
+@functools.cache
+def _show_passes_in_responses() -> None:
+    """``metrics`` of a response, given under --enable-per-request-metrics, takes extra fields.
+
+    Called when the first request ends: a server has loaded these modules by then, and what is no
+    server need not.
+    """
+    for name in _RESPONSES:
+        module = sys.modules.get(name)
+        if module is not None:
+            original = module.build_per_request_timing_metrics
+            module.build_per_request_timing_metrics = functools.partial(_with_passes, original)
+
+
+def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_tokens: int) -> Any:
+    shown = original(metrics, num_generation_tokens)
+    passes = getattr(metrics, "forward_passes", 0)
+    if passes:
+        shown.forward_passes = passes
+        shown.tokens_per_forward = num_generation_tokens / passes
+    return shown
 
 
 def _keep_stock_models_off_the_interpreter() -> None:
@@ -266,6 +325,19 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
 
     manager.allocate_slots = allocate
     manager.coordinator.cache_blocks = cache_prompt_blocks
+
+
+def count_passes(request: Any, canvas_length: int) -> None:
+    """vLLM's scheduler then counts the passes of a request that may decide something.
+
+    Its figures of speculative decoding are kept for each request that has them, and go to the front
+    end with its last output. No tokens to speculate mark ours, see ``_report_passes_of_requests``.
+    """
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+
+    request.spec_decode_metrics = RequestSpecDecodeMetrics(
+        num_spec_tokens=0, histogram=[0] * (canvas_length + 1)
+    )
 
 
 def stop_hashing_output(request: Any) -> None:

@@ -70,6 +70,7 @@ class _CanvasScheduling:
     def add_request(self, request: Request) -> None:
         compat.stop_hashing_output(request)
         super().add_request(request)
+        compat.count_passes(request, self.canvas_length)
 
     def _plan_with_prompts(self, scheduled: SchedulerOutput) -> None:
         """Adds the first canvas to requests whose prompt ends in this step; pages are reserved.
