@@ -39,9 +39,9 @@ START_SECONDS = 600
 REQUEST_SECONDS = 300  # an answer that takes longer counts as starved
 WINDOWS = 8  # of the load, after each of which memory is read
 WARM = 3  # windows that leaks are not looked for in: all paths allocate what they keep
-# What may be added per window and process before it counts as a leak: readings of an idle process
-# differ by a few MB, those of Python's objects by dozens.
-SPARE_BYTES, SPARE_OBJECTS = 4 * 2**20, 100
+# What may be added in a window before it counts as a leak: readings of an idle process differ by a
+# MB, those of its Python objects by one or two.
+SPARE_BYTES, SPARE_OBJECTS = 2 * 2**20, 10
 DECODING_PASSES = ("plan", "verify", "predict", "infill_verify")
 DECODING = [
     {"slot_size": 4, "block_length": 16, "slot_threshold": 0.6, "token_threshold": 0.3},
@@ -272,8 +272,6 @@ async def soak(url: str, process: subprocess.Popen, options: argparse.Namespace)
         await ready(client, process)
         made = Soak(client, make_requests(options.requests, draw), draw)
         await made.learn()
-        await made.load(min(20.0, 6.0 * options.minutes), options.clients)
-        made.figures = Figures()
         before = await made.counters()
         server = psutil.Process(process.pid)
         readings = [await Reading.of(made, server)]

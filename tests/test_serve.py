@@ -122,14 +122,6 @@ REFUSED = pytest.mark.parametrize(
                 }
             },
         ),
-        (
-            "structured_outputs",
-            "StructuredOutputsParams(",
-            {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-                "tool_choice": {"type": "function", "function": {"name": "f"}},
-            },
-        ),
         ("bad_words", "['several words']", {"extra_body": {"bad_words": ["several words"]}}),
         ("prompt_logprobs", "1", {"extra_body": {"prompt_logprobs": 1}}),
         ("use_beam_search", "True", {"n": 2, "extra_body": {"use_beam_search": True}}),
@@ -147,6 +139,14 @@ def test_refused(chat, parameter, value, options):
     assert error.value.param == parameter
     assert f"{parameter}={value}" in str(error.value)
     assert "is not supported" in str(error.value)
+
+
+def test_forced_tool(chat):
+    """Without a parser for tool calls vLLM itself refuses it, else as structured output."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    choice = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="tool_choice|structured_outputs"):
+        chat("What is 2 + 3?", tools=[tool], tool_choice=choice)
 
 
 def test_refused_token_ids(complete):

@@ -340,6 +340,11 @@ def count_passes(request: Any, canvas_length: int) -> None:
     )
 
 
+def uncount_pass(request: Any) -> None:
+    """Makes up for a pass that is counted, but should not be."""
+    request.spec_decode_metrics.histogram[0] -= 1
+
+
 def stop_hashing_output(request: Any) -> None:
     """Block hashes of a request then cover its prompt only, whatever is appended."""
     request._block_hasher = None

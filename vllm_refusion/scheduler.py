@@ -92,6 +92,7 @@ class _CanvasScheduling:
                 scheduled.num_scheduled_tokens[request_id] += canvas
                 scheduled.total_num_scheduled_tokens += canvas
                 scheduled.scheduled_spec_decode_tokens[request_id] = [-1] * canvas
+                compat.uncount_pass(request)  # it is the prompt's
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if self.fuses_passes:
