@@ -8,10 +8,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from vllm_refusion import compat, register
 
@@ -55,6 +58,32 @@ def test_beam_search_still_resolves_watermarks_first():
     assert not getattr(InputProcessor.resolve_watermarking.__wrapped__, compat._PATCHED, False)
     for mixin in (BeamSearchOnlineMixin, BeamSearchOfflineMixin):
         assert "input_processor.resolve_watermarking(params)" in inspect.getsource(mixin)
+
+
+@pytest.mark.parametrize("kind", compat._REQUESTS)
+@pytest.mark.parametrize(
+    ("body", "parameter"),
+    [({"structured_outputs": 5}, "structured_outputs"), ({"logit_bias": {"5": -math.inf}}, "5")],
+    ids=["structured_outputs", "logit_bias"],
+)
+def test_malformed_bodies_still_pass_for_others(kind, body, parameter):
+    """The stock check fails on the one, and vLLM clamps the other."""
+    protocol = importlib.import_module(f"vllm.entrypoints.openai.{kind}.protocol")
+    request = getattr(protocol, compat._REQUESTS[kind])
+    sent = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]} | body
+    stock = getattr(request, compat._BODY_CHECK)
+    if "logit_bias" in body:
+        assert stock(sent) == sent
+        assert SamplingParams.from_optional(**body).logit_bias == {5: -100.0}
+    else:
+        with pytest.raises(AttributeError):
+            stock(sent)
+    compat.refuse_malformed_bodies()
+    compat.refuse_malformed_bodies()
+    with pytest.raises(VLLMValidationError, match=f"{parameter}.* is not supported: allowed"):
+        request.model_validate(sent)
+    fine = sent | {"structured_outputs": {"choice": ["a"]}, "logit_bias": {"5": 1}}
+    assert request.model_validate(fine).structured_outputs.choice == ["a"]
 
 
 def test_figures_are_still_reported_where_vllm_logs_its_own():

@@ -73,7 +73,7 @@ def plant():
     [
         ("None", None),
         ("[[], [], []]", "objects grows"),
-        ("torch.full((200_000,), 1.0)", "Worker"),
+        ("torch.full((200_000,), 1.0)", "VLLM::"),
     ],
     ids=["none", "objects", "memory"],
 )
@@ -84,7 +84,7 @@ def test_finds_a_planted_leak(tmp_path, leak, found):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaky\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nzz_leaky = leaky:plant\n")
     output = tmp_path / "figures.json"
-    options = ["--minutes", "2", "--requests", "6", "--clients", "6", "--output", str(output)]
+    options = ["--minutes", "1", "--requests", "6", "--clients", "6", "--output", str(output)]
     of_server = ["--enforce-eager", "--max-num-batched-tokens", "1024"]
     result = subprocess.run(
         [sys.executable, soak.__file__, *options, "--", *of_server],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,54 @@ def _refuse_beam_search() -> None:
 
     setattr(resolve_watermarking, _PATCHED, True)
     InputProcessor.resolve_watermarking = resolve_watermarking
+
+
+_REQUESTS = {"chat_completion": "ChatCompletionRequest", "completion": "CompletionRequest"}
+_BODY_CHECK = "check_structured_outputs_count"  # sees the body first, and fails on other types
+
+
+def refuse_malformed_bodies() -> None:
+    """What vLLM's API would answer with a 500, or change before admission sees it.
+
+    Its check of ``structured_outputs`` takes an object for granted, and biases that are no finite
+    numbers are clamped to -100 or 100. Called when a server of ReFusion sets itself up, before its
+    routes take the schemas of these classes over; a process without them is no server.
+    """
+    for kind, name in _REQUESTS.items():
+        module = sys.modules.get(f"vllm.entrypoints.openai.{kind}.protocol")
+        if module is None:
+            continue
+        request = getattr(module, name)
+        validator = request.__pydantic_decorators__.model_validators[_BODY_CHECK]
+        if not getattr(validator.func, _PATCHED, False):
+            validator.func = _with_body_checked(validator.func)
+            request.model_rebuild(force=True)
+
+
+def _with_body_checked(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def refuse(parameter: str, value: Any, allowed: str) -> None:
+        raise VLLMValidationError(
+            f"{parameter}={value!r} is not supported: allowed {allowed}.",
+            parameter=parameter,
+            value=value,
+        )
+
+    def check(data: Any) -> Any:
+        if isinstance(data, dict):
+            outputs = data.get("structured_outputs")
+            if not isinstance(outputs, dict | StructuredOutputsParams | None):
+                refuse("structured_outputs", outputs, "is an object")
+            biases = data.get("logit_bias")
+            for token, bias in biases.items() if isinstance(biases, dict) else ():
+                if isinstance(bias, float) and not math.isfinite(bias):
+                    refuse("logit_bias", {token: bias}, "are finite numbers")
+        return original(data)
+
+    setattr(check, _PATCHED, True)
+    return check
 
 
 def _report_figures() -> None:
