@@ -265,7 +265,8 @@ def memory_figures(readings: Sequence[Reading]) -> dict[str, Any]:
 async def soak(url: str, process: subprocess.Popen, options: argparse.Namespace) -> dict[str, Any]:
     """The whole run; after every window what is known by then goes to ``options.output``."""
     draw = random.Random(options.seed)
-    limits = httpx.Limits(max_connections=None)
+    # connections that the server, after 5 s, is not about to close
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
     async with httpx.AsyncClient(
         base_url=url, timeout=REQUEST_SECONDS, limits=limits, trust_env=False
     ) as client:
