@@ -86,7 +86,9 @@ def server(tiny_checkpoint, tmp_path_factory):
     """A server of the tiny checkpoint, one for all tests of a file."""
     from server import serve
 
-    with serve(tiny_checkpoint, tmp_path_factory.mktemp("server")) as server:
+    options = ["--enable-per-request-metrics", "--enable-prompt-tokens-details"]
+    options += ["--block-size", "16"]  # prompts of tests fill some pages
+    with serve(tiny_checkpoint, tmp_path_factory.mktemp("server"), *options) as server:
         yield server
 
 

@@ -13,6 +13,7 @@ import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from conformance import Case, build_model, cases, expected
+from vllm_refusion.metrics import SIZES
 
 ON_GPU = torch.cuda.is_available()
 # A canvas of 32 rows, and server defaults that fit it.
@@ -102,10 +103,8 @@ def assert_idle(llm, pages):
     """All KV pages and request slots are free again."""
     llm.llm_engine.step()  # tells the worker about the last finished requests
     assert free_pages(llm) == pages
-    state = model_state_of(llm)
-    assert not state._slot_of
-    assert not state._suspended
-    assert not state.decode_state.ints[:, 0].any()
+    (held,) = llm.collective_rpc("refusion_held")
+    assert not {kind: count for kind, count in held.items() if kind not in SIZES and count}
 
 
 class Checkpoint:

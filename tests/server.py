@@ -35,10 +35,10 @@ _NOT_FOR_SERVERS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "TRITON_INTERPRET")
 
 
 class Server:
-    """A running server. What it writes shows among the captured output of a failed test."""
+    """A running server. What it writes is in the file ``log``, and printed when it has ended."""
 
-    def __init__(self, process: subprocess.Popen, url: str) -> None:
-        self.process = process
+    def __init__(self, process: subprocess.Popen, url: str, log: Path) -> None:
+        self.process, self.log = process, log
         # Never through a proxy that the environment may name.
         self.http = httpx.Client(base_url=url, trust_env=False, timeout=60)
         self.client = openai.OpenAI(
@@ -91,15 +91,23 @@ def serve(model: Path | str, folder: Path, *options: str) -> Iterator[Server]:
         *(("--gpu-memory-utilization", "0.2") if torch.cuda.is_available() else ()),
         *options,
     ]
-    process = subprocess.Popen(
-        [*_command(), str(model), *arguments], cwd=folder, env=environment, start_new_session=True
-    )
-    server = Server(process, f"http://127.0.0.1:{port}")
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*_command(), str(model), *arguments],
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            stdout=output,
+            stderr=output,
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
         server.wait_until_ready()
         yield server
     finally:
         server.kill()
+        print(log.read_text(errors="replace"))
 
 
 def _command() -> list[str]:

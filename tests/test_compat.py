@@ -6,10 +6,15 @@ A test that fails under a later vLLM says that its patch in compat.py can go, or
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from vllm_refusion import compat, register
 
@@ -55,12 +60,60 @@ def test_beam_search_still_resolves_watermarks_first():
         assert "input_processor.resolve_watermarking(params)" in inspect.getsource(mixin)
 
 
+@pytest.mark.parametrize("kind", compat._REQUESTS)
+@pytest.mark.parametrize(
+    ("body", "parameter"),
+    [({"structured_outputs": 5}, "structured_outputs"), ({"logit_bias": {"5": -math.inf}}, "5")],
+    ids=["structured_outputs", "logit_bias"],
+)
+def test_malformed_bodies_still_pass_for_others(kind, body, parameter):
+    """The stock check fails on the one, and vLLM clamps the other."""
+    protocol = importlib.import_module(f"vllm.entrypoints.openai.{kind}.protocol")
+    request = getattr(protocol, compat._REQUESTS[kind])
+    sent = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]} | body
+    stock = getattr(request, compat._BODY_CHECK)
+    if "logit_bias" in body:
+        assert stock(sent) == sent
+        assert SamplingParams.from_optional(**body).logit_bias == {5: -100.0}
+    else:
+        with pytest.raises(AttributeError):
+            stock(sent)
+    compat.refuse_malformed_bodies()
+    compat.refuse_malformed_bodies()
+    with pytest.raises(VLLMValidationError, match=f"{parameter}.* is not supported: allowed"):
+        request.model_validate(sent)
+    fine = sent | {"structured_outputs": {"choice": ["a"]}, "logit_bias": {"5": 1}}
+    assert request.model_validate(fine).structured_outputs.choice == ["a"]
+
+
 def test_figures_are_still_reported_where_vllm_logs_its_own():
     from vllm.v1.engine.async_llm import AsyncLLM
 
     assert getattr(AsyncLLM.do_log_stats, compat._PATCHED)
     assert not getattr(AsyncLLM.do_log_stats.__wrapped__, compat._PATCHED, False)
     assert "self.logger_manager.log()" in inspect.getsource(AsyncLLM.do_log_stats.__wrapped__)
+
+
+def test_passes_still_travel_as_figures_of_speculative_decoding():
+    from vllm.entrypoints.generate.base.protocol import PerRequestMetrics
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert getattr(OutputProcessor.process_outputs, compat._PATCHED)
+    assert not getattr(OutputProcessor.process_outputs.__wrapped__, compat._PATCHED, False)
+    request = SimpleNamespace()
+    compat.count_passes(request, 4)
+    for accepted in (0, 4, 3):
+        request.spec_decode_metrics.observe(num_draft_tokens=4, num_accepted=accepted)
+    compat.uncount_pass(request)
+    assert sum(request.spec_decode_metrics.histogram) == 2
+    # vLLM sets none of its own where its option is off, and ours refuses speculative decoding
+    assert 'spec_decode_metrics_level != "none"' in inspect.getsource(Scheduler.add_request)
+    for name in compat._RESPONSES:
+        assert hasattr(importlib.import_module(name), "build_per_request_timing_metrics")
+    stats = SimpleNamespace(forward_passes=4)
+    shown = compat._with_passes(lambda *_: PerRequestMetrics(), stats, 30).model_dump()
+    assert (shown["forward_passes"], shown["tokens_per_forward"]) == (4, 7.5)
 
 
 def test_model_state_is_still_not_told_why_a_request_leaves():

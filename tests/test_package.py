@@ -3,6 +3,7 @@
 Imports are observed in fresh processes that run outside the repository, as a user's would.
 """
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import vllm_refusion
+from vllm_refusion import triton_kernels
 from vllm_refusion.triton_cpu_stub import real_cpu_backend, vllm_is_cpu_build
 
 PACKAGE = Path(vllm_refusion.__file__).parent
@@ -55,6 +57,22 @@ print(json.dumps([importlib.util.find_spec("triton_kernels") is None, kernels.__
 """
     assert run_python(code, tmp_path) == [True, "vllm_refusion.triton_kernels"]
     assert not (Path(__file__).parent / "__init__.py").exists()
+
+
+def test_nothing_is_unpickled():
+    """Nor is remote code trusted: neither module nor argument is named anywhere."""
+    names = set()
+    for path in [*PACKAGE.rglob("*.py"), *Path(triton_kernels.__file__).parent.rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            elif isinstance(node, ast.Attribute):
+                names.add(f"{getattr(node.value, 'id', '')}.{node.attr}")
+            elif isinstance(node, ast.keyword):
+                names.add(node.arg)
+    assert "torch" in names and "np.load" in names
+    bad = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert not names & (bad | {"torch.load", "allow_pickle", "trust_remote_code"})
 
 
 # What each module must leave alone. Triton imports the package itself in every process that uses

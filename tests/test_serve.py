@@ -71,6 +71,14 @@ def test_streaming(chat, reference, questions, params):
     assert last.usage.prompt_tokens == len(reference.prompt(question))
 
 
+def test_streaming_completion(complete, reference):
+    prompt = random.Random(0).choices(range(3, 3000), k=20)
+    choices = [chunk.choices[0] for chunk in complete(prompt, SMALL, max_tokens=40, stream=True)]
+    answer = reference(prompt, SMALL, 40)
+    assert [token for choice in choices for token in choice.token_ids or ()] == answer.tokens
+    assert "".join(choice.text for choice in choices) == reference.text(prompt, SMALL, 40)
+
+
 def test_concurrent_requests(chat, reference, questions):
     """All that the batch holds at once, each with its own parameters."""
     requests = [(question, params) for question in questions[1:5] for params in (DEFAULTS, SMALL)]
@@ -99,6 +107,21 @@ REFUSED = pytest.mark.parametrize(
             "StructuredOutputsParams(",
             {"response_format": {"type": "json_object"}},
         ),
+        (
+            "structured_outputs",
+            "StructuredOutputsParams(",
+            {"extra_body": {"structured_outputs": {"regex": "a+"}}},
+        ),
+        (
+            "structured_outputs",
+            "StructuredOutputsParams(",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "object"}},
+                }
+            },
+        ),
         ("bad_words", "['several words']", {"extra_body": {"bad_words": ["several words"]}}),
         ("prompt_logprobs", "1", {"extra_body": {"prompt_logprobs": 1}}),
         ("use_beam_search", "True", {"n": 2, "extra_body": {"use_beam_search": True}}),
@@ -116,6 +139,14 @@ def test_refused(chat, parameter, value, options):
     assert error.value.param == parameter
     assert f"{parameter}={value}" in str(error.value)
     assert "is not supported" in str(error.value)
+
+
+def test_forced_tool(chat):
+    """Without a parser for tool calls vLLM itself refuses it, else as structured output."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    choice = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="tool_choice|structured_outputs"):
+        chat("What is 2 + 3?", tools=[tool], tool_choice=choice)
 
 
 def test_refused_token_ids(complete):
@@ -291,27 +322,55 @@ def test_several_turns(chat, reference, questions):
         response = chat(messages, SMALL, max_tokens=60)
         assert response.prompt_token_ids == reference.prompt(messages)
         assert response.choices[0].token_ids == reference(messages, SMALL, 60).tokens
+        cached = response.usage.prompt_tokens_details.cached_tokens
+        assert (cached > 0) == (turn > 0), "of the prompt of the turn before"
         messages.append({"role": "assistant", "content": response.choices[0].message.content})
 
 
-def test_metrics(server, chat, questions):
-    """Counters of the device appear among vLLM's metrics; no figures of speculative decoding."""
-    tokens = chat(questions[1], SMALL).usage.completion_tokens
-    deadline = time.monotonic() + 30
+def counters(server):
+    """The totals of decoding by name, those of passes by kind, once no more is to come."""
+    seen = None
     while True:
-        shown = server.http.get("/metrics").text
-        if "vllm:refusion_tokens_total{" in shown or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
-    values = dict(
-        line.rsplit(" ", 1) for line in shown.splitlines() if line.startswith("vllm:refusion_")
+        lines = server.http.get("/metrics").text.splitlines()
+        shown = [line.rsplit(" ", 1) for line in lines if line.startswith("vllm:refusion_")]
+        values = {name: float(value) for name, value in shown if "_created" not in name}
+        if values == seen:
+            return values
+        seen = values
+        time.sleep(2.5)  # more than two intervals of the server's figures
+
+
+def passes(values):
+    kinds = ("plan", "verify", "predict", "infill_verify")
+    return sum(
+        values.get(f'vllm:refusion_passes_total{{kind="{kind}",model_name="{MODEL_NAME}"}}', 0)
+        for kind in kinds
     )
-    label = f'model_name="{MODEL_NAME}"'
-    assert float(values[f"vllm:refusion_tokens_total{{{label}}}"]) >= tokens
-    for kind in ("plan", "verify"):
-        name = f'vllm:refusion_passes_total{{kind="{kind}",{label}}}'
-        assert float(values[name]) > 0
-    assert "spec_decode" not in shown
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["at once", "streamed"])
+def test_metrics(server, chat, questions, streamed):
+    """Counters of the device appear among vLLM's; a response has its request's share of them."""
+    before = counters(server)
+    usage = {"stream": True, "stream_options": {"include_usage": True}} if streamed else {}
+    response = chat(questions[1], SMALL, **usage)
+    if streamed:
+        (*_, response) = response
+    after = counters(server)
+    tokens = f'vllm:refusion_tokens_total{{model_name="{MODEL_NAME}"}}'
+    assert after[tokens] - before.get(tokens, 0) == response.usage.completion_tokens
+    made = passes(after) - passes(before)
+    assert made > 0
+    assert response.metrics["forward_passes"] == made
+    assert response.metrics["tokens_per_forward"] == response.usage.completion_tokens / made
+    assert response.metrics["time_to_first_token_ms"] > 0
+    assert not response.metrics.get("speculative_decoding")
+    assert "spec_decode" not in server.http.get("/metrics").text
+
+
+def test_several_choices_have_no_figures_of_one_request(complete):
+    response = complete([5, 6, 7], SMALL, n=2, temperature=0.8, max_tokens=8)
+    assert getattr(response, "metrics", None) is None
 
 
 def test_stops_on_sigterm(server):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,7 @@ def install(architectures: Mapping[str, str], config_hook: type) -> None:
     _validate_requests()
     _refuse_beam_search()
     _report_figures()
+    _report_passes_of_requests()
     _tell_preempted_from_finished()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
@@ -127,6 +130,54 @@ def _refuse_beam_search() -> None:
         return original(self, params)
 
 
+_REQUESTS = {"chat_completion": "ChatCompletionRequest", "completion": "CompletionRequest"}
+_BODY_CHECK = "check_structured_outputs_count"  # sees the body first, and fails on other types
+
+
+def refuse_malformed_bodies() -> None:
+    """What vLLM's API would answer with a 500, or change before admission sees it.
+
+    Its check of ``structured_outputs`` takes an object for granted, and biases that are no finite
+    numbers are clamped to -100 or 100. Called when a server of ReFusion sets itself up, before its
+    routes take the schemas of these classes over; a process without them is no server.
+    """
+    for kind, name in _REQUESTS.items():
+        module = sys.modules.get(f"vllm.entrypoints.openai.{kind}.protocol")
+        if module is None:
+            continue
+        request = getattr(module, name)
+        validator = request.__pydantic_decorators__.model_validators[_BODY_CHECK]
+        if not getattr(validator.func, _PATCHED, False):
+            validator.func = _with_body_checked(validator.func)
+            request.model_rebuild(force=True)
+
+
+def _with_body_checked(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def refuse(parameter: str, value: Any, allowed: str) -> None:
+        raise VLLMValidationError(
+            f"{parameter}={value!r} is not supported: allowed {allowed}.",
+            parameter=parameter,
+            value=value,
+        )
+
+    def check(data: Any) -> Any:
+        if isinstance(data, dict):
+            outputs = data.get("structured_outputs")
+            if not isinstance(outputs, dict | StructuredOutputsParams | None):
+                refuse("structured_outputs", outputs, "is an object")
+            biases = data.get("logit_bias")
+            for token, bias in biases.items() if isinstance(biases, dict) else ():
+                if isinstance(bias, float) and not math.isfinite(bias):
+                    refuse("logit_bias", {token: bias}, "are finite numbers")
+        return original(data)
+
+    setattr(check, _PATCHED, True)
+    return check
+
+
 def _report_figures() -> None:
     """Counters of the device in the server's log and among its Prometheus metrics.
 
@@ -147,6 +198,58 @@ def _report_figures() -> None:
 
             await report(self)
         await original(self)
+
+
+def _report_passes_of_requests() -> None:
+    """Forward passes among the figures of a request's output, offline and over HTTP.
+
+    What ``count_passes`` counts would appear as figures of speculative decoding, so it moves to
+    ``RequestOutput.metrics`` before an output is made of it.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    @_patch(OutputProcessor, "process_outputs")
+    def process_outputs(
+        original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in engine_core_outputs:
+            count = output.spec_decode_metrics
+            if count is None or count.num_spec_tokens:
+                continue
+            output.spec_decode_metrics = None
+            state = self.request_states.get(output.request_id)
+            if state is not None and state.stats is not None:
+                state.stats.forward_passes = sum(count.histogram)
+                _show_passes_in_responses()
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+
+_RESPONSES = tuple(
+    f"vllm.entrypoints.openai.{kind}.serving" for kind in ("chat_completion", "completion")
+)
+
+
+@functools.cache
+def _show_passes_in_responses() -> None:
+    """``metrics`` of a response, given under --enable-per-request-metrics, takes extra fields.
+
+    Called when the first request ends: a server has loaded these modules by then, and what is no
+    server need not.
+    """
+    for name in _RESPONSES:
+        module = sys.modules.get(name)
+        if module is not None:
+            original = module.build_per_request_timing_metrics
+            module.build_per_request_timing_metrics = functools.partial(_with_passes, original)
+
+
+def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_tokens: int) -> Any:
+    shown = original(metrics, num_generation_tokens)
+    passes = getattr(metrics, "forward_passes", 0)
+    if passes:
+        shown.forward_passes = passes
+        shown.tokens_per_forward = num_generation_tokens / passes
+    return shown
 
 
 def _keep_stock_models_off_the_interpreter() -> None:
@@ -248,6 +351,24 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
 
     manager.allocate_slots = allocate
     manager.coordinator.cache_blocks = cache_prompt_blocks
+
+
+def count_passes(request: Any, canvas_length: int) -> None:
+    """vLLM's scheduler then counts the passes of a request that may decide something.
+
+    Its figures of speculative decoding are kept for each request that has them, and go to the front
+    end with its last output. No tokens to speculate mark ours, see ``_report_passes_of_requests``.
+    """
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+
+    request.spec_decode_metrics = RequestSpecDecodeMetrics(
+        num_spec_tokens=0, histogram=[0] * (canvas_length + 1)
+    )
+
+
+def uncount_pass(request: Any) -> None:
+    """Makes up for a pass that is counted, but should not be."""
+    request.spec_decode_metrics.histogram[0] -= 1
 
 
 def stop_hashing_output(request: Any) -> None:

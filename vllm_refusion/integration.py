@@ -192,7 +192,10 @@ class ReFusionConfig:
         from vllm.config.diffusion import DiffusionConfig
         from vllm.platforms import current_platform
 
+        from vllm_refusion import compat
+
         refuse_unsupported_options(vllm_config)
+        compat.refuse_malformed_bodies()
         fuses_passes(vllm_config)
         tracing_enabled(vllm_config)  # checks the option
         model_config = vllm_config.model_config

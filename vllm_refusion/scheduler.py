@@ -70,6 +70,7 @@ class _CanvasScheduling:
     def add_request(self, request: Request) -> None:
         compat.stop_hashing_output(request)
         super().add_request(request)
+        compat.count_passes(request, self.canvas_length)
 
     def _plan_with_prompts(self, scheduled: SchedulerOutput) -> None:
         """Adds the first canvas to requests whose prompt ends in this step; pages are reserved.
@@ -90,6 +91,7 @@ class _CanvasScheduling:
                 scheduled.num_scheduled_tokens[request_id] += canvas
                 scheduled.total_num_scheduled_tokens += canvas
                 scheduled.scheduled_spec_decode_tokens[request_id] = [-1] * canvas
+                compat.uncount_pass(request)  # it is the prompt's
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if self.fuses_passes:
