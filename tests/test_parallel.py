@@ -19,6 +19,12 @@ if not ON_GPU:
 elif torch.cuda.device_count() < 2:
     pytestmark = pytest.mark.skip(reason="needs two GPUs")
 
+@pytest.fixture(autouse=True)
+def spawned_workers(monkeypatch):
+    """This process may have used the GPU, after which it cannot be forked."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
 # so much for KV pages: no profiling of the memory, which others on the GPU would disturb
 PAGES = 2**30
 TWO_RANKS = {
