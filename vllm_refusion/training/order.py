@@ -42,12 +42,16 @@ class Course:
         return self._length
 
     def __getitem__(self, index: int) -> Sequenced:
-        epoch, place = divmod(index, len(self._examples))
-        example = self._examples[self._order(epoch)[place]]
+        example = self.example(index)
         if self._objective == "autoregressive":
             return autoregressive(example)
         drawn = draw(len(example.response), self._slot_sizes, generator(self._seed, index))
         return sequence(example, drawn, self._mask)
+
+    def example(self, index: int) -> Example:
+        """What item ``index`` is made of."""
+        epoch, place = divmod(index, len(self._examples))
+        return self._examples[self._order(epoch)[place]]
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return generator(self._seed, _SHUFFLES + epoch).permutation(len(self._examples))
