@@ -3,9 +3,9 @@
 python compare.py --data train.jsonl.gz --dev dev.jsonl.gz --output folder
 
 With a GPU the number of training steps is what fits --train-seconds on this machine, the same for
-all methods and seeds, unless --steps says it. --small is a version for a CPU: it shows that all of
-it works, and its figures mean nothing. Results are written as far as they are known when a phase
-ends; a phase can be repeated alone with --phases.
+all methods and seeds, unless --steps says it. --small, and a machine without a GPU, get a trial: it
+shows that all of it works, and its figures mean nothing. Phases can be run one by one (--phases);
+the tables hold what is known by then.
 """
 
 from __future__ import annotations
@@ -205,41 +205,46 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(given: list[str] | None = None) -> None:
-    from report import write
+def _settings(args: argparse.Namespace) -> Any:
     from training_run import Settings
 
-    args = arguments(given)
-    args.output.mkdir(parents=True, exist_ok=True)
-    import torch
+    settings = Settings(
+        config=str(args.model),
+        store=str(_tokenised(args)),
+        output=str(args.output),
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        generation_length=args.max_tokens,
+        seconds=args.train_seconds,
+        compiled=True,
+    )
+    if args.small:
+        small = {"steps": args.steps or 20, "batch_size": 8, "layers": 2, "hidden_size": 64}
+        settings = replace(settings, **small, workers=0, compiled=False)
+    return settings
 
-    if args.steps is None and not torch.cuda.is_available() and not args.small:
-        raise SystemExit("there is no GPU: give --steps, or try --small")
-    began = time.time()
-    if "train" in args.phases:
-        settings = Settings(
-            config=str(args.model),
-            store=str(_tokenised(args)),
-            output=str(args.output),
-            steps=args.steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            generation_length=args.max_tokens,
-            seconds=args.train_seconds,
-            compiled=torch.cuda.is_available(),
-        )
-        if args.small:
-            small = {"steps": args.steps or 20, "batch_size": 8, "layers": 2, "hidden_size": 64}
-            settings = replace(settings, **small, workers=0, compiled=False)
-        train(args, settings)
+
+def main(given: list[str] | None = None) -> None:
+    import torch
+    from report import write
+
+    args = arguments(given)
+    args.small |= not torch.cuda.is_available()
+    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "about.json").write_text(json.dumps(about(args)))
-    for phase, run in (("decode", decode), ("time", measure_time)):
-        if phase in args.phases:
+    began = time.time()
+    for phase in (name for name in PHASES if name in args.phases):
+        if phase == "train":
+            train(args, _settings(args))
+        elif phase == "decode":
+            decode(args)
+        elif phase == "time":
+            measure_time(args)
+        else:
             write(args.output, args.output)
-            run(args)
-            print(f"{phase} ended after {time.time() - began:.0f} s", flush=True)
-    write(args.output, args.output)
-    print((args.output / "results.md").read_text())
+            print((args.output / "results.md").read_text())
+        print(f"{phase} ended after {time.time() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import queue
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def decode_one(
     return DECODERS[method](model, prompt, special, max_tokens, **options)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(
     folder: str, method: str, seed: int, device: str, dtype: torch.dtype = torch.float32
 ) -> Any:

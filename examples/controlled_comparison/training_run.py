@@ -139,14 +139,14 @@ class Run:
             return weighted_loss(hidden, self.model.get_output_embeddings(), batch)
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> None:
-        """Compiles the layers if that is wanted and works; the first passes take their time here."""
+        """Compiles the layers if that is wanted and works, and makes the slow first passes."""
         layers = self.model.base_model.layers
         if self.compiled:
             try:
                 for layer in layers:
                     layer.compile(dynamic=True)
                 self.loss(batch).backward()
-            except Exception as error:  # noqa: BLE001: whatever it is, the run goes on uncompiled
+            except Exception as error:  # whatever it is, the run goes on
                 print(f"{self.name}: not compiled: {error!r}"[:500], flush=True)
                 self.compiled = False
                 for layer in layers:
