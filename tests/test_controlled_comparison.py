@@ -124,16 +124,17 @@ def test_llada_loss_equals_the_literal_one(model):
     for seed in range(8):
         items = random_items(seed)
         batch = objective("llada")(items)
-        total, (_, width) = 0, batch["input_ids"].shape
+        total = 0
         for row, (example, _) in enumerate(items):
             text = [*example.prompt, *example.response]
-            text += [EOS] * (width - len(text))
-            assert width - len(example.prompt) >= 24
             drawn, start = chance(seed, row), len(example.prompt)
+            text += [EOS] * (start + 24 - len(text))
+            width = len(text)
             masking = 0.999 * drawn.random() + 0.001
             masked = {start + i for i, u in enumerate(drawn.random(width - start)) if u < masking}
             fed = [MASK if i in masked else token for i, token in enumerate(text)]
-            assert batch["input_ids"][row].tolist() == fed
+            assert batch["input_ids"][row, :width].tolist() == fed
+            assert batch["real"][row].sum() == width
             given = log_probabilities(model, fed, list(range(width)), lambda q, k: True)
             total -= sum(given[i, text[i]] / masking for i in masked) / (width - start)
         assert_close(our_loss(model, "llada", batch), torch.as_tensor(total / len(items)))

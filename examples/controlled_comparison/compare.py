@@ -67,7 +67,7 @@ def agreed_steps(paces: list[float], seconds: float) -> int:
     It is between what the slowest would make at that pace and what they would make if those that
     end early left all of their share to the others.
     """
-    pace = 0.6 * max(paces) + 0.4 * sum(paces) / len(paces)
+    pace = (max(paces) + sum(paces) / len(paces)) / 2
     return max(100, int(seconds / pace))
 
 

@@ -1,9 +1,9 @@
 """Four objectives on the same examples, as batches for one weighted cross-entropy.
 
 A batch holds input_ids and position_ids [B, L], and of each token with a label its place in the
-flattened input (rows [N]), its label [N] and its weight [N] (float32). BD3-LM's also holds what its
-attention mask is made of: blocks [B, L] and noised [B, L]. data_tokens, an int, counts the prompts'
-and responses that it was made of, without padding, repetition or masks.
+flattened input (rows [N]), its label [N] and its weight [N] (float32); LLaDA's and BD3-LM's also what their
+attention masks are made of: real [B, L], not padding, or blocks [B, L] and noised [B, L]. data_tokens,
+an int, counts the prompts' and responses' tokens, without padding and repetition.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Objective:
     """How a method's batches are made; calling it on items collates them.
 
     Attributes:
-        generation_length: LLaDA's responses are padded with EOS to at least that many tokens, which
-            it will have to decode.
+        generation_length: LLaDA's responses are padded with EOS to that many tokens, which it will
+            have to decode.
         block_length: of BD3-LM.
         noise: BD3-LM's masking probabilities are uniform between these: the clipped schedule that
             its paper found best for blocks of 4.
@@ -86,25 +86,29 @@ class Objective:
         )
 
     def _llada(self, items: Sequence[Item]) -> Batch:
-        """Masks tokens of the response, EOS padding included, with one probability an example."""
-        longest = max(
-            len(e.prompt) + max(len(e.response), self.generation_length) for e, _ in items
-        )
-        width = -(-longest // MULTIPLE) * MULTIPLE
-        ids = np.full((len(items), width), self.eos_token_id)
-        labels = np.full((len(items), width), IGNORED)
-        weights = np.zeros((len(items), width), np.float32)
-        for row, (example, chance) in enumerate(items):
+        """Masks tokens of the response, EOS padding included, with one probability an example.
+
+        The response is as long as it will be when decoded; what pads rows behind it is not seen.
+        """
+        lengths = [max(len(e.response), self.generation_length) for e, _ in items]
+        longest = max(len(e.prompt) + length for (e, _), length in zip(items, lengths))
+        shape = len(items), -(-longest // MULTIPLE) * MULTIPLE
+        ids, labels = np.full(shape, self.pad_token_id), np.full(shape, IGNORED)
+        weights, real = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        for row, ((example, chance), length) in enumerate(zip(items, lengths)):
             start = len(example.prompt)
-            ids[row, : start + len(example.response)] = [*example.prompt, *example.response]
+            response = np.full(length, self.eos_token_id)
+            response[: len(example.response)] = example.response
             masking = (1 - MIN_MASKING) * chance.random() + MIN_MASKING
-            masked = np.arange(width) >= start
-            masked[start:] &= chance.random(width - start) < masking
-            labels[row, masked] = ids[row, masked]
-            ids[row, masked] = self.mask_token_id
-            weights[row, masked] = 1 / (masking * (width - start)) / len(items)
-        positions = np.tile(np.arange(width), (len(items), 1))
-        return _labelled(ids, positions, labels.flatten(), weights.flatten())
+            masked, where = chance.random(length) < masking, slice(start, start + length)
+            ids[row, :start] = example.prompt
+            ids[row, where] = np.where(masked, self.mask_token_id, response)
+            labels[row, where] = np.where(masked, response, IGNORED)
+            weights[row, where] = 1 / (masking * length) / len(items)
+            real[row, : start + length] = True
+        positions = np.tile(np.arange(shape[1]), (len(items), 1))
+        batch = _labelled(ids, positions, labels.flatten(), weights.flatten())
+        return batch | {"real": torch.tensor(real)}
 
     def _bd3lm(self, items: Sequence[Item]) -> Batch:
         """Prompt and clean response, then the response again with masks, block by block.
@@ -182,7 +186,11 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     A mask given by its kind, None included, is taken as it is: transformers builds none of its own,
     and so does not take moved slots for the starts of packed sequences.
     """
-    mask = block_mask(batch["blocks"], batch["noised"]) if "blocks" in batch else None
+    mask = None
+    if "blocks" in batch:
+        mask = block_mask(batch["blocks"], batch["noised"])
+    elif "real" in batch:
+        mask = batch["real"][:, None, None, :]
     return model.base_model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
