@@ -358,7 +358,7 @@ def test_what_is_trained_is_decoded(method, rows, tmp_path, tiny_store):
         str(EXAMPLES / "refusion-tiny"),
         tiny_store,
         str(tmp_path),
-        steps=600,
+        steps=1500 if method == "llada" else 600,
         batch_size=16,
         learning_rate=3e-3,
         warmup_steps=50,

@@ -1,8 +1,8 @@
 """Four objectives on the same examples, as batches for one weighted cross-entropy.
 
 A batch holds input_ids and position_ids [B, L], and of each token with a label its place in the
-flattened input (rows [N]), its label [N] and its weight [N] (float32); LLaDA's and BD3-LM's also what their
-attention masks are made of: real [B, L], not padding, or blocks [B, L] and noised [B, L]. data_tokens,
+flattened input (rows [N]), its label [N] and its weight [N] (float32). Attention masks are made of
+real [B, L], not padding, for LLaDA, and of blocks [B, L] and noised [B, L] for BD3-LM. data_tokens,
 an int, counts the prompts' and responses' tokens, without padding and repetition.
 """
 
