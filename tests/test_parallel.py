@@ -19,6 +19,7 @@ if not ON_GPU:
 elif torch.cuda.device_count() < 2:
     pytestmark = pytest.mark.skip(reason="needs two GPUs")
 
+
 @pytest.fixture(autouse=True)
 def spawned_workers(monkeypatch):
     """This process may have used the GPU, after which it cannot be forked."""

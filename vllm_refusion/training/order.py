@@ -47,14 +47,22 @@ class Course:
         return self._length
 
     def __getitem__(self, index: int) -> Sequenced:
-        if self._lengths is not None:
-            step, place = divmod(index, self._batch_size)
-            index = self._step(step)[place]
-        example = self._examples[self._example_at(index)]
+        number, example = self._number(index), self.example(index)
         if self._objective == "autoregressive":
             return autoregressive(example)
-        drawn = draw(len(example.response), self._slot_sizes, generator(self._seed, index))
+        drawn = draw(len(example.response), self._slot_sizes, generator(self._seed, number))
         return sequence(example, drawn, self._mask)
+
+    def example(self, index: int) -> Example:
+        """What item ``index`` is made of."""
+        return self._examples[self._example_at(self._number(index))]
+
+    def _number(self, index: int) -> int:
+        """How many examples came before item ``index``, unless for the order within its step."""
+        if self._lengths is None:
+            return index
+        step, place = divmod(index, self._batch_size)
+        return self._step(step)[place]
 
     def _example_at(self, index: int) -> int:
         epoch, place = divmod(index, len(self._examples))
