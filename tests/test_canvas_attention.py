@@ -153,6 +153,8 @@ CASES = [
     Case("splits-one-has-all", FEW_ROWS, tiling=replace(SMALL, num_splits=3, min_steps=64)),
     Case("descriptors", page=48, tiling=replace(SMALL, tma=True)),
     Case("descriptors-nhd", layout="NHD", view=every_third_unused, tiling=replace(SMALL, tma=True)),
+    Case("splits-by-tiles", FEW_ROWS, tiling=replace(SMALL, num_splits=6, work_items=9)),
+    Case("splits-of-one-tile", ((300, 3),), tiling=replace(SMALL, num_splits=6, work_items=9)),
     Case("descriptors-splits", FEW_ROWS, tiling=replace(SMALL, tma=True, num_splits=3)),
     Case("splits-bf16", FEW_ROWS, dtype=torch.bfloat16, tiling=replace(SMALL, num_splits=4)),
 ]
@@ -364,10 +366,10 @@ def test_splits_fill_idle_processors_only():
         chosen = choose_tiling(rows, requests, 8, 4, 128, torch.bfloat16, processors=132, tma=True)
         return chosen.num_splits
 
-    assert splits(1, 1) == 31
+    assert splits(1, 1) == splits(1, 100) == 32
     assert splits(32, 1) == 16
-    assert splits(128, 1) == 4
-    assert splits(128 * 64, 64) == splits(128 * 4, 4) == splits(128, 128) == 1
+    assert splits(128, 1) == splits(128, 128) == 4  # 1 where there are 128 tiles
+    assert splits(128 * 64, 64) == splits(128 * 5, 5) == 1
 
 
 @pytest.mark.parametrize(

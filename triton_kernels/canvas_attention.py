@@ -26,7 +26,7 @@ _LOG2_E = 1.4426950408889634
 def _work_of_program(
     query_start_loc_ptr, num_requests, work, BLOCK_Q: tl.constexpr, REQUESTS: tl.constexpr
 ):
-    """(split, request, tile of the request) of the ``work``-th program of a KV head.
+    """(split, request, tile of the request) of the ``work``-th program of a KV head; all tiles.
 
     A request of n rows owns cdiv(n, BLOCK_Q) tiles. First come the first splits of all tiles in the
     order of the requests, then the second splits and so on: splits that turn out to have nothing to
@@ -42,7 +42,7 @@ def _work_of_program(
     before = end_tile <= tile
     request = tl.sum(before.to(tl.int32), axis=0)
     first_tile = tl.max(tl.where(before, end_tile, 0), axis=0)
-    return work // all_tiles, request, tile - first_tile
+    return work // all_tiles, request, tile - first_tile, all_tiles
 
 
 @triton.jit
@@ -134,13 +134,13 @@ def _attend_range(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits", "min_steps"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits", "work_items", "min_steps"])
 def _canvas_attention_kernel(
     query_ptr, kv_ptr, kv_desc, output_ptr,
     block_table_ptr, query_start_loc_ptr, seq_lens_ptr, visibility_ptr,
     # fp32 [N, Hq, splits, HEAD_SIZE] and [N, Hq, splits], int32 [N]; None without splits
     partial_output_ptr, partial_lse_ptr, parts_ptr,
-    scale_log2, num_requests, num_splits, min_steps,
+    scale_log2, num_requests, num_splits, work_items, min_steps,
     query_stride_row, query_stride_head, kv_stride_block, kv_stride_head, kv_stride_entry,
     output_stride_row, output_stride_head, table_stride, visibility_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, PAGE: tl.constexpr,
@@ -152,11 +152,16 @@ def _canvas_attention_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
     KV_HEADS: tl.constexpr = HEADS // GROUP
     kv_head = tl.program_id(0) % KV_HEADS
-    split, request, tile = _work_of_program(
+    split, request, tile, all_tiles = _work_of_program(
         query_start_loc_ptr, num_requests, tl.program_id(0) // KV_HEADS, BLOCK_Q, REQUESTS
     )
+    most_parts = num_splits
+    if SPLIT:
+        if work_items > 0:
+            most_parts = tl.maximum(tl.minimum(num_splits, work_items // all_tiles), 1)
+            min_steps = tl.where(most_parts > 3, min_steps, 8 * min_steps)
     # without any tile, request is past the last
-    if (split >= num_splits) | (request >= num_requests):
+    if (split >= most_parts) | (request >= num_requests):
         return
     query_start = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - query_start
@@ -185,7 +190,7 @@ def _canvas_attention_kernel(
     last = kv_end
     if SPLIT:
         steps = (kv_end + BLOCK_N - 1) // BLOCK_N
-        parts = tl.maximum(tl.minimum(steps // min_steps, num_splits), 1)
+        parts = tl.maximum(tl.minimum(steps // min_steps, most_parts), 1)
         steps_per_part = (steps + parts - 1) // parts
         # 9 steps in 4 parts of 3 are 3 parts
         parts = (steps + steps_per_part - 1) // tl.maximum(steps_per_part, 1)
@@ -262,39 +267,40 @@ def _canvas_attention_kernel(
 def _combine_splits_kernel(
     partial_output_ptr, partial_lse_ptr, parts_ptr, output_ptr, query_start_loc_ptr,
     num_requests, num_splits, output_stride_row, output_stride_head,
-    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """output = sum_i w_i output_i / sum_i w_i  with  w_i = exp2(lse_i - max_i lse_i).
 
-    One program per (row, query head); i counts the parts of the row's tile, and a part that saw
+    One program per (row, KV head); i counts the parts of the row's tile, and a part that saw
     nothing has w_i = 0. A tile of one part has written its output already.
     """
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
     if token >= tl.load(query_start_loc_ptr + num_requests):
         return
     parts = tl.load(parts_ptr + token)
     if parts == 1:
         return
     part = tl.arange(0, SPLITS_PADDED)
-    slot = (token * HEADS + head) * num_splits + part
     dims = tl.arange(0, HEAD_PADDED)
-    lse = tl.load(partial_lse_ptr + slot, mask=part < parts, other=float("-inf"))
-    top = tl.max(lse, axis=0)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
-    partial = tl.load(
-        partial_output_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
-        mask=(part < parts)[:, None] & (dims[None, :] < HEAD_SIZE),
-        other=0.0,
-    )
-    denominator = tl.sum(weight, axis=0)
-    result = tl.sum(weight[:, None] * partial, axis=0) / tl.where(denominator > 0, denominator, 1.0)
-    tl.store(
-        output_ptr + token * output_stride_row + head.to(tl.int64) * output_stride_head + dims,
-        result.to(output_ptr.dtype.element_ty),
-        mask=dims < HEAD_SIZE,
-    )
+    for group_head in range(GROUP):
+        head = tl.program_id(1) * GROUP + group_head
+        slot = (token * HEADS + head) * num_splits + part
+        lse = tl.load(partial_lse_ptr + slot, mask=part < parts, other=float("-inf"))
+        top = tl.max(lse, axis=0)
+        weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+        partial = tl.load(
+            partial_output_ptr + (slot * HEAD_SIZE)[:, None] + dims[None, :],
+            mask=(part < parts)[:, None] & (dims[None, :] < HEAD_SIZE),
+            other=0.0,
+        )
+        total = tl.sum(weight, axis=0)
+        result = tl.sum(weight[:, None] * partial, axis=0) / tl.where(total > 0, total, 1.0)
+        tl.store(
+            output_ptr + token * output_stride_row + head.to(tl.int64) * output_stride_head + dims,
+            result.to(output_ptr.dtype.element_ty),
+            mask=dims < HEAD_SIZE,
+        )
 
 
 @lru_cache
@@ -400,11 +406,16 @@ def canvas_attention(
             [1, 1, tiling.block_n, head_size],
         )  # fmt: skip
 
-    # every request may leave one tile partly filled, hence the + num_requests
-    grid = (num_kv_heads * splits * (num_rows // block_q + num_requests),)
+    # every request may leave one tile partly filled, and each tile has a row
+    most_tiles = min(num_rows // block_q + num_requests, num_rows)
+    works = most_tiles * splits
+    if tiling.work_items:
+        works = max(most_tiles, tiling.work_items if splits > 1 else 0)
+    grid = (num_kv_heads * works,)
     _canvas_attention_kernel[grid](
         query, kv_cache, kv_desc, output, block_table, query_start_loc, seq_lens, visibility,
-        partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits, tiling.min_steps,
+        partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits,
+        tiling.work_items, tiling.min_steps,
         *query.stride()[:2], *kv_cache.stride()[:3], *output.stride()[:2],
         block_table.stride(0), visibility.stride(0),
         HEADS=num_heads, GROUP=group, GROUP_PADDED=group_padded, PAGE=page,
@@ -419,9 +430,9 @@ def canvas_attention(
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     if splits > 1:
-        _combine_splits_kernel[(num_rows, num_heads)](
+        _combine_splits_kernel[(num_rows, num_kv_heads)](
             partial_output, partial_lse, parts, output, query_start_loc, num_requests, splits,
             *output.stride()[:2],
-            HEADS=num_heads, HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
+            HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
             SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=1,
         )  # fmt: skip

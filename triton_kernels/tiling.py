@@ -18,7 +18,11 @@ class Tiling:
         block_m: rows of a query tile (query rows x query heads of a KV head), a power of two >= 16.
         block_n: KV entries of a loop step, a power of two >= 16.
         num_splits: the most parts of a tile's KV range; above 1 a second kernel combines them.
-        min_steps: the fewest loop steps of a part, so that a short range has fewer parts.
+        work_items: tiles x parts, of a KV head, that fill the device. How many tiles there are is
+            known when the kernel runs: then a tile has at most work_items // tiles parts. 0: no
+            such limit.
+        min_steps: the fewest loop steps of a part, so that a short range has fewer parts; with
+            work_items, eight times as many where there are three parts or fewer.
         tma: Hopper's tensor descriptors load K and V; the page must be a multiple of block_n, the
             head size a power of two.
         num_warps, num_stages: Triton's launch options.
@@ -31,6 +35,7 @@ class Tiling:
     num_stages: int = 2
     min_steps: int = 1
     tma: bool = False
+    work_items: int = 0
 
 
 def choose_tiling(
@@ -45,10 +50,14 @@ def choose_tiling(
     tma: bool = False,
     interpreted: bool = False,
 ) -> Tiling:
-    """The tiling for a launch, from shapes alone (a captured graph replays it for other values).
+    """The tiling for a launch, from shapes alone: a captured graph replays it for other values.
+
+    A graph is captured for the most requests that its rows could be of, and mostly replayed for
+    few: tiles are chosen as if all rows were of one request.
 
     Args:
-        num_rows, num_requests, num_kv_heads, head_size, dtype: the shape of the call.
+        num_rows, num_kv_heads, head_size, dtype: the shape of the call.
+        num_requests: at least the number of requests; only the interpreter's tiles depend on it.
         group: query heads per KV head.
         processors: multiprocessors of the device.
         tma: the cache can be read through descriptors.
@@ -56,13 +65,14 @@ def choose_tiling(
     """
     group_padded = triton.next_power_of_2(group)
     head_padded = max(16, triton.next_power_of_2(head_size))
-    rows_per_request = -(-num_rows // max(num_requests, 1))
-    wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
     if interpreted:
+        rows_per_request = -(-num_rows // max(num_requests, 1))
+        wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
         return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
+    wanted_m = triton.next_power_of_2(num_rows * group_padded)
 
     def programs(block_m: int) -> int:
-        return max(num_requests, -(-num_rows * group_padded // block_m)) * num_kv_heads
+        return -(-num_rows * group_padded // block_m) * num_kv_heads
 
     if dtype == torch.float32:
         # no tensor cores: both operands of a dot live in registers, and larger tiles spill
@@ -79,20 +89,9 @@ def choose_tiling(
         block_m, num_warps = wanted_m, 4
     block_m = max(16, group_padded, block_m)
 
-    splits = _choose_splits(programs(block_m), 2 * processors)
+    # a processor holds two programs
+    work_items = max(1, 2 * processors // num_kv_heads)
+    fewest_tiles = -(-num_rows * group_padded // block_m)
+    splits = max(1, min(work_items // fewest_tiles, _MAX_SPLITS))
     # two or three parts gain little: only a long range is worth the second kernel
-    min_steps = 4 if splits > 3 else 32
-    return Tiling(block_m, block_n, splits, num_warps, num_stages, min_steps, tma)
-
-
-def _choose_splits(programs: int, room: int) -> int:
-    """The fewest splits that fill the last of at most two waves of ``room`` programs well."""
-    if programs >= 0.8 * room:
-        return 1
-
-    def filled(splits: int) -> float:
-        return programs * splits / (room * -(-programs * splits // room))
-
-    candidates = range(1, min(2 * room // programs, _MAX_SPLITS) + 1)
-    best = max(map(filled, candidates))
-    return next(splits for splits in candidates if filled(splits) >= 0.95 * best)
+    return Tiling(block_m, block_n, splits, num_warps, num_stages, 4, tma, work_items)
