@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
         "git_revision": git_revision(),
         "packages": {name: version(name) for name in PACKAGES if version(name)},
         "python": platform.python_version(),
-        "gpu": _nvidia_smi("name"),
+        "gpu": _gpu_names(),
         "driver": _nvidia_smi("driver_version"),
         "cpu": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
@@ -65,6 +65,13 @@ def git_revision() -> str | None:
     if revision is None:
         return None
     return revision + ("+" if _output("git", "-C", str(folder), "status", "--porcelain") else "")
+
+
+def _gpu_names() -> str | None:
+    """Of the visible GPUs, each name with their number."""
+    names = (_nvidia_smi("name") or "").splitlines()
+    counts = [(names.count(name), name) for name in dict.fromkeys(names)]
+    return ", ".join(name if n == 1 else f"{n} x {name}" for n, name in counts) or None
 
 
 def gpu_memory_mib() -> int | None:
