@@ -8,6 +8,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from vllm_refusion.compat import count_passes
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.decoding import DecodeState
 from vllm_refusion.picking import PickLimits
@@ -94,6 +95,7 @@ def test_the_first_canvas_comes_with_the_end_of_the_prompt():
             made.requests[name] = request(prompt=100)
             vars(made.requests[name]).update({"num_computed_tokens": 0, "num_preemptions": 0})
             vars(made.requests[name]).update(changes)
+            count_passes(made.requests[name], canvas_length=32)
         step = SimpleNamespace(
             num_scheduled_tokens=dict(scheduled),
             total_num_scheduled_tokens=sum(scheduled.values()),
