@@ -59,6 +59,7 @@ class Weather:
         abort: chance that a request is aborted.
         strangers: chance that an idle slot takes part in a step.
         riders: chance that canvases take riders, of a random choice, and get rows for them.
+        speculation: what rows are worth where they do; drawn anew in each step if None.
     """
 
     chunk: int = 64
@@ -70,6 +71,7 @@ class Weather:
     abort: float = 0.0
     strangers: float = 0.0
     riders: float = 0.0
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,8 @@ class SimulatedEngine:
     def _speculation(self) -> Speculation:
         if not self._chance(self.weather.riders):
             return Speculation()
+        if self.weather.speculation is not None:
+            return self.weather.speculation
         free = self.random.choice((0, self.state.canvas_length, self.random.randint(0, 200)))
         return Speculation(free, self.random.choice((0, 3, 30, 300)))
 

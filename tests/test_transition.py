@@ -20,6 +20,7 @@ import conformance
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.decoding import Counter, DecodeState, Phase
 from vllm_refusion.reference import Decoded, decode
+from vllm_refusion.riders import Speculation
 from vllm_refusion.triton_kernels.layout import layout
 from vllm_refusion.triton_kernels.layout_reference import layout_reference
 from vllm_refusion.triton_kernels.stats_reference import token_stats_reference
@@ -186,6 +187,20 @@ def test_alone(name: str):
     assert fed == width if not kinds.count("predict") else fed < width
     assert counters[Counter.TOKENS] == len(reference(name).tokens)
     assert counters[Counter.REPLAY] == counters[Counter.IDLE] == 0
+
+
+def test_rows_are_put_off_where_they_are_dear():
+    """The same tokens, of fewer rows where a pass is cheap, in fewer passes where rows are."""
+    rows, passes = {}, {}
+    names = ("slots_of_thirty_two", "several_slots", "noise")
+    for price in (0, 4, 400):
+        weather = Weather(riders=float(price > 0), speculation=Speculation(0, price))
+        counters = simulate(dict.fromkeys(names), TWINS, weather).state.counters.tolist()
+        rows[price] = counters[Counter.ROWS_FED]
+        kinds = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
+        passes[price] = sum(counters[kind] for kind in kinds)
+    assert rows[4] < 0.8 * rows[0]
+    assert passes[400] < 0.8 * passes[0]
 
 
 @pytest.mark.parametrize("weather", WEATHERS)
