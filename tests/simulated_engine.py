@@ -59,7 +59,8 @@ class Weather:
         abort: chance that a request is aborted.
         strangers: chance that an idle slot takes part in a step.
         riders: chance that canvases take riders, of a random choice, and get rows for them.
-        speculation: what rows are worth where they do; drawn anew in each step if None.
+        speculation: what rows are worth where they do; drawn anew in each step if None. With it
+            they get no more rows than is guaranteed.
     """
 
     chunk: int = 64
@@ -209,7 +210,15 @@ class SimulatedEngine:
             return width
         params = job.request.params
         width = min(params.block_length, params.budget(job.request.max_tokens) - len(job.output))
-        if self._chance(self.weather.riders):
+        if self.weather.speculation is not None:
+            # what is reserved at least, from what is delivered on
+            width = min(width, params.block_length - len(job.output) % params.block_length)
+            fields = (Field.EMITTED, Field.COMMITTED, Field.KEPT)
+            emitted, committed, kept = (self._field(job, field) for field in fields)
+            width += params.slot_size - (committed + kept - emitted)
+        elif self.weather.riders > 0:
+            width = min(width + params.slot_size, self.state.canvas_length)
+        if self.weather.speculation is None and self._chance(self.weather.riders):
             width = self.random.randint(width, self.state.canvas_length)
         return self.random.randint(1, width) if self._chance(self.weather.truncate) else width
 

@@ -228,8 +228,10 @@ def compose(
     cost = _test_costs(status, origin, confidence, p, cost_table_ptr)
     through = tl.cumsum(cost, axis=0)
     slot_before = tl.gather(through - cost, slot_start, axis=0)
+    # an operation that goes on may take a slot's rows more than what is open in the block
+    fits = tl.load(ints + F_BLOCK_LENGTH) + size <= CANVAS
     predict_width = _predict_width(
-        p, size, acceptance, pass_price, speculates, cost_table_ptr, chance_table_ptr, LANES
+        p, size, acceptance, pass_price, speculates & fits, cost_table_ptr, chance_table_ptr, LANES
     )
     member, can_end = _members(
         status, origin, through - cost - slot_before, p, slot_start, size, phase, kept,
@@ -263,6 +265,8 @@ def compose(
         )  # fmt: skip
         score = tl.where(score < tl.where(speculates, 1, _FORCED), 0, score)
         phase_rows = rows
+        open_ = infilled(status) | (status == MASKED)
+        guaranteed = tl.sum(open_.to(tl.int32), axis=0) - kept + size
         best = tl.max(score, axis=0)
         tried = 0
         while (best > 0) & (tried < _MAX_RIDERS):
@@ -271,7 +275,8 @@ def compose(
             w = at_lane(width, p, at)
             end = canvas + w
             worth = at_lane(chance, p, at) * (w + pass_price) > w * _CERTAIN
-            if (forced | (end <= free_rows) | worth) & (end <= CANVAS):
+            most = tl.where(forced, tl.minimum(guaranteed, CANVAS), CANVAS)
+            if (forced | (end <= free_rows) | worth) & (end <= most):
                 at_begin = at_lane(begin, p, at)
                 if at % size == 0:  # a plan
                     again = tl.where(in_infill, LANES, at + size)

@@ -105,8 +105,9 @@ class Request:
                 row = _Row(mask, position, rider.draw, rider.context, *rider.run, start)
                 rows.append(row)
 
+        most = min(state.canvas_length, self._guaranteed_rows())
         for rider in self._tails():
-            if len(rows) + len(rider.positions) <= state.canvas_length:
+            if len(rows) + len(rider.positions) <= most:
                 add(rider)
         ints[Field.ROWS] = len(rows)
         candidates = self._riders() if self.speculation != NO_RIDERS else []
@@ -209,10 +210,19 @@ class Request:
             cost += self._test_cost(p)
         return proposals
 
+    def _guaranteed_rows(self) -> int:
+        """Rows that a pass of an infill gets in any case: what is open in the block, and a slot.
+
+        The first of ``_tails`` fits, unless tokens before it take its place: then they are kept.
+        """
+        not_committed = self.positions(Status.MASKED, *INFILLED)
+        return len(not_committed) - self.ints[Field.KEPT] + self.ints[Field.SLOT_SIZE]
+
     def _predict_width(self) -> int:
         """The most masks of a predict."""
         size = self.ints[Field.SLOT_SIZE]
-        if self.speculation == NO_RIDERS:
+        fits = self.ints[Field.BLOCK_LENGTH] + size <= self.state.canvas_length
+        if self.speculation == NO_RIDERS or not fits:
             return size
         width, each = 1, cost_table()[self._acceptance()]
         while width < size and self._worth_feeding(_chance(each * (width - 1)), width):

@@ -34,7 +34,8 @@ class _CanvasScheduling:
     def canvas_width(self, request: Request) -> int:
         """Upper bound of the rows the request's next pass may have.
 
-        That is what is left of its block, or more where there is room for riders.
+        That is what is left of its block, or more where there is room for riders. With them an
+        operation of an infill may take a slot's rows more (``compose``).
         """
         params = self._params(request)
         emitted = request.num_output_tokens
@@ -45,6 +46,8 @@ class _CanvasScheduling:
         needed = min(params.block_length, left)
         if not self.fuses_passes:
             return needed
+        if params.block_length + params.slot_size <= self.canvas_length:
+            needed += params.slot_size
         share = self.max_num_scheduled_tokens // max(1, len(self.running))
         return max(needed, min(self.canvas_length, share))
 
