@@ -60,9 +60,11 @@ def evaluate(
     seconds = time.monotonic() - began
     texts = [output.outputs[0].text for output in outputs]
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    passes = tokens
+    passes, accepted = tokens, None
     if extra:
-        passes = metrics.snapshot(llm)["forward_passes"] - before["forward_passes"]
+        done = {name: count - before[name] for name, count in metrics.snapshot(llm).items()}
+        passes = done["forward_passes"]
+        accepted = done["tokens_passed"] / max(done["tokens_tested"], 1)
     right = sum(is_right(text, row.values) for text, row in zip(texts, rows, strict=True))
     return {
         "problems": len(rows),
@@ -71,6 +73,7 @@ def evaluate(
         "tokens": tokens,
         "passes_per_response": passes / len(rows),
         "tokens_per_forward": tokens / passes,
+        "accepted": accepted,  # of the tokens tested
         "seconds": seconds,
     }
 
