@@ -40,11 +40,19 @@ def parameters(setting: str) -> dict[str, float]:
 
 
 def evaluate(
-    llm: LLM, prompts: Sequence[list[int]], rows: Sequence[Any], extra: dict | None, limit: int
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    rows: Sequence[Any],
+    extra: dict | None,
+    limit: int,
+    temperature: float = 0.0,
 ) -> dict[str, float]:
-    """Figures of all problems, decoded at once; ``extra`` None is token by token."""
+    """Figures of all problems; ``extra`` None is token by token. A problem's number is its seed."""
     before = metrics.snapshot(llm) if extra else {}
-    sampling = SamplingParams(temperature=0.0, max_tokens=limit, extra_args=extra)
+    sampling = [
+        SamplingParams(temperature=temperature, seed=seed, max_tokens=limit, extra_args=extra)
+        for seed in range(len(prompts))
+    ]
     began = time.monotonic()
     outputs = llm.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False
@@ -52,9 +60,11 @@ def evaluate(
     seconds = time.monotonic() - began
     texts = [output.outputs[0].text for output in outputs]
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    passes = tokens
+    passes, accepted = tokens, None
     if extra:
-        passes = metrics.snapshot(llm)["forward_passes"] - before["forward_passes"]
+        done = {name: count - before[name] for name, count in metrics.snapshot(llm).items()}
+        passes = done["forward_passes"]
+        accepted = done["tokens_passed"] / max(done["tokens_tested"], 1)
     right = sum(is_right(text, row.values) for text, row in zip(texts, rows, strict=True))
     return {
         "problems": len(rows),
@@ -63,6 +73,7 @@ def evaluate(
         "tokens": tokens,
         "passes_per_response": passes / len(rows),
         "tokens_per_forward": tokens / passes,
+        "accepted": accepted,  # of the tokens tested
         "seconds": seconds,
     }
 
@@ -78,11 +89,14 @@ def main() -> None:
     parser.add_argument("--problems", type=Path, default=FOLDER / "dev_problems.jsonl")
     parser.add_argument("--count", type=int, help="only the first of them")
     parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-num-seqs", type=int, default=OPTIONS["max_num_seqs"])
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path, help="appends the figures to this file, a line each")
     args = parser.parse_args()
 
     options = OPTIONS | {"dtype": args.dtype, "model": args.model}
+    options["max_num_seqs"] = args.max_num_seqs
     if args.token_by_token:
         options |= stock(args.model)
     elif args.schedule == "plain":
@@ -97,7 +111,7 @@ def main() -> None:
         if setting is None:
             figures |= {"schedule": None, "settings": "token by token"}
         extra = parameters(setting) if setting else None
-        figures |= evaluate(llm, prompts, rows, extra, args.max_tokens)
+        figures |= evaluate(llm, prompts, rows, extra, args.max_tokens, args.temperature)
         print(json.dumps(figures), flush=True)
         if args.json:
             with open(args.json, "a") as file:

@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conformance import build_model
 from engine import ON_GPU, engine
 from vllm_refusion import compat
-from vllm_refusion.bench import BENCHMARK_ENV, report
+from vllm_refusion.bench import BENCHMARK_ENV, contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
+from vllm_refusion.bench.contributions import Saving
 from vllm_refusion.bench.load import Load, Trace, run_load, summarise
 from vllm_refusion.bench.server import serve_command
 from vllm_refusion.bench.settings import Settings
@@ -25,6 +27,7 @@ from vllm_refusion.cli import build_parser, main
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.metrics import snapshot
 from vllm_refusion.replay import CONFIG_KEY, Profile, build_tables, seed_of, to_config
+from vllm_refusion.riders import NO_RIDERS
 
 TINY_SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -304,6 +307,52 @@ def test_every_replayed_preset_gives_the_published_rate():
             DecodingParams(**preset.parameters), Profile(*CALIBRATED[name]), requests=5
         )
         assert rate == pytest.approx(expected, rel=0.08), name
+
+
+SAVED = DecodingParams(8, 32, 0.9, 0.4), Profile(0.4, 0.7)
+SIZE = {"max_tokens": 64, "requests": 3}
+
+
+def saved(speculation, savings) -> contributions.Counts:
+    return contributions.decode(*SAVED, speculation, savings, **SIZE)
+
+
+def test_every_way_of_saving_saves_on_its_own():
+    """Without any the twin makes the simulated passes; the tokens are always the same."""
+    plain = saved(NO_RIDERS, ())
+    assert plain.figures == tokens_per_forward(*SAVED, **SIZE)
+    low, high = contributions.CONCURRENCY.values()
+    alone = {saving: saved(low, {saving}) for saving in Saving}
+    together = saved(low, contributions.RIDERS)
+    for counts in (together, *alone.values()):
+        assert torch.equal(counts.responses, plain.responses)
+    for saving in contributions.RIDERS:
+        assert together.passes < alone[saving].passes < plain.passes, saving
+    assert saved(high, {Saving.PIECES}).rows < plain.rows
+
+
+def test_contributions_table():
+    lines = contributions.table(16, 1, ["8/16/0.8/0.2"]).splitlines()
+    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines)}
+    assert len(lines) == len(rows) == 12 and all(len(cells) == 2 for cells in rows.values())
+    assert rows["plain"][0].endswith(", 1.00")
+
+
+class NothingPasses:
+    """Both slots are chosen, and no token that is tested is accepted."""
+
+    def draft(self, positions, draw):
+        return [0] * len(positions), [1.0] * len(positions)
+
+    def passes(self, tokens, positions):
+        return [False] * len(tokens)
+
+
+@pytest.mark.parametrize("keeps, infill", [(True, [7, 7, 6, 6, 5, 5]), (False, [8] * 6)])
+def test_accepted_tokens_are_fed_again_if_asked_for(keeps, infill):
+    made = simulate(DecodingParams(4, 8), NothingPasses(), 8, keeps_accepted=keeps)
+    assert [p.kind for p in made] == ["plan", "verify", *["predict", "infill_verify"] * 3]
+    assert [p.width for p in made] == [8, 8, *infill]
 
 
 def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):

@@ -48,6 +48,8 @@ RUN_BY = {
     "accelerate launch": "test_training_commands_parse",
     "vllm-refusion view": RUN,
     "vllm-refusion trace": SLOW,
+    "python examples/evaluate.py --max-num-seqs": "test_measurement",
+    "python -m vllm_refusion.bench.contributions": "test_measurement",
     "python examples/": SLOW,
     "python tests/soak.py": "test_soak",
     "ruff": RUN,
@@ -182,6 +184,14 @@ def test_slow_command(command, copy):
     assert output.strip()
     for name in written(command):
         assert (copy / name).stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", chosen("test_measurement"))
+def test_measurement(command, copy):
+    """With fewer or shorter requests."""
+    less = " --count 2" if "evaluate.py" in command else " --max-tokens 32 --requests 1"
+    assert run(command + less, copy).strip()
 
 
 def make(target: str) -> str:

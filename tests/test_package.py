@@ -80,7 +80,7 @@ def test_nothing_is_unpickled():
 FORBIDDEN_IMPORTS = {
     "vllm_refusion": ["torch", "triton", "vllm"],
     "vllm_refusion.cli, vllm_refusion.bench.command": ["torch", "triton", "vllm"],
-    "vllm_refusion.bench.simulate": ["triton", "vllm"],
+    "vllm_refusion.bench.contributions, vllm_refusion.bench.simulate": ["triton", "vllm"],
     "vllm_refusion.triton_cpu_stub": ["torch", "triton", "vllm"],
     "vllm_refusion.cli": ["torch", "triton", "vllm"],
     "vllm_refusion.viewer.page": ["torch", "triton", "vllm"],

@@ -65,8 +65,14 @@ class ReplayedOutcomes:
         return out
 
 
-def simulate(params: DecodingParams, outcomes: Outcomes, max_tokens: int) -> list[Pass]:
-    """The forward passes (algorithm section 3, no EOS) that decode one request."""
+def simulate(
+    params: DecodingParams, outcomes: Outcomes, max_tokens: int, *, keeps_accepted: bool = True
+) -> list[Pass]:
+    """The forward passes (algorithm section 3, no EOS) that decode one request.
+
+    Unless ``keeps_accepted``, an infill feeds all accepted tokens of a slot in each of its passes,
+    as the paper says, also those whose KV is final and next in commit order.
+    """
     size, budget = params.slot_size, params.budget(max_tokens)
     slot_threshold = torch.tensor(params.slot_threshold).item()  # compared in float32
     passes: list[Pass] = []
@@ -98,9 +104,10 @@ def simulate(params: DecodingParams, outcomes: Outcomes, max_tokens: int) -> lis
                 # 3.3: all chosen slots side by side until the last is complete
                 while incomplete := [s for s in chosen if accepted[s] < size]:
                     first = incomplete[0]  # what lies before its masks is kept
-                    kept = chosen.index(first) * size + accepted[first]
+                    done = accepted[first] if keeps_accepted else 0
+                    kept = chosen.index(first) * size + done if keeps_accepted else 0
                     blanks = [s + i for s in incomplete for i in range(accepted[s], size)]
-                    tokens, _ = draft("predict", blanks, len(incomplete) * size - accepted[first])
+                    tokens, _ = draft("predict", blanks, len(incomplete) * size - done)
                     token.update(zip(blanks, tokens))
                     passes.append(Pass("infill_verify", len(chosen) * size - kept))
                     for start in incomplete:
@@ -124,6 +131,7 @@ def tokens_per_forward(
     max_tokens: int = 512,
     requests: int = 32,
     vocab: int = 151936,
+    keeps_accepted: bool = True,
 ) -> tuple[float, float]:
     """Of the plain schedule with replayed outcomes: tokens per pass, rows fed per token."""
     tables = build_tables([profile], vocab, (), "cpu")
@@ -131,7 +139,10 @@ def tokens_per_forward(
         made
         for index in range(requests)
         for made in simulate(
-            params, ReplayedOutcomes(tables, seed_of(0, index), params), max_tokens
+            params,
+            ReplayedOutcomes(tables, seed_of(0, index), params),
+            max_tokens,
+            keeps_accepted=keeps_accepted,
         )
     ]
     tokens = requests * max_tokens

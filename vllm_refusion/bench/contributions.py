@@ -1,0 +1,192 @@
+"""What each way of saving passes saves on its own, without a model or a GPU.
+
+Drives the twin of the state machine (``triton_kernels/transition_reference.py``) with replayed
+acceptance and prints a Markdown table:
+
+    python -m vllm_refusion.bench.contributions
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from enum import Enum
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from vllm_refusion.bench.command import CALIBRATED, parse_preset
+from vllm_refusion.bench.simulate import tokens_per_forward
+from vllm_refusion.config import DecodingParams
+from vllm_refusion.decoding import Counter, DecodeState, Field, Phase
+from vllm_refusion.replay import Profile, build_tables, seed_of
+from vllm_refusion.riders import NO_RIDERS, Speculation
+from vllm_refusion.triton_kernels import transition_reference as twin
+from vllm_refusion.triton_kernels.replay_reference import (
+    ReplayTables,
+    replay_stats_reference,
+)
+
+PRESETS = ("32/128/0.9/0.4", "8/16/0.8/0.2")
+CANVAS, VOCAB, MASK = 256, 151936, 0  # what masks are called does not matter to replayed outcomes
+PROMPT = 1  # tokens
+CONCURRENCY = {"low": Speculation(128, 300), "high": Speculation(2, 8)}
+ALL_THAT_FIT = Speculation(CANVAS, 0)
+
+
+class Saving(Enum):
+    """A way to save passes, or rows."""
+
+    PLAN = "1: verify + next plan"
+    FIRST_PLAN = "2: prompt + first plan"
+    PREDICT = "3: infill verify + next predict"
+    FIRST_PREDICT = "4: failed verify straight on"
+    PIECES = "5: operations piece by piece"
+
+
+RIDERS = frozenset(Saving) - {Saving.PIECES}
+
+
+class Counts(NamedTuple):
+    """Of all requests; rows with those of a plan behind the prompt, prompts excluded.
+
+    Attributes:
+        responses: [requests, max_tokens] int32.
+    """
+
+    passes: int
+    rows: int
+    responses: torch.Tensor
+
+    @property
+    def figures(self) -> tuple[float, float]:
+        """Tokens per pass, rows fed per token."""
+        tokens = self.responses.numel()
+        return tokens / self.passes, self.rows / tokens
+
+
+class _SelectiveStep(twin._Step):
+    """A step of the twin that saves in some ways only."""
+
+    savings: Collection[Saving] = ()
+
+    def _riders(self) -> list:
+        return [rider for rider in super()._riders() if self._saving(rider.at) in self.savings]
+
+    def _saving(self, at: int) -> Saving:
+        if at % self.ints[Field.SLOT_SIZE] == 0:
+            return Saving.PLAN
+        verifies = self.ints[Field.PHASE] == Phase.VERIFY
+        return Saving.FIRST_PREDICT if verifies else Saving.PREDICT
+
+    def _worth_testing(self, proposals: list[int]) -> list[int]:
+        return super()._worth_testing(proposals) if Saving.PIECES in self.savings else proposals
+
+    def _predict_width(self) -> int:
+        in_pieces = Saving.PIECES in self.savings
+        return super()._predict_width() if in_pieces else self.ints[Field.SLOT_SIZE]
+
+
+def decode(
+    params: DecodingParams,
+    profile: Profile,
+    speculation: Speculation,
+    savings: Collection[Saving],
+    *,
+    max_tokens: int = 512,
+    requests: int = 8,
+) -> Counts:
+    """Decodes requests with the twin, saving passes in the given ways only."""
+    state = DecodeState(requests, CANVAS, params.budget(max_tokens), MASK, "cpu")
+    tables = build_tables([profile], VOCAB, (), "cpu")
+    for slot in range(requests):
+        state.add(slot, PROMPT, params, max_tokens, None, seed=seed_of(0, slot))
+    num_computed = torch.zeros(requests, dtype=torch.int32)
+    prompts = torch.full_like(num_computed, PROMPT)
+    step = type("_Step", (_SelectiveStep,), {"savings": savings})
+    behind_prompts = params.first_block(max_tokens) if Saving.FIRST_PLAN in savings else 0
+    phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
+    while len(running := (phase != Phase.DONE).nonzero().flatten()):
+        prefills = phase[running] == Phase.PREFILL
+        decode_rows = torch.where(prefills, behind_prompts, width[running])
+        fed = decode_rows + prefills * PROMPT
+        num_sampled, num_rejected = torch.zeros_like(fed), torch.zeros_like(fed)
+        with mock.patch.object(twin, "_Step", step):
+            twin.transition_reference(
+                state,
+                running,
+                _starts(fed),
+                _starts(decode_rows),
+                num_computed,
+                prompts,
+                *_statistics(state, running, decode_rows, tables),
+                torch.full_like(fed, max_tokens),
+                torch.zeros(len(running), max_tokens, dtype=torch.int32),
+                num_sampled,
+                num_rejected,
+                speculation,
+            )
+        num_computed[running] += fed - num_rejected
+    counts = state.counters.tolist()
+    kinds = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
+    rows = counts[Counter.ROWS_FED] + requests * behind_prompts
+    assert counts[Counter.IDLE] == 0 and counts[Counter.TOKENS] == requests * max_tokens
+    return Counts(sum(counts[kind] for kind in kinds), rows, state.response[:, :max_tokens])
+
+
+def _starts(counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _statistics(
+    state: DecodeState, running: torch.Tensor, widths: torch.Tensor, tables: ReplayTables
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """picked, picked_prob, given_prob of all canvas rows of a pass."""
+    request = running.repeat_interleave(widths)
+    row = torch.cat([torch.arange(width) for width in widths.tolist()])
+    out = (torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row)), torch.zeros(len(row)))
+    replay_stats_reference(
+        request,
+        state.row_position[request, row],
+        state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
+        state.row_draw[request, row],
+        seed=state.seed,
+        slot_size=state.ints[:, Field.SLOT_SIZE],
+        slot_threshold=state.slot_threshold,
+        tables=tables,
+        out=out,
+    )
+    return out
+
+
+def table(max_tokens: int, requests: int, presets: Collection[str] = PRESETS) -> str:
+    """A column per preset and concurrency: tokens per pass, rows per token, share of passes."""
+    schedules = {saving.value: {saving} for saving in Saving}
+    schedules |= {"1 to 4": RIDERS, "1 to 5, the default": set(Saving)}
+    head = ["schedule", *(f"{name}, {level}" for name in presets for level in CONCURRENCY)]
+    lines: dict[str, list[str]] = {}
+    size = {"max_tokens": max_tokens, "requests": requests}
+    for name in presets:
+        chances = Profile(*CALIBRATED[name])
+        params = DecodingParams(**parse_preset(name).parameters)
+        fed_again = tokens_per_forward(params, chances, keeps_accepted=False, **size)
+        plain = decode(params, chances, NO_RIDERS, (), **size).figures
+        every = decode(params, chances, ALL_THAT_FIT, RIDERS, **size).figures
+        for speculation in CONCURRENCY.values():
+            column = {"plain, accepted tokens fed again": fed_again, "plain": plain}
+            for schedule, savings in schedules.items():
+                column[schedule] = decode(params, chances, speculation, savings, **size).figures
+            column["1 to 4, every rider that fits"] = every
+            for schedule, (tokens, rows) in column.items():
+                cell = f"{tokens:.2f}, {rows:.1f}, {plain[0] / tokens:.2f}"
+                lines.setdefault(schedule, [schedule]).append(cell)
+    rows = [head, ["---"] * len(head), *lines.values()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--requests", type=int, default=8)
+    print(table(**vars(parser.parse_args())))
