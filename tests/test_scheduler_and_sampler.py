@@ -53,16 +53,20 @@ def test_canvas_width(emitted, width, async_width):
 @pytest.mark.parametrize("emitted", [0, 5, 96])
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 def test_canvas_width_with_riders(emitted, async_scheduling):
-    """A share of the step, at most the canvas; what the phase may need goes before."""
+    """A share of the step, at most the canvas; what the phase may need goes before.
 
-    def width(running):
+    That is up to a slot of 8 more than without riders, unless block and slot fill the canvas.
+    """
+
+    def width(running, **options):
         made = scheduler(async_scheduling, fuses_passes=True, running=running)
-        return made.canvas_width(request(emitted=emitted))
+        return made.canvas_width(request(emitted=emitted, **options))
 
     assert [width(running) for running in (0, 1, 4, 5)] == [64, 64, 64, 60]
     needed = scheduler(async_scheduling).canvas_width(request(emitted=emitted))
-    assert width(30) == max(10, needed)
-    assert width(300) == needed
+    assert width(30) == max(10, needed + 8)
+    assert width(300) == needed + 8
+    assert width(300, block_length=64, max_tokens=160) <= 64
 
 
 def test_a_prompt_is_admitted_with_room_for_its_canvas():
