@@ -42,6 +42,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6",
+            "matplotlib>=3.8",
             "rich>=13",
             "ruff==0.17.*",
         ],
