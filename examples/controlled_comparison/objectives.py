@@ -44,8 +44,8 @@ class Objective:
         generation_length: LLaDA's responses are padded with EOS to that many tokens, which it will
             have to decode.
         block_length: of BD3-LM.
-        noise: BD3-LM's masking probabilities are uniform between these: the clipped schedule that
-            its paper found best for blocks of 4.
+        noise: BD3-LM's masking probabilities are uniform between these: clipped,
+            as its authors do, who search for the range that lowers the variance.
     """
 
     method: str
