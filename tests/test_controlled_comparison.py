@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from training_reference import random_model
 
 from vllm_refusion.training.collator import Example, autoregressive, collate, draw, sequence
 from vllm_refusion.training.loss import attach, label_counts
@@ -39,26 +39,7 @@ SPECIAL = Tokens(MASK, EOS)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-        mask_token_id=MASK,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform, so that attention matters
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return model
+    return random_model(WORDS, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=PAD)
 
 
 def chance(seed, number):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from training_reference import feeding_order, losses, one_token_at_a_time
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from training_reference import feeding_order, losses, one_token_at_a_time, random_model
 
 from vllm_refusion.training.collator import (
     IGNORED,
@@ -32,22 +31,7 @@ SLOT_SIZES = (4, 8, 16, 32)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform, so that attention matters
-            if parameter.dim() > 1:
-                parameter.mul_(8)
+    model = random_model(VOCABULARY)
     attach(model, chunk_rows=7)
     return model
 

@@ -114,8 +114,8 @@ def _predict_width(
 
 @triton.jit
 def _members(
-    status, origin, cost_before, p, slot_start, size, phase, kept, width, acceptance, pass_price,
-    speculates, chance_table_ptr, LANES: tl.constexpr,
+    status, origin, cost_before, proposed, opening, p, slot_start, size, phase, kept, width,
+    acceptance, pass_price, speculates, chance_table_ptr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Which positions [LANES] take part in the pass; whether an infill can end with it."""
     chosen = status == CHOSEN
@@ -128,15 +128,14 @@ def _members(
     whole = tl.where(speculates & (several == 0), 0, 1)
     tested = chosen & (opens | worth | (p >= tl.where(whole > 0, 0, LANES)))
     if phase == INFILL:
-        waiting = blank & (in_slot(chosen, slot_start, size, LANES) == 0)
-        opening = slot_start + size - in_slot(blank, slot_start, size, LANES)
+        waiting = blank & (proposed == 0)
         fed = tested | (waiting & (origin == opening) & (p - opening < width))
         left = tl.max((blank | (chosen & (tested == 0))).to(tl.int32), axis=0)
         can_end = 1 - left
         accepted = (status == ACCEPTED) & (rows_of(infilled(status)) >= kept)
         # unless it can end, nothing can be committed: complete slots stay out
-        active = in_slot(chosen | blank, slot_start, size, LANES) > 0
-        member = fed | (accepted & (active.to(tl.int32) + can_end > 0))
+        active = proposed + (opening < slot_start + size).to(tl.int32)
+        member = fed | (accepted & (active + can_end > 0))
     else:
         verified = tl.where(phase == VERIFY, tested.to(tl.int32), 0)
         member = tl.where(phase == PLAN, (status == MASKED).to(tl.int32), verified) > 0
@@ -161,9 +160,9 @@ def _write_rows(
 
 @triton.jit
 def _riders(
-    status, origin, member, row, rows, cost, through, slot_before, p, slot_start, size, phase,
-    can_end, block_start, next_length, predict_width, row_position_ptr, chance_table_ptr,
-    LANES: tl.constexpr,
+    status, origin, member, row, rows, cost, through, slot_before, proposed, opening, p, slot_start,
+    size, phase, can_end, block_start, next_length, predict_width, row_position_ptr,
+    chance_table_ptr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Of the rider at each block position [LANES]: score (0 for none), chance, width, begin.
 
@@ -180,8 +179,6 @@ def _riders(
     chance = _chance(through - cost - slot_before, chance_table_ptr)
     chance -= _chance(through - slot_before, chance_table_ptr)
     # more proposals of the same operation
-    proposed = in_slot(chosen, slot_start, size, LANES) > 0
-    opening = slot_end - in_slot(blank, slot_start, size, LANES)
     tails = blank & (p == opening) & (origin < p)
     forced = tails & (proposed == 0)
     tails = tails & (forced | (unfed == 0))
@@ -233,9 +230,12 @@ def compose(
     predict_width = _predict_width(
         p, size, acceptance, pass_price, speculates & fits, cost_table_ptr, chance_table_ptr, LANES
     )
+    # of each lane's slot: proposals under test, and where the positions without one begin
+    proposed = in_slot(status == CHOSEN, slot_start, size, LANES)
+    opening = slot_start + size - in_slot(status == BLANK, slot_start, size, LANES)
     member, can_end = _members(
-        status, origin, through - cost - slot_before, p, slot_start, size, phase, kept,
-        predict_width, acceptance, pass_price, speculates, chance_table_ptr, LANES,
+        status, origin, through - cost - slot_before, proposed, opening, p, slot_start, size, phase,
+        kept, predict_width, acceptance, pass_price, speculates, chance_table_ptr, LANES,
     )  # fmt: skip
     row = rows_of(member)
     rows = tl.sum(member.to(tl.int32), axis=0)
@@ -259,9 +259,9 @@ def compose(
         tl.debug_barrier()
         next_length = tl.where(next_start < limit, block_length_at(next_start, ints), 0)
         score, chance, width, begin = _riders(
-            status, origin, member, row, rows, cost, through, slot_before, p, slot_start, size,
-            phase, can_end, block_start, next_length, predict_width, row_position_ptr,
-            chance_table_ptr, LANES,
+            status, origin, member, row, rows, cost, through, slot_before, proposed, opening, p,
+            slot_start, size, phase, can_end, block_start, next_length, predict_width,
+            row_position_ptr, chance_table_ptr, LANES,
         )  # fmt: skip
         score = tl.where(score < tl.where(speculates, 1, _FORCED), 0, score)
         phase_rows = rows

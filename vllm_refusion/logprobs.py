@@ -106,7 +106,7 @@ class Record:
         """
         names = "ints status origin canvas_row rider_row rider_width row_position row_own_start"
         self._before = {name: getattr(state, name)[slot].clone() for name in names.split()}
-        is_mask = self._before["is_mask"] = state.canvas_token[slot] == state.mask_token_id
+        is_mask = state.canvas_token[slot] == state.mask_token_id
         width = min(most, state.canvas_length)
         count = self.said.ids.shape[1] - 1
         for first in range(0, width, ROWS_AT_ONCE):
@@ -123,13 +123,13 @@ class Record:
             return
         before, after, status = self._before, state.ints[slot], state.status[slot]
         self._before = {}
-        ints, is_mask = before["ints"], before["is_mask"]
+        ints = before["ints"]
         size, block = ints[Field.SLOT_SIZE], ints[Field.BLOCK_START]
         phase, now = ints[Field.PHASE], after[Field.PHASE]
         decided = after[Field.PASSES] > ints[Field.PASSES]
         tests = decided & ((phase == int(Phase.VERIFY)) | (phase == int(Phase.INFILL)))
         planned = now == int(Phase.VERIFY)  # what follows a plan
-        p = torch.arange(state.canvas_length, device=is_mask.device)  # block positions
+        p = torch.arange(state.canvas_length, device=ints.device)  # block positions
 
         def was(wanted: Status) -> torch.Tensor:
             return before["status"] == int(wanted)
@@ -167,7 +167,7 @@ class Record:
         )
         picks |= tests & planned & rides
         position = before["row_position"]
-        self.taken.write(position, picks & is_mask & (position >= 0), self.said)
+        self.taken.write(position, picks & (position >= 0), self.said)
 
     def emitted(self, start: torch.Tensor, width: int) -> _Table:
         """What stands for ``width`` response tokens from ``start`` (a scalar tensor) on."""

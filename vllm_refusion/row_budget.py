@@ -126,7 +126,7 @@ class RowBudget:
         self.query_start_loc = query_start_loc
         self.sizes = sizes or list(CAPTURE_SIZES)
         self.riders = fuses_passes(model_state.vllm_config)
-        self.cost = model_state.pass_cost
+        self.cost = model_state.pass_cost or ASSUMED_COST
         self.speculation = NO_RIDERS
         device, requests = self.state.device, model_state.max_num_reqs
         self.scheduled: torch.Tensor | None = None  # [R] int32, most decode rows in this step
@@ -224,10 +224,9 @@ class RowBudget:
         served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
         riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
         value = (served * (1 + RIDERS_WORTH * riders)).mean(axis=1)
-        cost = (self.cost or ASSUMED_COST).of(sizes)
+        cost = self.cost.of(sizes)
         return int(sizes[np.argmin(cost / np.maximum(value, 1e-9))])
 
     def _speculate(self, decoding: int) -> Speculation:
-        cost = self.cost or ASSUMED_COST
-        price = min(max(cost.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
-        return Speculation(cost.free_rows // max(decoding, 1), int(price))
+        price = min(max(self.cost.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
+        return Speculation(self.cost.free_rows // max(decoding, 1), int(price))
