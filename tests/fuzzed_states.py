@@ -82,7 +82,13 @@ class Fuzz:
 
         committed = 0 if resume == Phase.START else block_start + status.count(Status.COMMITTED)
         contiguous = next((p for p, s in enumerate(status) if s != Status.COMMITTED), width)
-        emitted = max(0, min(block_start + contiguous, budget) - rng.choice((0, 1, size, 40)))
+        final = contiguous
+        while final < min(contiguous + size - 1, length) and (
+            status[final] == Status.ACCEPTED
+            or (status[final] == Status.CHOSEN and origin[final] == final)
+        ):
+            final += 1
+        emitted = max(0, min(block_start + final, budget) - rng.choice((0, 1, size, 40)))
         prompt_len = rng.randint(1, 20)
         fields = {
             Field.PHASE: resume if phase in DECODING else phase,
