@@ -53,6 +53,22 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
+def async_scheduling(monkeypatch):
+    """Async scheduling also on a CPU, where the platform turns it off."""
+    from vllm.platforms import current_platform
+
+    original = type(current_platform).check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config):
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(
+        type(current_platform), "check_and_update_config", classmethod(check_and_update_config)
+    )
+
+
+@pytest.fixture
 def preemptions(monkeypatch):
     """Request ids and the tokens emitted by then, in the order they were preempted."""
     from vllm.v1.core.sched.scheduler import Scheduler

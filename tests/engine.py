@@ -109,6 +109,29 @@ def assert_idle(llm, pages):
     assert not {kind: count for kind, count in held.items() if kind not in SIZES and count}
 
 
+def drive(llm, checkpoint, chosen, on_step, on_output=lambda step, output: None):
+    """Runs cases step by step; ``on_step(step, engine)`` may interfere. Tokens by case number.
+
+    What is delivered is the beginning of the reference's answer from the first token on.
+    """
+    llm_engine = llm.llm_engine
+    for i in chosen:
+        case = checkpoint.cases[i]
+        prompt = TokensPrompt(prompt_token_ids=list(case.prompt_ids))
+        llm_engine.add_request(str(i), llm.renderer.render_cmpl([prompt])[0], sampling_params(case))
+    outputs, step = {}, 0
+    while llm_engine.has_unfinished_requests():
+        step += 1
+        on_step(step, llm_engine)
+        for output in llm_engine.step():
+            i, tokens = int(output.request_id), list(output.outputs[0].token_ids)
+            on_output(step, output)
+            assert tokens == list(checkpoint.answers[i].tokens[: len(tokens)])
+            if output.finished:
+                outputs[i] = tokens
+    return outputs
+
+
 class Checkpoint:
     """A conformance model with its requests and the reference's answers."""
 

@@ -82,7 +82,13 @@ class Fuzz:
 
         committed = 0 if resume == Phase.START else block_start + status.count(Status.COMMITTED)
         contiguous = next((p for p, s in enumerate(status) if s != Status.COMMITTED), width)
-        emitted = max(0, min(block_start + contiguous, budget) - rng.choice((0, 1, size, 40)))
+        final = contiguous
+        while final < min(contiguous + size - 1, length) and (
+            status[final] == Status.ACCEPTED
+            or (status[final] == Status.CHOSEN and origin[final] == final)
+        ):
+            final += 1
+        emitted = max(0, min(block_start + final, budget) - rng.choice((0, 1, size, 40)))
         prompt_len = rng.randint(1, 20)
         fields = {
             Field.PHASE: resume if phase in DECODING else phase,
@@ -141,7 +147,8 @@ class Fuzz:
             rows = rng.randint(0, max(0, needed - 1))
         else:
             rows = rng.choice((needed, canvas, rng.randint(needed, width)))
-        return rows, rows
+        # rows without statistics: of a prefill that the device does not need
+        return rows, rows if rng.random() < 0.9 else 0
 
     def block(
         self, phase: Phase, size: int, length: int

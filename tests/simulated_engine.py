@@ -93,6 +93,8 @@ class _Job:
     output: list[int] = field(default_factory=list)
     slot: int = -1
     prefill: list[int] = field(default_factory=list)
+    unfed: int = 0  # of it, as the scheduler counts
+    finished: bool = False
     kv: list[tuple[int, int, list[int]]] = field(default_factory=list)
     saved: dict[str, torch.Tensor] | None = None
     preempted_once: bool = False
@@ -157,8 +159,11 @@ class SimulatedEngine:
             job.slot = self._free.pop(self.random.randrange(len(self._free)))
             job.prefill = request.prompt + job.output
             job.kv = []
+            job.unfed = len(job.prefill)
             self.num_computed[job.slot] = 0
-            self.prefill_len[job.slot] = len(job.prefill)
+            # of a slot that was delivered in part nothing need be committed
+            in_part = len(job.output) % request.params.slot_size
+            self.prefill_len[job.slot] = len(job.prefill) - in_part
             if job.saved is not None:
                 self.state.restore(job.slot, job.saved, len(job.output))
             else:
@@ -201,21 +206,20 @@ class SimulatedEngine:
 
     def _width(self, job: _Job) -> int:
         """Rows scheduled for a request, as the scheduler decides without knowing the canvas."""
-        left = len(job.prefill) - int(self.num_computed[job.slot])
-        if left > 0:
+        if job.unfed > 0:
             chunk = self.weather.chunk
-            width = min(left, self.random.randint(1, chunk) if self.weather.ragged else chunk)
-            if width == left and self._chance(self.weather.riders):
+            width = min(job.unfed, self.random.randint(1, chunk) if self.weather.ragged else chunk)
+            if width == job.unfed and self._chance(self.weather.riders):
                 width += self.random.randint(1, self.state.canvas_length)
             return width
         params = job.request.params
-        width = min(params.block_length, params.budget(job.request.max_tokens) - len(job.output))
+        delivered = len(job.output) - len(job.output) % params.slot_size
+        width = min(params.block_length, params.budget(job.request.max_tokens) - delivered)
         if self.weather.speculation is not None:
-            # what is reserved at least, from what is delivered on
-            width = min(width, params.block_length - len(job.output) % params.block_length)
-            fields = (Field.EMITTED, Field.COMMITTED, Field.KEPT)
-            emitted, committed, kept = (self._field(job, field) for field in fields)
-            width += params.slot_size - (committed + kept - emitted)
+            # what is reserved at least, from the slots that are delivered on
+            width = min(width, params.block_length - delivered % params.block_length)
+            committed, kept = (self._field(job, field) for field in (Field.COMMITTED, Field.KEPT))
+            width += params.slot_size - (committed + kept - delivered)
         elif self.weather.riders > 0:
             width = min(width + params.slot_size, self.state.canvas_length)
         if self.weather.speculation is None and self._chance(self.weather.riders):
@@ -243,14 +247,16 @@ class SimulatedEngine:
         for (slot, job, width), start in zip(batch, query_start_loc[:-1].tolist(), strict=True):
             computed = int(self.num_computed[slot])
             tokens = state.canvas_token[slot, :width].int()
-            prefilling = job is not None and computed < len(job.prefill)
-            if prefilling:
-                tokens = torch.tensor(job.prefill[computed : computed + width])
-                beyond = width - len(tokens)
-                tokens = torch.cat((tokens, state.canvas_token[slot, :beyond]))
+            prompt_rows = 0 if job is None else min(job.unfed, width)
+            if prompt_rows:
+                job.unfed -= prompt_rows
+                prefill = job.prefill[computed : computed + prompt_rows]
+                prefill += [POISON] * (prompt_rows - len(prefill))
+                beyond = state.canvas_token[slot, : width - prompt_rows]
+                tokens = torch.cat((torch.tensor(prefill), beyond))
             input_ids[start : start + width] = tokens
             slot_mappings[:, start : start + width] = torch.arange(computed, computed + width)
-            logit_rows.append(beyond if prefilling else width)
+            logit_rows.append(width - prompt_rows)
         logits_start = _starts(logit_rows)
 
         positions = torch.full((rows,), POISON, dtype=torch.int64)
@@ -299,7 +305,7 @@ class SimulatedEngine:
             self.num_computed,
             self.prefill_len,
             *self._statistics(logits, idx_mapping, logit_rows),
-            torch.tensor([width for _, _, width in batch], dtype=torch.int32),
+            torch.tensor(logit_rows, dtype=torch.int32),
             sampled,
             num_sampled,
             num_rejected,
@@ -307,7 +313,7 @@ class SimulatedEngine:
         )
         for row, (_, job, width) in enumerate(batch):
             count, kept = int(num_sampled[row]), width - int(num_rejected[row])
-            assert count <= width and kept <= len(fed[row])
+            assert count <= logit_rows[row] and kept <= len(fed[row])
             if job is None:
                 assert count == kept == 0
                 continue
@@ -327,16 +333,20 @@ class SimulatedEngine:
         if self._chance(self.weather.lose):
             self._preempt(job)
             return
-        request = job.request
+        request, stops = job.request, False
+        assert not (job.finished and tokens)
         for token in tokens:
             job.output.append(token)
-            stops = token == request.eos_token_id or token in request.stop_token_ids
-            if stops or len(job.output) == request.max_tokens:
-                order = self.state.order[job.slot, : self._field(job, Field.COMMITTED)].tolist()
-                passes = self._field(job, Field.PASSES)
-                self._outcomes[job.index] = Outcome(job.output, order, passes)
-                self._leave(job)
-                return
+            stops = token in request.stop_token_ids
+            if stops or token == request.eos_token_id or len(job.output) == request.max_tokens:
+                job.finished = True
+                break
+        # An engine drops a finished request; here all is committed that would have been.
+        if stops or (job.finished and self._field(job, Field.PHASE) == Phase.DONE):
+            order = self.state.order[job.slot, : self._field(job, Field.COMMITTED)].tolist()
+            passes = self._field(job, Field.PASSES)
+            self._outcomes[job.index] = Outcome(job.output, order, passes)
+            self._leave(job)
 
     def _statistics(
         self, logits: torch.Tensor, idx_mapping: torch.Tensor, logit_rows: list[int]

@@ -53,7 +53,8 @@ def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
                 served += bool(given[index] >= needed)
                 waited += bool(given[index] < needed)
                 ridden += bool(given[index] > needed)
-                room = scheduled[index] + before[index, Field.EMITTED]
+                size, emitted = before[index, [Field.SLOT_SIZE, Field.EMITTED]]
+                room = scheduled[index] + emitted - emitted % size
                 room -= before[index, Field.COMMITTED] + before[index, Field.KEPT]
                 # the engine's scheduler always leaves room for what a phase needs
                 if given[index] >= needed and needed <= room:

@@ -11,26 +11,18 @@ import pytest
 from vllm import TokensPrompt
 
 from conformance import Case, expected
-from engine import NARROW, assert_idle, engine, free_pages, run, sampling_params, scheduler_of
+from engine import (
+    NARROW,
+    assert_idle,
+    drive,
+    engine,
+    free_pages,
+    run,
+    sampling_params,
+    scheduler_of,
+)
 from vllm_refusion.metrics import snapshot
 from vllm_refusion.row_budget import RowBudget
-
-
-@pytest.fixture
-def async_scheduling(monkeypatch):
-    """Async scheduling also on a CPU, where the platform turns it off."""
-    from vllm.platforms import current_platform
-
-    original = type(current_platform).check_and_update_config.__func__
-
-    def check_and_update_config(cls, vllm_config):
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(
-        type(current_platform), "check_and_update_config", classmethod(check_and_update_config)
-    )
-
 
 # The async variants are left out by default, for time; test_async_scheduling is not.
 SCHEDULING = ["sync", pytest.param("async", marks=pytest.mark.slow)]
@@ -121,23 +113,6 @@ def test_aborts(checkpoints):
     finished = {i: tokens for i, tokens in outputs.items() if i not in aborted}
     assert 0 < len(finished) < len(checkpoint.mixed)
     checkpoint.check(list(finished.values()), finished)
-
-
-def drive(llm, checkpoint, chosen, on_step):
-    """Runs cases step by step; ``on_step(step, engine)`` may interfere. Tokens by case number."""
-    llm_engine = llm.llm_engine
-    for i in chosen:
-        case = checkpoint.cases[i]
-        prompt = TokensPrompt(prompt_token_ids=list(case.prompt_ids))
-        llm_engine.add_request(str(i), llm.renderer.render_cmpl([prompt])[0], sampling_params(case))
-    outputs, step = {}, 0
-    while llm_engine.has_unfinished_requests():
-        step += 1
-        on_step(step, llm_engine)
-        for output in llm_engine.step():
-            if output.finished:
-                outputs[int(output.request_id)] = list(output.outputs[0].token_ids)
-    return outputs
 
 
 def test_prefix_caching_over_turns(checkpoints, tmp_path):

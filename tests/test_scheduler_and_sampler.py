@@ -40,10 +40,13 @@ def request(prompt=10, emitted=0, max_tokens=100, **extra_args):
 
 @pytest.mark.parametrize(
     ("emitted", "width", "async_width"),
-    [(0, 32, 32), (5, 27, 32), (32, 32, 32), (90, 6, 14), (96, 8, 8), (100, 4, 4)],
+    [(0, 32, 32), (5, 32, 32), (8, 24, 32), (32, 32, 32), (90, 8, 16), (96, 8, 8), (99, 8, 8)],
 )
 def test_canvas_width(emitted, width, async_width):
-    """What is left of the block; while a pass is in flight, a whole block. 100 tokens: 13 slots."""
+    """What is left of the block; while a pass is in flight, a whole block. 100 tokens: 13 slots.
+
+    Of a slot delivered in part nothing need be committed.
+    """
     assert scheduler().canvas_width(request(emitted=emitted)) == width
     assert scheduler(async_scheduling=True).canvas_width(request(emitted=emitted)) == async_width
     own = request(slot_size=4, block_length=16)
@@ -80,8 +83,8 @@ def test_a_prompt_is_admitted_with_room_for_its_canvas():
 def test_pages_are_not_reserved_past_the_last_slot():
     made = scheduler(async_scheduling=True)
     assert made._lookahead(request(emitted=32), 10 + 32 + 32) == 0
-    # two canvases of 14 from position 90: the response ends at 104
-    assert made._lookahead(request(emitted=90), 10 + 90 + 28) == -14
+    # two canvases of 16 from position 90: the response ends at 104
+    assert made._lookahead(request(emitted=90), 10 + 90 + 32) == -18
 
 
 def test_riders_may_reach_past_the_last_slot():

@@ -28,6 +28,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_PROMPT_LEN,
     F_RESUME,
     F_ROWS,
+    F_SLOT_SIZE,
     IDLE,
     NUM_FIELDS,
     PREFILL,
@@ -68,9 +69,11 @@ def _allocate_kernel(
     ints = ints_ptr + slot * NUM_FIELDS
     phase = tl.load(ints + F_PHASE, mask=exists, other=IDLE)
     committed = tl.load(ints + F_COMMITTED, mask=exists, other=0)
-    # pages are reserved behind what has been delivered
+    # pages are reserved behind the whole slots that have been delivered
     kept = tl.load(ints + F_KEPT, mask=exists, other=0)
-    room = scheduled - (committed + kept - tl.load(ints + F_EMITTED, mask=exists, other=0))
+    delivered = tl.load(ints + F_EMITTED, mask=exists, other=0)
+    delivered -= delivered % tl.maximum(tl.load(ints + F_SLOT_SIZE, mask=exists, other=1), 1)
+    room = scheduled - (committed + kept - delivered)
     needed = tl.load(ints + F_ROWS, mask=exists, other=0)
     canvas = tl.load(ints + F_CANVAS, mask=exists, other=0)
     prompt_len = tl.load(ints + F_PROMPT_LEN, mask=exists, other=0)

@@ -50,8 +50,10 @@ def allocate_reference(
             if ints[Field.RESUME] == Phase.START and ints[Field.ROWS] <= most[request]:
                 needed[request] = canvas[request] = int(ints[Field.ROWS])
         elif phase not in (Phase.IDLE, Phase.DONE):
-            # pages are reserved behind what has been delivered
-            undelivered = committed + int(ints[Field.KEPT]) - int(ints[Field.EMITTED])
+            # pages are reserved behind the whole slots that have been delivered
+            delivered = int(ints[Field.EMITTED])
+            delivered -= delivered % int(ints[Field.SLOT_SIZE])
+            undelivered = committed + int(ints[Field.KEPT]) - delivered
             room = most[request] - undelivered
             if ints[Field.ROWS] <= room:
                 needed[request] = int(ints[Field.ROWS])

@@ -248,6 +248,7 @@ def _transition_kernel(
     committed = tl.load(ints + F_COMMITTED)
     rows = tl.load(ints + F_ROWS)
     canvas = tl.load(ints + F_CANVAS)
+    resume = tl.load(ints + F_RESUME)
     draw = tl.load(ints + F_DRAW)
     passes_made = tl.load(ints + F_PASSES)
     infill_kept = tl.load(ints + F_KEPT)
@@ -285,14 +286,14 @@ def _transition_kernel(
         fed = query_len - kept  # the first plan
         if computed + query_len >= tl.load(prefill_len_ptr + slot):
             replayed = tl.load(prefill_len_ptr + slot) - prompt_len
-            next_phase = tl.where(replayed < committed, REPLAY, tl.load(ints + F_RESUME))
+            next_phase = tl.where(replayed < committed, REPLAY, resume)
     elif phase == REPLAY:
         counter = COUNT_REPLAY
         replayed = computed - prompt_len
         kept = tl.minimum(query_len, committed - replayed)
         fed = kept
-        next_phase = tl.where(replayed + kept < committed, REPLAY, tl.load(ints + F_RESUME))
-    elif (phase == DONE) | (query_len < rows):
+        next_phase = tl.where(replayed + kept < committed, REPLAY, resume)
+    elif (phase == DONE) | (tl.load(logits_start_ptr + request + 1) - first_row < rows):
         counter = COUNT_IDLE
     else:
         decided = 1
@@ -455,10 +456,16 @@ def _transition_kernel(
             CANVAS, LANES,
         )  # fmt: skip
 
-    # Tokens newly contiguous in position order.
+    # Tokens newly final in position order: also those of the first slot not committed that will
+    # not change any more. Its last one waits: whole slots delivered are slots committed.
     count = 0
-    if phase != PREFILL:
-        contiguous = tl.minimum(first(status != COMMITTED, p, CANVAS), CANVAS)
+    if (phase != PREFILL) | ((resume == START) & (next_phase == VERIFY)):
+        head = tl.minimum(first(status != COMMITTED, p, CANVAS), CANVAS)
+        final = (status == ACCEPTED) | ((status == CHOSEN) & (origin == p))
+        final = final & (p >= head) & (p < head + size - 1)
+        contiguous = tl.minimum(first((p >= head) & (final == 0), p, CANVAS), CANVAS)
+        early = (p >= head) & (p < contiguous)
+        tl.store(response_ptr + slot * max_response + block_start + p, token, mask=early)
         end = tl.minimum(block_start + contiguous, limit)
         end = tl.minimum(end, tl.load(ints + F_MAX_TOKENS))
         end = tl.minimum(end, emitted + tl.load(emit_limit_ptr + request))

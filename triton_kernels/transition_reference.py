@@ -37,11 +37,11 @@ def transition_reference(
         query_start_loc, logits_start: [R+1] int32, where a request's rows start among all query
             rows and among the rows of the statistics.
         num_computed, prefill_len: [max_requests] int32, KV entries before this pass, and KV
-            entries that are prefill (prompt, after a preemption also emitted tokens).
+            entries that are prefill (prompt, after a preemption also emitted whole slots).
         picked, picked_prob, given_prob: [rows] statistics of the canvas rows (``token_stats``);
             the given token of a row is the token of the next canvas row.
         emit_limit: [R] int32, the most tokens that may be delivered.
-        sampled: [R, W] int, out: tokens newly contiguous in position order.
+        sampled: [R, W] int, out: tokens newly final in position order.
         num_sampled: [R] int32, out: their number.
         num_rejected: [R] int32, out: query rows whose KV is not kept.
         speculation: which rows the next canvas takes.
@@ -56,6 +56,7 @@ def transition_reference(
             continue
         step = _Step.load(state, slot, speculation)
         step.query_len = query_len
+        step.decode_rows = first_logit[row + 1] - first_logit[row]
         step.computed, step.prefill_len = int(num_computed[slot]), int(prefill_len[slot])
         step.fed = min(query_len, ints[Field.CANVAS])
         if ints[Field.PHASE] == Phase.PREFILL:
@@ -63,8 +64,11 @@ def transition_reference(
         rows = slice(first_logit[row], first_logit[row] + step.fed)
         step.picked, step.picked_prob = picked[rows].tolist(), picked_prob[rows]
         step.given_prob = given_prob[rows]
-        decodes = ints[Field.PHASE] != Phase.PREFILL
         num_rejected[row] = query_len - step.run()
+        # a prompt may have come with the first plan
+        decodes = ints[Field.PHASE] != Phase.PREFILL or (
+            ints[Field.RESUME] == Phase.START and step.ints[Field.PHASE] == Phase.VERIFY
+        )
         tokens = step.emit(int(emit_limit[row])) if decodes else []
         num_sampled[row] = len(tokens)
         sampled[row, : len(tokens)] = torch.tensor(tokens, dtype=sampled.dtype)
@@ -76,6 +80,7 @@ class _Step(Request):
     """One pass of one request."""
 
     query_len: int = 0
+    decode_rows: int = 0  # of query_len, those with statistics
     fed: int = 0
     computed: int = 0
     prefill_len: int = 0
@@ -104,7 +109,7 @@ class _Step(Request):
             self._count(Counter.ROWS_FED, kept)
             self._resume(done + kept)
             return kept
-        if phase == Phase.DONE or self.query_len < ints[Field.ROWS]:
+        if phase == Phase.DONE or self.decode_rows < ints[Field.ROWS]:
             self._count(Counter.IDLE)
             return 0
         ints[Field.PASSES] += 1
@@ -126,13 +131,23 @@ class _Step(Request):
         return kept
 
     def emit(self, limit: int) -> list[int]:
-        """Tokens newly contiguous in position order, at most ``limit``."""
+        """Tokens newly final in position order, at most ``limit``.
+
+        The first slot not committed may have tokens that will not change any more. Its last one
+        waits for the commit, so that whole slots emitted are slots committed.
+        """
         ints = self.ints
-        contiguous = next(
+        end = head = next(
             (p for p, s in enumerate(self.status) if s != Status.COMMITTED), len(self.status)
         )
+        while end < min(head + ints[Field.SLOT_SIZE] - 1, len(self.status)) and (
+            self.status[end] == Status.ACCEPTED
+            or (self.status[end] == Status.CHOSEN and self.origin[end] == end)
+        ):
+            self.state.response[self.slot, ints[Field.BLOCK_START] + end] = self.token[end]
+            end += 1
         end = min(
-            ints[Field.BLOCK_START] + contiguous,
+            ints[Field.BLOCK_START] + end,
             ints[Field.LIMIT],
             ints[Field.MAX_TOKENS],
             ints[Field.EMITTED] + limit,

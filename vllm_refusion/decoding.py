@@ -146,7 +146,7 @@ class DecodeState:
         row_context, row_run_start, row_run_end, row_own_start: [R, W] int32, by canvas row: it sees
             the context up to row_context, the canvas rows [row_run_start, row_run_end) and those
             from row_own_start to itself. Tokens kept by the present infill have rows below 0.
-        response: [R, P] int32, committed token by response position.
+        response: [R, P] int32, committed or emitted token by response position.
         order: [R, P] int32, response position of the j-th committed token.
         group_context: [R, P] int32, for the j-th committed token: the number of committed
             response tokens its slot could see if it was committed by infill, else -1 (it saw all
@@ -265,9 +265,9 @@ class DecodeState:
     def restore(self, slot: int, saved: dict[str, torch.Tensor], emitted: int) -> None:
         """Continues a preempted request, whose KV is gone, in ``slot``.
 
-        The prompt and the first ``emitted`` committed tokens are fed as a prefill, the others as
-        REPLAY canvases, all in commit order with the visibility they had; then decoding goes on
-        where it was.
+        The prompt and as many committed tokens as the emitted whole slots have are fed as a
+        prefill, the others as REPLAY canvases, all in commit order with the visibility they had;
+        then decoding goes on where it was, in the middle of an operation too: emitted tokens stay.
 
         Args:
             saved: what ``save`` returned when the request was preempted.

@@ -2,7 +2,9 @@
 
 vLLM's scheduler sees a request as prompt + emitted tokens in position order and, every step, as
 many draft tokens as the request's canvas may have rows. The device may have committed tokens ahead
-of a gap; they are emitted once the gap closes, at the latest with their block.
+of a gap; they are emitted once the gap closes, at the latest with their block. The gap's first slot
+may have final tokens that are emitted before it is committed. So whole slots emitted are committed,
+and of a slot emitted in part nothing need be in the KV cache.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class _CanvasScheduling:
         """
         params = self._params(request)
         emitted = request.num_output_tokens
+        emitted -= emitted % params.slot_size  # of the last slot, if cut, nothing may be committed
         left = params.budget(request.max_tokens) - emitted
         if not self.scheduler_config.async_scheduling:
             left = min(params.block_length - emitted % params.block_length, left)

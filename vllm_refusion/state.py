@@ -119,6 +119,9 @@ class ReFusionModelState(ModelState):
         self._repeats_tokens[req_index] = saved is not None
         if saved is not None:
             emitted = len(new_req_data.prefill_token_ids) - prompt_len
+            # of a slot emitted in part nothing need be committed: no prefill for the device
+            prefill = prompt_len + emitted - emitted % decoding.slot_size
+            self.req_states.prefill_len.np[req_index] = prefill
             self.decode_state.restore(req_index, saved, emitted)
             return
         self.decode_state.add(
@@ -317,7 +320,9 @@ class CanvasSampler:
     def _emit_limit(self, input_batch: InputBatch) -> torch.Tensor:
         """The most tokens [R] int32 that the scheduler takes from each request."""
         budget, requests = self.model_state.row_budget, input_batch.num_reqs
-        if budget is not None and input_batch.num_draft_tokens:
+        if not input_batch.num_draft_tokens:
+            return torch.zeros(requests, dtype=torch.int32, device=self.state.device)
+        if budget is not None:
             return budget.scheduled
         return input_batch.query_start_loc[: requests + 1].diff()
 

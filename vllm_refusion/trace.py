@@ -236,7 +236,8 @@ class Recorder:
         query_len = _length(arguments["query_start_loc"], row)
         decodes = phase not in (Phase.PREFILL, Phase.REPLAY)
         described: dict[str, Any]
-        if decodes and query_len < before.field(Field.ROWS):
+        decode_rows = _length(arguments["logits_start"], row)
+        if decodes and decode_rows < before.field(Field.ROWS):
             described, rows_fed = {"operations": [{"kind": "idle"}]}, 0
         else:
             rows_fed = min(query_len, before.field(Field.CANVAS)) if decodes else query_len
