@@ -65,7 +65,7 @@ def test_tokens_come_before_their_slot_is_committed(checkpoints, options):
     assert at_once >= 3
 
 
-@pytest.mark.parametrize("scheduling", ["sync", "async"])
+@pytest.mark.parametrize("scheduling", ["sync", pytest.param("async", marks=pytest.mark.slow)])
 def test_what_was_delivered_survives_preemption(checkpoints, scheduling, request):
     """Preempted in the midst of slots that were delivered in part, with prompts in small pieces."""
     if scheduling == "async":
@@ -87,7 +87,9 @@ def test_what_was_delivered_survives_preemption(checkpoints, scheduling, request
     assert sum(n > 0 for n in in_part) >= 10
 
 
-@SCHEDULES
+@pytest.mark.parametrize(
+    "options", [pytest.param(PLAIN, marks=pytest.mark.slow), {}], ids=["plain", "fused"]
+)
 def test_endings_in_the_midst_of_the_first_slot(checkpoints, options):
     """EOS, a stop token and max_tokens at every place of a slot, with logprobs."""
     checkpoint = checkpoints()

@@ -192,6 +192,13 @@ def test_chunks_of_a_real_vocabulary_are_bounded():
     assert made.chunk_rows >= 512
 
 
+def test_steps_without_a_canvas_emit_nothing():
+    """vLLM's scheduler expects no tokens of a prefill."""
+    made = sampler()
+    assert made._emit_limit(batch(3, 0)).tolist() == [0] * 3
+    assert made._emit_limit(batch(3, 16)).tolist() == [16] * 3
+
+
 def test_idle_requests_neither_emit_nor_keep_rows():
     made = sampler()
     output = made(torch.zeros(64, 8), batch(4, 16))
