@@ -278,6 +278,7 @@ def _transition_kernel(
     passed = 0
     cut = LANES
     first_row = tl.load(logits_start_ptr + request).to(tl.int64)
+    decode_rows = tl.load(logits_start_ptr + request + 1) - first_row
     picks = picked_ptr + first_row
     pick_probs = picked_prob_ptr + first_row
     slot_threshold = tl.load(slot_threshold_ptr + slot)
@@ -293,7 +294,8 @@ def _transition_kernel(
         kept = tl.minimum(query_len, committed - replayed)
         fed = kept
         next_phase = tl.where(replayed + kept < committed, REPLAY, resume)
-    elif (phase == DONE) | (tl.load(logits_start_ptr + request + 1) - first_row < rows):
+    elif (phase == DONE) | (query_len < rows) | (decode_rows < query_len):
+        # rows without statistics are of a prefill: delivered tokens that it need not feed
         counter = COUNT_IDLE
     else:
         decided = 1

@@ -80,7 +80,7 @@ class _Step(Request):
     """One pass of one request."""
 
     query_len: int = 0
-    decode_rows: int = 0  # of query_len, those with statistics
+    decode_rows: int = 0  # of query_len, those with statistics: the others are a prefill's
     fed: int = 0
     computed: int = 0
     prefill_len: int = 0
@@ -109,7 +109,7 @@ class _Step(Request):
             self._count(Counter.ROWS_FED, kept)
             self._resume(done + kept)
             return kept
-        if phase == Phase.DONE or self.decode_rows < ints[Field.ROWS]:
+        if phase == Phase.DONE or self.decode_rows < max(self.query_len, ints[Field.ROWS]):
             self._count(Counter.IDLE)
             return 0
         ints[Field.PASSES] += 1

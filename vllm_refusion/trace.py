@@ -237,7 +237,7 @@ class Recorder:
         decodes = phase not in (Phase.PREFILL, Phase.REPLAY)
         described: dict[str, Any]
         decode_rows = _length(arguments["logits_start"], row)
-        if decodes and decode_rows < before.field(Field.ROWS):
+        if decodes and decode_rows < max(query_len, before.field(Field.ROWS)):
             described, rows_fed = {"operations": [{"kind": "idle"}]}, 0
         else:
             rows_fed = min(query_len, before.field(Field.CANVAS)) if decodes else query_len
