@@ -399,8 +399,7 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
     assert counts["rows_fed"] == sum(made.width for made in expected)
     for kind in ("plan", "verify", "predict", "infill_verify"):
         assert counts[kind] == sum(made.kind == kind for made in expected)
-    # the watch saw every row fed, and the prompts
-    assert watch.tokens >= counts["rows_fed"] + 4 * 3 and watch.steps_since_prompt > 3
+    assert watch.steps_since_prompt > 3
 
 
 @pytest.mark.slow

@@ -405,13 +405,12 @@ class ScheduleWatch:
     """What an engine in this process schedules; vLLM's statistics do not say it per step.
 
     Attributes:
-        tokens: scheduled so far, prompts and unused rows included.
         requests: requests of the last step that has any.
         steps_since_prompt: steps scheduled since the last one with prompt tokens.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self.tokens = self.requests = self.steps_since_prompt = 0
+        self.requests = self.steps_since_prompt = 0
         self._prefilling: set[str] = set()
         self._known = scheduler.requests
         schedule = scheduler.schedule
@@ -425,7 +424,6 @@ class ScheduleWatch:
         scheduler.schedule = watched
 
     def _note(self, output: Any) -> None:
-        self.tokens += output.total_num_scheduled_tokens
         self.requests = len(output.num_scheduled_tokens)
         # a resumed request feeds its prompt again
         self._prefilling.update(output.scheduled_cached_reqs.resumed_req_ids)
