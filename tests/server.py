@@ -28,6 +28,8 @@ MODEL_NAME = "served"
 DEFAULTS = DecodingParams(32, 128, 0.9, 0.4)
 START_SECONDS = 180
 STOP_SECONDS = 30
+# a fixed KV cache, so that others may start and end on the GPU meanwhile
+GPU_OPTIONS = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30))
 
 # Set for the tests' own process only. Without the first the engine gets its own process, without
 # the second the plugin itself has to switch Triton's interpreter on.
@@ -88,7 +90,7 @@ def serve(model: Path | str, folder: Path, *options: str) -> Iterator[Server]:
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
         *("--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "512", "--max-num-batched-tokens", "1024"),
-        *(("--gpu-memory-utilization", "0.2") if torch.cuda.is_available() else ()),
+        *(GPU_OPTIONS if torch.cuda.is_available() else ()),
         *options,
     ]
     log = folder / "server.log"
