@@ -161,9 +161,8 @@ class SimulatedEngine:
             job.kv = []
             job.unfed = len(job.prefill)
             self.num_computed[job.slot] = 0
-            # of a slot that was delivered in part nothing need be committed
-            in_part = len(job.output) % request.params.slot_size
-            self.prefill_len[job.slot] = len(job.prefill) - in_part
+            delivered = request.params.whole_slots(len(job.output))
+            self.prefill_len[job.slot] = len(request.prompt) + delivered
             if job.saved is not None:
                 self.state.restore(job.slot, job.saved, len(job.output))
             else:
@@ -213,7 +212,7 @@ class SimulatedEngine:
                 width += self.random.randint(1, self.state.canvas_length)
             return width
         params = job.request.params
-        delivered = len(job.output) - len(job.output) % params.slot_size
+        delivered = params.whole_slots(len(job.output))
         width = min(params.block_length, params.budget(job.request.max_tokens) - delivered)
         if self.weather.speculation is not None:
             # what is reserved at least, from the slots that are delivered on

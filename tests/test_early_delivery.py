@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,8 +109,7 @@ def test_endings_in_the_midst_of_the_first_slot(checkpoints, options):
     assert ended and min(ended) < 32
     assert {len(answer.tokens) for answer in answers} >= {1, 2, 5, 31, 32, 33}
     with engine(checkpoint.path, **options) as llm:
-        made = type(checkpoint).__new__(type(checkpoint))
-        made.cases, made.answers = requests, answers
+        made = SimpleNamespace(cases=requests, answers=answers)
         seen = {}
         drive(
             llm, made, range(len(requests)), lambda step, engine: None,

@@ -91,6 +91,12 @@ class DecodingParams:
         """``max_tokens`` rounded up to whole slots: the response positions that are decoded."""
         return -(-max_tokens // self.slot_size) * self.slot_size
 
+    def whole_slots(self, tokens: int) -> int:
+        """``tokens`` rounded down to whole slots. Of a response cut inside a slot, that slot's
+        tokens may have been delivered before they are committed: only those of whole slots are.
+        """
+        return tokens - tokens % self.slot_size
+
     def first_block(self, max_tokens: int) -> int:
         """Positions of the first block."""
         return min(self.block_length, self.budget(max_tokens))

@@ -40,8 +40,7 @@ class _CanvasScheduling:
         operation of an infill may take a slot's rows more (``compose``).
         """
         params = self._params(request)
-        emitted = request.num_output_tokens
-        emitted -= emitted % params.slot_size  # of the last slot, if cut, nothing may be committed
+        emitted = params.whole_slots(request.num_output_tokens)
         left = params.budget(request.max_tokens) - emitted
         if not self.scheduler_config.async_scheduling:
             left = min(params.block_length - emitted % params.block_length, left)

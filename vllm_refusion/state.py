@@ -119,9 +119,7 @@ class ReFusionModelState(ModelState):
         self._repeats_tokens[req_index] = saved is not None
         if saved is not None:
             emitted = len(new_req_data.prefill_token_ids) - prompt_len
-            # of a slot emitted in part nothing need be committed: no prefill for the device
-            prefill = prompt_len + emitted - emitted % decoding.slot_size
-            self.req_states.prefill_len.np[req_index] = prefill
+            self.req_states.prefill_len.np[req_index] = prompt_len + decoding.whole_slots(emitted)
             self.decode_state.restore(req_index, saved, emitted)
             return
         self.decode_state.add(

@@ -236,13 +236,12 @@ class Recorder:
         query_len = _length(arguments["query_start_loc"], row)
         decodes = phase not in (Phase.PREFILL, Phase.REPLAY)
         described: dict[str, Any]
-        decode_rows = _length(arguments["logits_start"], row)
-        if decodes and decode_rows < max(query_len, before.field(Field.ROWS)):
+        # the end of a prompt may be followed by masks, which alone have statistics
+        first, end_row = arguments["logits_start"][row : row + 2].tolist()
+        if decodes and end_row - first < max(query_len, before.field(Field.ROWS)):
             described, rows_fed = {"operations": [{"kind": "idle"}]}, 0
         else:
             rows_fed = min(query_len, before.field(Field.CANVAS)) if decodes else query_len
-            # the end of a prompt may be followed by masks, which alone have statistics
-            first, end_row = arguments["logits_start"][row : row + 2].tolist()
             window = slice(first, min(end_row, first + rows_fed))
             names = ("picked_prob", "given_prob")
             rows = Rows(rows_fed, *(arguments[name][window].tolist() for name in names))
