@@ -23,6 +23,7 @@ from vllm_refusion.training.loss import (
     attach,
     hybrid_loss,
     label_counts,
+    visible,
 )
 
 VOCABULARY, MASK, PAD = 40, 39, 38
@@ -44,8 +45,8 @@ def random_example(generator, longest=70) -> Example:
 
 
 def random_draw(length, generator) -> Draw:
-    """As training draws, but every third one masks all or nothing."""
-    drawn = draw(length, SLOT_SIZES, generator)
+    """As training draws, a quarter of them in order, but every third one masks all or nothing."""
+    drawn = draw(length, SLOT_SIZES, generator, ordered_share=0.25)
     extreme = generator.integers(6)
     if extreme == 0:
         return Draw(drawn.slot_size, drawn.masking, ())
@@ -56,10 +57,12 @@ def random_draw(length, generator) -> Draw:
 
 
 def random_batch(seed):
+    """Those of odd seeds with the masks of L_infill."""
     generator = np.random.default_rng(seed)
     examples = [random_example(generator) for _ in range(generator.integers(1, 5))]
     draws = [random_draw(len(e.response), generator) for e in examples]
-    rows = [sequence(e, d, MASK) for e, d in zip(examples, draws, strict=True)]
+    infill = seed % 2 == 1
+    rows = [sequence(e, d, MASK, infill) for e, d in zip(examples, draws, strict=True)]
     return examples, draws, collate(rows, PAD)
 
 
@@ -73,13 +76,25 @@ def test_collator_equals_the_literal_order():
         examples, draws, batch = random_batch(seed)
         for row, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
             fed = feeding_order(example.prompt, example.response, drawn, MASK)
-            count, slots = len(fed), -(-len(example.response) // drawn.slot_size)
+            slots = -(-len(example.response) // drawn.slot_size)
             columns = [batch[name][row] for name in ("input_ids", "position_ids")]
             columns += [batch["ar_labels"][row], batch["mdm_labels"][row]]
             expected = [
                 (t, p, label if kind == "ar" else IGNORED, label if kind == "mdm" else IGNORED)
                 for t, p, kind, label in fed
             ]
+            sees = [set(range(place + 1)) for place in range(len(fed))]
+            if seed % 2:
+                known = [place for place, (t, *_) in enumerate(fed) if t != MASK]
+                again = known[len(example.prompt) :]
+                sees += [{*range(place), len(fed) + n} for n, place in enumerate(again)]
+                expected += [(MASK, fed[place][1], IGNORED, IGNORED) for place in again]
+                labels = batch["infill_labels"][row].tolist()
+                wanted = [IGNORED] * len(fed) + [fed[place][0] for place in again]
+                assert labels == wanted + [IGNORED] * (len(labels) - len(wanted))
+                seen_by = visible(batch["sees"])[row, 0, : len(expected)]
+                assert [set(line.nonzero()[:, 0].tolist()) for line in seen_by] == sees
+            count = len(expected)
             assert list(zip(*(c[:count].tolist() for c in columns))) == expected
             padding = [c[count:].unique().tolist() for c in columns]
             assert padding in ([[]] * 4, [[PAD], [0], [IGNORED], [IGNORED]])
@@ -106,7 +121,7 @@ def test_loss_and_gradients_equal_the_literal_ones():
         torch.manual_seed(seed)
         hidden = torch.randn(*batch["input_ids"].shape, 6, requires_grad=True)
         head = torch.nn.Linear(6, VOCABULARY, bias=False)
-        weights = torch.tensor([0.7, 1.3])
+        weights = torch.tensor([0.7, 1.3, 0.4])
         wanted = (hidden, head.weight)
 
         ours = hybrid_loss(hidden, head, batch, label_counts(batch), chunk_rows=5)
@@ -115,9 +130,13 @@ def test_loss_and_gradients_equal_the_literal_ones():
         def logits_of(index, fed, hidden=hidden, head=head):
             return head(hidden[index, : len(fed)])
 
-        literal = torch.stack(
-            [torch.as_tensor(part).double() for part in losses(examples, draws, MASK, logits_of)]
-        )
+        def infill_logits(index, fed, n, hidden=hidden, head=head, examples=examples, draws=draws):
+            example = examples[index]
+            behind = feeding_order(example.prompt, example.response, draws[index], MASK)
+            return head(hidden[index, len(behind) + n])
+
+        parts = losses(examples, draws, MASK, logits_of, infill_logits if seed % 2 else None)
+        literal = torch.stack([torch.as_tensor(part).double() for part in parts])
         assert_close(ours, literal)
         expected = torch.zeros_like(hidden), torch.zeros_like(head.weight)
         if literal.requires_grad:
@@ -146,7 +165,7 @@ def test_parts_of_a_batch_add_up_to_it(model):
     assert len(examples) > 1
     counts = label_counts(batch)
     whole = model(batch=batch, counts=counts)
-    rows = [sequence(e, d, MASK) for e, d in zip(examples, draws, strict=True)]
+    rows = [sequence(e, d, MASK, infill=True) for e, d in zip(examples, draws, strict=True)]
     parts = [model(batch=collate([row], PAD), counts=counts) for row in rows]
     assert_close(sum(parts), whole)
 
@@ -154,11 +173,17 @@ def test_parts_of_a_batch_add_up_to_it(model):
 @pytest.mark.parametrize("seed", range(8))
 def test_model_loss_and_gradients_equal_those_of_single_tokens(model, seed):
     """Through the whole model: batched, padded and masked against one token at a time."""
-    examples, draws, batch = random_batch(1000 + seed)
+    examples, draws, batch = random_batch(1010 + seed)
     wanted = list(model.parameters())
     ours = model(batch=batch, counts=label_counts(batch))
     gradients = torch.autograd.grad(ours.sum(), wanted, allow_unused=True)
-    literal = losses(examples, draws, MASK, lambda i, fed: one_token_at_a_time(model, fed))
+    literal = losses(
+        examples,
+        draws,
+        MASK,
+        lambda i, fed: one_token_at_a_time(model, fed),
+        (lambda i, fed, n: one_token_at_a_time(model, fed)[-1]) if seed % 2 else None,
+    )
     for part, other in zip(ours, literal, strict=True):
         assert_close(part, torch.as_tensor(other))
     expected = torch.autograd.grad(sum(literal), wanted, allow_unused=True)
@@ -196,7 +221,7 @@ def test_a_moved_slot_sees_what_is_placed_before_it_and_nothing_later(model):
 @pytest.mark.parametrize("seed", range(4))
 def test_no_mask_equals_an_explicit_causal_mask(model, seed):
     """Losses and gradients of right-padded rows: padding comes after all that could see it."""
-    _, _, batch = random_batch(2000 + seed)
+    _, _, batch = random_batch(2000 + 2 * seed)
     counts, wanted = label_counts(batch), list(model.parameters())
     ours = model(batch=batch, counts=counts)
     length = batch["input_ids"].shape[1]
@@ -207,6 +232,7 @@ def test_no_mask_equals_an_explicit_causal_mask(model, seed):
         attention_mask=mask[None, None].expand(len(batch["input_ids"]), 1, -1, -1),
         use_cache=False,
     ).last_hidden_state
+    assert "sees" not in batch
     masked = hybrid_loss(hidden, model.lm_head, batch, counts)
     assert_close(ours, masked)
     for part in range(2):
@@ -235,14 +261,16 @@ def test_transformers_still_cuts_attention_at_jumps_under_sdpa(model):
         model.set_attn_implementation(CAUSAL)
 
 
-def test_training_pass_compiles_without_graph_breaks(model):
+@pytest.mark.parametrize("seed", [6, 7])
+def test_training_pass_compiles_without_graph_breaks(model, seed):
     """What ``--compile`` compiles, here without code generation; losses stay the same."""
-    _, _, batch = random_batch(7)
+    _, _, batch = random_batch(seed)
     expected = model(batch=batch, counts=label_counts(batch))
     torch._dynamo.reset()
     base = torch.compile(model.base_model, dynamic=True, fullgraph=True, backend="eager")
-    ids, positions = batch["input_ids"], batch["position_ids"]
-    hidden = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    fed = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    fed["attention_mask"] = visible(batch["sees"]) if "sees" in batch else None
+    hidden = base(**fed, use_cache=False).last_hidden_state
     compiled = torch.compile(_chunk_losses, dynamic=True, fullgraph=True, backend="eager")
     ours = hybrid_loss(hidden, model.lm_head, batch, label_counts(batch), chunk_losses=compiled)
     assert_close(ours, expected)
@@ -261,6 +289,12 @@ def test_draws_follow_the_algorithm():
     assert abs((masked - expected).mean()) < 0.25
     first = np.mean([d.clean[0] for d in fours if len(d.clean) > 1])
     assert abs(first - 7.5) < 0.8  # any slot may come first
+    ordered = [draw(64, (4,), generator, ordered_share=0.5) for _ in range(4000)]
+    ordered = [
+        d for d in ordered if len(d.clean) > 2 and list(d.clean) == list(range(len(d.clean)))
+    ]
+    assert abs(len(ordered) / 4000 - 0.5 * 13 / 16) < 0.03
+    assert {d.masking for d in ordered} <= {(16 - len(d.clean)) / 16 for d in ordered}
 
 
 def test_autoregressive_labels():

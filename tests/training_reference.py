@@ -43,9 +43,14 @@ def feeding_order(prompt, response, drawn, mask_token_id):
     return fed
 
 
-def losses(examples, draws, mask_token_id, logits_of):
-    """(L_AR, L_MDM) as scalars; ``logits_of(i, fed)`` gives the logits [tokens, V] of example i."""
-    clean, per_example = [], []
+def losses(examples, draws, mask_token_id, logits_of, infill_logits):
+    """(L_AR, L_MDM, L_infill) as scalars.
+
+    ``logits_of(i, fed)`` gives the logits [tokens, V] of example i, ``infill_logits(i, fed, n)``
+    those [V] of the n-th mask that stands for a clean token, behind what was fed before that.
+    None: there are no such masks.
+    """
+    clean, per_example, infill = [], [], []
     for index, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
         fed = feeding_order(example.prompt, example.response, drawn, mask_token_id)
         masked = []
@@ -54,8 +59,17 @@ def losses(examples, draws, mask_token_id, logits_of):
                 surprise = row.double().logsumexp(0) - row[label].double()
                 (clean if kind == "ar" else masked).append(surprise)
         per_example.append(sum(ce / drawn.masking for ce in masked) / len(example.response))
-    l_ar = sum(clean) / len(clean) if clean else torch.tensor(0.0)
-    return l_ar, sum(per_example) / len(per_example)
+        if infill_logits is not None:
+            known = [n for n, (token, *_) in enumerate(fed) if token != mask_token_id]
+            for count, place in enumerate(known[len(example.prompt) :]):
+                token, position, _, _ = fed[place]
+                row = infill_logits(index, [*fed[:place], (mask_token_id, position, 0, 0)], count)
+                infill.append(row.double().logsumexp(0) - row[token].double())
+
+    def mean(values):
+        return sum(values) / len(values) if values else torch.tensor(0.0)
+
+    return mean(clean), mean(per_example), mean(infill)
 
 
 def one_token_at_a_time(model, fed):

@@ -35,8 +35,14 @@ class Course:
         objective: str = "refusion",
         batch_size: int = 1,
         lengths: Sequence[int] | None = None,
+        ordered_share: float = 0.0,
+        infill: bool = False,
     ) -> None:
-        """``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees."""
+        """``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees.
+
+        ``ordered_share`` goes to ``draw``, ``infill`` to ``sequence``.
+        """
+        self._ordered_share, self._infill = ordered_share, infill
         self._batch_size, self._lengths = batch_size, lengths
         self._examples, self._length, self._seed = examples, length, seed
         self._slot_sizes, self._mask, self._objective = slot_sizes, mask_token_id, objective
@@ -50,8 +56,9 @@ class Course:
         number, example = self._number(index), self.example(index)
         if self._objective == "autoregressive":
             return autoregressive(example)
-        drawn = draw(len(example.response), self._slot_sizes, generator(self._seed, number))
-        return sequence(example, drawn, self._mask)
+        chance = generator(self._seed, number)
+        drawn = draw(len(example.response), self._slot_sizes, chance, self._ordered_share)
+        return sequence(example, drawn, self._mask, self._infill)
 
     def example(self, index: int) -> Example:
         """What item ``index`` is made of."""

@@ -55,6 +55,8 @@ class Recipe:
         epochs: passes over the data, unless ``steps`` says how many optimiser steps.
         batch_size: examples per optimiser step, over all devices.
         from_scratch: random weights in the model's shape instead of its own.
+        ordered_share: of the examples, whose clean slots are the first ones, in position order.
+        infill_weight: of L_infill, see ``sequence``; the paper has none.
     """
 
     model: str
@@ -65,8 +67,10 @@ class Recipe:
     batch_size: int = 64
     max_length: int = 4096
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
+    ordered_share: float = 0.0
     ar_weight: float = 1.0
     mdm_weight: float = 1.0
+    infill_weight: float = 0.0
     learning_rate: float = 2e-5
     schedule: str = "cosine"
     warmup_steps: int = 0
@@ -86,6 +90,7 @@ class Recipe:
             "steps": (self.steps is None or self.steps > 0, "an integer above 0"),
             "batch_size": (self.batch_size > 0, "an integer above 0"),
             "slot_sizes": (self.slot_sizes and min(self.slot_sizes) > 0, "integers above 0"),
+            "ordered_share": (0 <= self.ordered_share <= 1, "a number in [0, 1]"),
             "learning_rate": (self.learning_rate > 0, "a number above 0"),
             "adam_beta2": (0 <= self.adam_beta2 < 1, "a number in [0, 1)"),
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
@@ -150,6 +155,8 @@ def train(
         recipe.objective,
         recipe.batch_size,
         store.lengths,
+        recipe.ordered_share,
+        recipe.infill_weight > 0,
     )
     interruption = SaveWhenInterrupted()
     trainer = ReFusionTrainer(
@@ -159,7 +166,7 @@ def train(
         processing_class=tokenizer,
         pad_token_id=tokenizer.pad_token_id or 0,
         examples=len(store),
-        loss_weights=(recipe.ar_weight, recipe.mdm_weight),
+        loss_weights=(recipe.ar_weight, recipe.mdm_weight, recipe.infill_weight),
         compiled=execution.compile,
         dev=_dev(recipe, execution, encoder, mask, run) if execution.dev else None,
         callbacks=[LogFile(run / "log.jsonl"), interruption],
@@ -292,7 +299,8 @@ def _dev(
             fed = autoregressive(example)
         else:
             chance = generator(recipe.seed, DEV_KEY + number)
-            fed = sequence(example, draw(len(example.response), recipe.slot_sizes, chance), mask)
+            drawn = draw(len(example.response), recipe.slot_sizes, chance)
+            fed = sequence(example, drawn, mask, recipe.infill_weight > 0)
         problems.append(Problem(row.values, list(example.prompt), fed))
     if not problems:
         raise ValueError("the dev files hold no rows")

@@ -30,8 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch-size", type=int, help="examples a step, all devices; default: 64")
     what.add_argument("--max-length", type=int, help="longer rows are left out; default: 4096")
     what.add_argument("--slot-sizes", type=_sizes, help="default: 4,8,16,32")
+    what.add_argument(
+        "--ordered-share", type=float, help="examples with clean slots in order; default: 0"
+    )
     what.add_argument("--ar-weight", type=float, help="default: 1")
     what.add_argument("--mdm-weight", type=float, help="default: 1")
+    what.add_argument(
+        "--infill-weight", type=float, help="of masks that follow part of a slot; default: 0"
+    )
     what.add_argument("--learning-rate", type=float, help="default: 2e-5")
     what.add_argument("--schedule", help="cosine (default), linear or constant_with_warmup")
     what.add_argument("--warmup-steps", type=int, help="default: 0")

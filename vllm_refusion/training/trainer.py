@@ -43,10 +43,11 @@ class Dev(NamedTuple):
 
 
 class ReFusionTrainer(Trainer):
-    """Both losses are means over an optimiser step's whole batch, however it is spread.
+    """All losses are means over an optimiser step's whole batch, however it is spread.
 
-    Logs ``loss_ar`` and ``loss_mdm`` beside ``loss``, and ``tokens_per_second`` fed, padding
-    included. ``evaluate`` gives both losses on the dev set and figures of decoding it.
+    Logs ``loss_ar``, ``loss_mdm`` and, if it counts, ``loss_infill`` beside ``loss``, and
+    ``tokens_per_second`` fed, padding included. ``evaluate`` gives the losses on the dev set and
+    figures of decoding it.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ReFusionTrainer(Trainer):
         args: TrainingArguments,
         pad_token_id: int,
         examples: int,
-        loss_weights: tuple[float, float] = (1.0, 1.0),
+        loss_weights: tuple[float, float, float] = (1.0, 1.0, 0.0),
         compiled: bool = False,
         dev: Dev | None = None,
         **options: Any,
@@ -77,7 +78,7 @@ class ReFusionTrainer(Trainer):
         self._start_interval()
 
     def _start_interval(self) -> None:
-        self._losses = torch.zeros(2, device=self.args.device)
+        self._losses = torch.zeros(3, device=self.args.device)
         self._steps, self._tokens, self._since = 0, 0, time.monotonic()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
@@ -102,11 +103,15 @@ class ReFusionTrainer(Trainer):
         self.state.epoch = self.state.global_step * self._batch_size() / self._examples
         if "loss" in logs and self._steps:
             losses = self.accelerator.reduce(self._losses, "sum") / self._steps
-            logs["loss_ar"], logs["loss_mdm"] = losses.tolist()
+            logs |= self._named(losses)
             seconds = time.monotonic() - self._since
             logs["tokens_per_second"] = self._tokens * self.accelerator.num_processes / seconds
             self._start_interval()
         super().log(logs, start_time)
+
+    def _named(self, losses: torch.Tensor) -> dict[str, float]:
+        names = ("loss_ar", "loss_mdm", "loss_infill")[: 3 if self._loss_weights[2] else 2]
+        return dict(zip(names, losses.tolist()))
 
     def _batch_size(self) -> int:
         args = self.args
@@ -134,8 +139,7 @@ class ReFusionTrainer(Trainer):
         counts = sum(label_counts(batch) for batch in batches).to(self.args.device)
         batches = (self._prepare_inputs(batch) for batch in batches)
         losses = sum(model(batch=batch, counts=counts) for batch in batches)
-        ar, mdm = losses.tolist()
-        return {"loss": (losses * self._loss_weights).sum().item(), "loss_ar": ar, "loss_mdm": mdm}
+        return {"loss": (losses * self._loss_weights).sum().item(), **self._named(losses)}
 
     def _decode(self, model: Any) -> dict[str, float]:
         dev, tokenizer, outcomes = self._dev, self.processing_class, []
