@@ -28,7 +28,7 @@ from vllm_refusion.triton_kernels.write_kv import write_kv
 
 HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 32, 8, 128, 151_936
 SCALE = HEAD_SIZE**-0.5
-DTYPE, ITEM = torch.bfloat16, 2
+DEVICE, DTYPE, ITEM = "cuda", torch.bfloat16, 2
 REPLAYS = 7
 # what one captured graph reads at least, several times a GPU's cache
 GRAPH_BYTES = 2**29
@@ -90,11 +90,11 @@ def time_calls(calls: list[Callable[[], object]]) -> float:
 
 def measure_ceilings() -> Ceilings:
     """The rates of a large copy (bytes read and written) and a large bf16 matrix product."""
-    source = torch.randn(2**30, device="cuda")
+    source = torch.randn(2**30, device=DEVICE)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / (time_calls([partial(torch.neg, source, out=target)] * 3) * 1e-6)
     del source, target
-    a, b = (torch.randn(8192, 8192, dtype=DTYPE, device="cuda") for _ in range(2))
+    a, b = (torch.randn(8192, 8192, dtype=DTYPE, device=DEVICE) for _ in range(2))
     multiplied = 2 * 8192**3 / (time_calls([lambda: a @ b] * 5) * 1e-6)
     return Ceilings(copied, multiplied)
 
@@ -123,6 +123,19 @@ class Shape:
         return self.batch * ITEM * HEAD_SIZE * (entries + 2 * HEADS * self.width)
 
 
+ATTENTION_SHAPES = [
+    Shape(batch, context, width)
+    for width in (32, 128, 256)
+    for batch in (1, 16)
+    for context in (1024, 8192, 32768)
+]
+ATTENTION_SHAPES += [Shape(1, 0, 1024), Shape(1, 0, 8192)]  # prompts
+# what a user who sets vLLM's usual block size gets
+ATTENTION_SHAPES += [Shape(1, 8192, 128, page=16), Shape(16, 8192, 128, page=16)]
+WRITE_ROWS = (32, 128, 512, 2048, 8192)
+STATS_ROWS = (1, 32, 128, 512, 2048)
+
+
 class Attention:
     """Inputs of one shape: plain causal rows, which FlashAttention can compute too."""
 
@@ -136,22 +149,22 @@ class Attention:
         self.caches = []
         for _ in range(layers):
             if shape.layout == "HND":
-                cache = torch.randn(blocks, KV_HEADS, shape.page, 2 * HEAD_SIZE, **_on_gpu())
+                cache = torch.randn(blocks, KV_HEADS, shape.page, 2 * HEAD_SIZE, **_like_served())
             else:
-                cache = torch.randn(blocks, shape.page, KV_HEADS, 2 * HEAD_SIZE, **_on_gpu())
+                cache = torch.randn(blocks, shape.page, KV_HEADS, 2 * HEAD_SIZE, **_like_served())
                 cache = cache.transpose(1, 2)
             self.caches.append(cache)
         rows = shape.batch * shape.width
-        self.query = torch.randn(rows, HEADS, HEAD_SIZE, **_on_gpu())
+        self.query = torch.randn(rows, HEADS, HEAD_SIZE, **_like_served())
         self.output = torch.empty_like(self.query)
-        self.table = torch.randperm(blocks, device="cuda").int().view(shape.batch, pages)
+        self.table = torch.randperm(blocks, device=DEVICE).int().view(shape.batch, pages)
         # a row of a served table is as long as max_model_len allows
         unused = TABLE_ENTRIES // shape.page - pages
         self.table = torch.nn.functional.pad(self.table, (0, unused)).contiguous()
-        self.starts = torch.arange(0, rows + 1, shape.width, dtype=torch.int32, device="cuda")
-        self.lengths = torch.full((shape.batch,), length, dtype=torch.int32, device="cuda")
+        self.starts = torch.arange(0, rows + 1, shape.width, dtype=torch.int32, device=DEVICE)
+        self.lengths = torch.full((shape.batch,), length, dtype=torch.int32, device=DEVICE)
         view = torch.tensor([shape.context, 0, 0, shape.context], dtype=torch.int32)
-        self.visibility = view.repeat(rows, 1).cuda()
+        self.visibility = view.repeat(rows, 1).to(DEVICE)
 
     def call(self, cache: torch.Tensor, **options) -> Callable[[], None]:
         return lambda: canvas_attention(
@@ -198,8 +211,8 @@ class Attention:
         return time_calls(calls)
 
 
-def _on_gpu() -> dict:
-    return {"dtype": DTYPE, "device": "cuda"}
+def _like_served() -> dict:
+    return {"dtype": DTYPE, "device": DEVICE}
 
 
 def flash_attention_3_is_installed() -> bool:
@@ -217,17 +230,8 @@ def measured(name: str, shape: object, us: float, moved: float, flops: float, ce
 
 def benchmark_canvas_attention(ceilings: Ceilings) -> list[Measured]:
     flash = flash_attention_3_is_installed()
-    shapes = [
-        Shape(batch, context, width)
-        for width in (32, 128, 256)
-        for batch in (1, 16)
-        for context in (1024, 8192, 32768)
-    ]
-    shapes += [Shape(1, 0, 1024), Shape(1, 0, 8192)]  # prompts
-    # what a user who sets vLLM's usual block size gets
-    shapes += [Shape(1, 8192, 128, page=16), Shape(16, 8192, 128, page=16)]
     lines = []
-    for shape in shapes:
+    for shape in ATTENTION_SHAPES:
         problem = Attention(shape)
         line = measured(
             "canvas_attention", shape, problem.time(), shape.bytes, shape.flops, ceilings
@@ -241,10 +245,10 @@ def benchmark_canvas_attention(ceilings: Ceilings) -> list[Measured]:
 
 def benchmark_write_kv(ceilings: Ceilings) -> list[Measured]:
     lines = []
-    for rows in (32, 128, 512, 2048, 8192):
+    for rows in WRITE_ROWS:
         problem = Attention(Shape(1, 0, rows))
-        key, value = torch.randn(2, rows, KV_HEADS, HEAD_SIZE, **_on_gpu())
-        slots = torch.randperm(rows, device="cuda")
+        key, value = torch.randn(2, rows, KV_HEADS, HEAD_SIZE, **_like_served())
+        slots = torch.randperm(rows, device=DEVICE)
         calls = [partial(write_kv, key, value, cache, slots) for cache in problem.caches]
         moved = 4 * rows * KV_HEADS * HEAD_SIZE * ITEM
         lines.append(measured("write_kv", f"rows {rows}", time_calls(calls), moved, 0, ceilings))
@@ -254,7 +258,7 @@ def benchmark_write_kv(ceilings: Ceilings) -> list[Measured]:
 def benchmark_token_stats(ceilings: Ceilings) -> list[Measured]:
     lines = []
     for temperature in (0.0, 1.0):
-        for rows in (1, 32, 128, 512, 2048):
+        for rows in STATS_ROWS:
             copies = max(1, min(8, GRAPH_BYTES // (rows * VOCAB * ITEM)))
             calls = [token_stats_call(rows, temperature) for _ in range(copies)]
             shape = f"rows {rows} temperature {temperature:g}"
@@ -268,24 +272,23 @@ def token_stats_call(rows: int, temperature: float) -> Callable[[], object]:
     requests = 64
 
     def integers(count: int, high: int) -> torch.Tensor:
-        return torch.randint(high, (count,), dtype=torch.int32, device="cuda")
+        return torch.randint(high, (count,), dtype=torch.int32, device=DEVICE)
 
-    logits = torch.randn(rows, VOCAB, **_on_gpu()) * 4
-    row_request = torch.arange(rows, device="cuda") % requests
-    positions, given = integers(rows, 4096), integers(rows, VOCAB)
+    logits = torch.randn(rows, VOCAB, **_like_served()) * 4
+    row_request = torch.arange(rows, device=DEVICE) % requests
+    positions, given, draws = integers(rows, 4096), integers(rows, VOCAB), integers(rows, 100)
     state = dict(
-        temperature=torch.full((requests,), temperature, device="cuda"),
-        seed=torch.arange(requests, device="cuda"),
-        draw=integers(requests, 100),
-        min_tokens=torch.zeros(requests, dtype=torch.int32, device="cuda"),
-        stop_ids=torch.full((requests, 64), -1, dtype=torch.int32, device="cuda"),
-        mask_token_id=151_670,
+        temperature=torch.full((requests,), temperature, device=DEVICE),
+        seed=torch.arange(requests, device=DEVICE),
+        min_tokens=torch.zeros(requests, dtype=torch.int32, device=DEVICE),
+        stop_ids=torch.full((requests, 64), -1, dtype=torch.int32, device=DEVICE),
+        mask_token_id=VOCAB - 1,
     )
     out = tuple(
-        torch.zeros(rows, dtype=dtype, device="cuda")
+        torch.zeros(rows, dtype=dtype, device=DEVICE)
         for dtype in (torch.int32, torch.float32, torch.float32)
     )
-    return lambda: token_stats(logits, row_request, positions, given, **state, out=out)
+    return lambda: token_stats(logits, row_request, positions, given, draws, **state, out=out)
 
 
 BENCHMARKS = {
@@ -303,6 +306,14 @@ def run_tests(operations: list[str], folder: Path) -> None:
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", *parallel, *files]
     if subprocess.run(command).returncode:
         sys.exit("a test fails: not timed")
+
+
+def as_text(line: Measured) -> str:
+    text = f"{line.operation + ' ' + line.shape:56}{line.us:9.1f}{line.gb_per_s:8.0f}"
+    text += f"{line.tflop_per_s:9.1f}{line.roofline_share:10.1%}"
+    if line.flash_us is not None:
+        text += f"{line.flash_us:9.1f}{line.ratio_to_flash:7.2f}"
+    return text
 
 
 def main() -> None:
@@ -323,14 +334,11 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}: copy {ceilings.bytes_per_s * 1e-12:.2f} TB/s, "
         f"bf16 product {ceilings.flop_per_s * 1e-12:.0f} TFLOP/s"
     )
-    lines = [line for name in operations for line in BENCHMARKS[name](ceilings)]
     print(f"{'':56}{'us':>9}{'GB/s':>8}{'TFLOP/s':>9}{'roofline':>10}{'FA3 us':>9}{'ratio':>7}")
-    for line in lines:
-        text = f"{line.operation + ' ' + line.shape:56}{line.us:9.1f}{line.gb_per_s:8.0f}"
-        text += f"{line.tflop_per_s:9.1f}{line.roofline_share:10.1%}"
-        if line.flash_us is not None:
-            text += f"{line.flash_us:9.1f}{line.ratio_to_flash:7.2f}"
-        print(text)
+    lines = []
+    for name in operations:
+        lines += BENCHMARKS[name](ceilings)
+        print("\n".join(as_text(line) for line in lines if line.operation == name), flush=True)
     if arguments.json:
         report = {
             "device": torch.cuda.get_device_name(),

@@ -128,16 +128,13 @@ def train(
     Raises:
         ValueError: settings, data or folder do not fit; says what.
     """
-    if run.exists() and any(run.iterdir()) and not resume:
-        raise ValueError(f"{run} is not empty: go on with --resume, or name another folder")
-    if (run / "model").exists():
-        raise ValueError(f"{run}/model exists: the run is complete")
     tokenizer, config = _load_source(recipe)
     mask = config.mask_token_id if recipe.objective == "refusion" else None
     encoder = Encoder(tokenizer, mask, recipe.template_options, recipe.plain_prompt)
     args = _arguments(recipe, execution, run)
     with args.main_process_first(local=False, desc="tokenising"):
-        if args.process_index == 0:
+        if args.process_index == 0:  # the others may find what this one has begun
+            _check_folder(run, resume)
             _write_data(encoder, data, run / "data", recipe.max_length, execution.progress)
             _check_settings(recipe, TokenStore(run / "data").fingerprint, run)
     store = TokenStore(run / "data")
@@ -272,6 +269,13 @@ def _write_data(
     report = stored(folder, key) if key else None
     report = report or write_store(read_rows(data), encoder, folder, max_length, bar, key)
     print(report, file=sys.stderr)
+
+
+def _check_folder(run: Path, resume: bool) -> None:
+    if run.exists() and any(run.iterdir()) and not resume:
+        raise ValueError(f"{run} is not empty: go on with --resume, or name another folder")
+    if (run / "model").exists():
+        raise ValueError(f"{run}/model exists: the run is complete")
 
 
 def _check_settings(recipe: Recipe, fingerprint: str, run: Path) -> None:
