@@ -114,6 +114,16 @@ def test_a_toy_task_is_learned(checkpoint, data, tmp_path):
     assert "C C C" in tokenizer.decode(answer.tokens)
 
 
+def test_infill_loss_is_trained_and_logged(checkpoint, data, tmp_path):
+    more = ("--infill-weight", 0.5, "--ordered-share", 0.5, "--dev", data / "dev.jsonl")
+    train(checkpoint, data, tmp_path / "run", *TOY, *more, "--eval-every", 150, "--max-tokens", 8)
+    rows = [row for row in log(tmp_path / "run") if "loss_infill" in row]
+    assert rows[0]["loss_infill"] > 5 and rows[-1]["loss_infill"] < 0.3
+    expected = [r["loss_ar"] + r["loss_mdm"] + 0.5 * r["loss_infill"] for r in rows]
+    assert [row["loss"] for row in rows] == pytest.approx(expected, abs=2e-3)
+    assert [r for r in log(tmp_path / "run") if "eval_loss" in r][-1]["eval_loss_infill"] < 0.3
+
+
 class Killed(Exception):
     """Stands for a process that ends without warning."""
 
@@ -220,6 +230,12 @@ def test_two_processes_train_like_one(checkpoint, data, tmp_path):
         (("--objective", "diffusion"), "--objective diffusion: allowed is refusion or autoreg"),
         (("--steps", 1, "--epochs", 1), "either --steps or --epochs"),
         (("--slot-sizes", "0,4"), "--slot-sizes (0, 4): allowed is integers above 0"),
+        (("--infill-weight", -1), "--infill-weight -1.0: allowed is a number of at least 0"),
+        (("--ordered-share", 1.5), "--ordered-share 1.5: allowed is a number in [0, 1]"),
+        (
+            ("--objective", "autoregressive", "--infill-weight", 1),
+            "--infill-weight 1.0: allowed is no value with --objective autoregressive",
+        ),
         (("--batch-size", 9), "--batch-size 9: allowed is a multiple of 8"),
         (("--dev-slot-size", 5), "block_length=128 is not supported"),
         (("--max-length", 3), "no row is left"),

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,14 @@ class Recipe:
     template_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checks = {
+        weights = ("ar_weight", "mdm_weight", "infill_weight")
+        checks = {name: (getattr(self, name) >= 0, "a number of at least 0") for name in weights}
+        if self.objective == "autoregressive":  # it has no masks
+            defaults = {f.name: f.default for f in fields(self)}
+            for name in ("slot_sizes", "ordered_share", "mdm_weight", "infill_weight"):
+                is_default = getattr(self, name) == defaults[name]
+                checks[name] = (is_default, "no value with --objective autoregressive")
+        checks |= {
             "objective": (self.objective in OBJECTIVES, " or ".join(OBJECTIVES)),
             "schedule": (self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
             "epochs": (self.epochs > 0, "a number above 0"),
