@@ -71,7 +71,7 @@ def test_a_shape_makes_both_checkpoints_and_replays_acceptance(tmp_path):
 
 
 def test_settings_survive_the_way_to_the_child(tmp_path):
-    made = settings(tmp_path, "--shape", "qwen3-0.6b", "--presets", "8/16/0.8/0.2@0.5,0.7,2")
+    made = settings(tmp_path, "--shape", "qwen3-0.6b", "--presets", "8/16/0.8/0.2@0.5,0.7,2,1")
     assert Settings.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 

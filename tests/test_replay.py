@@ -27,7 +27,7 @@ from vllm_refusion.triton_kernels.replay_reference import replay_stats_reference
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "replay", [replay_stats, replay_stats_reference], ids=["kernel", "twin"]
 )
-PROFILES = [Profile(0.3, 0.7), Profile(0.9, 0.4, shape=2.0)]
+PROFILES = [Profile(0.3, 0.7), Profile(0.9, 0.4, shape=2.0, first=0.2)]
 REQUESTS = 5
 VOCAB, MASK, EOS = 1003, 400, 7
 
@@ -50,7 +50,7 @@ def random_rows(count: int, used: bool = True) -> list[torch.Tensor]:
     def integers(low: int, high: int, dtype=torch.int32) -> torch.Tensor:
         return torch.randint(low, high, (count,), generator=generator, dtype=dtype)
 
-    rows = [integers(0, REQUESTS, torch.int64), integers(0, 600)]
+    rows = [integers(0, REQUESTS, torch.int64), integers(0, 600) * integers(0, 5).clamp_max(1)]
     rows += [integers(-1, VOCAB), integers(0, 50)]
     if not used:
         rows[0][::7], rows[1][::7] = 10**9, -1
@@ -135,6 +135,21 @@ def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(replay, in
             assert gap < 4 * 0.5 / bin_.sum().item() ** 0.5
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("index, chance", [(0, 0.3), (1, 0.2)])
+def test_the_first_slot_has_a_chance_of_its_own(replay, index, chance):
+    state = {
+        "seed": torch.tensor([seed_of(index, 1)], device=DEVICE),
+        "slot_size": torch.tensor([8], dtype=torch.int32, device=DEVICE),
+        "slot_threshold": torch.tensor([0.8], device=DEVICE),
+    }
+    draw = torch.arange(8000, dtype=torch.int32, device=DEVICE)
+    nothing = torch.full_like(draw, -1)
+    certainty = run(replay, [draw.long() * 0, draw * 0, nothing, draw], state=state)[1]
+    # as many outcomes as tokens
+    assert abs((certainty > 0.8).float().mean().item() - chance) < 4 * 0.5 / VOCAB**0.5
+
+
 @pytest.mark.parametrize("token", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [0.25, 0.5, 1.0, 5.0])
 def test_quantiles_have_the_asked_mean(token, shape):
@@ -168,12 +183,14 @@ def test_only_the_benchmark_may_switch_replay_on(monkeypatch, load_format, marke
 def test_the_benchmark_switches_replay_on(monkeypatch):
     monkeypatch.setenv(BENCHMARK_ENV, "1")
     tables = replay_tables(vllm_config(**to_config(PROFILES)), torch.device("cpu"))
-    assert tables.excluded == (EOS, MASK) and tables.slot_chance.tolist() == pytest.approx(
-        [0.3, 0.9]
-    )
+    assert tables.excluded == (EOS, MASK)
+    assert tables.slot_chance.tolist() == pytest.approx([0.3, 0.9])
+    assert tables.first_chance.tolist() == pytest.approx([0.3, 0.2])
 
 
-@pytest.mark.parametrize("values", [(1.2, 0.5, 0.5), (0.5, 1.0, 0.5), (0.5, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "values", [(1.2, 0.5, 0.5), (0.5, 1.0, 0.5), (0.5, 0.5, 0.0), (0.5, 0.5, 0.5, -0.1)]
+)
 def test_profiles_out_of_range_are_refused(values):
-    with pytest.raises(ValueError, match="slot must lie"):
+    with pytest.raises(ValueError, match="slot and first must lie"):
         Profile(*values)

@@ -8,7 +8,7 @@ token, and philox(c0, c1, c2, c3) the words of Philox-4x32-10 with key s:
     w               = philox(t, x, 0, 2)
     q(t, x)         = quantiles[w[0] >> 22]                   see vllm_refusion/replay.py
     passes(t, x)    = uniform(w[1]) < q(t, x)
-    certainty(t, x) = 1                  if uniform(w[2]) < slot_chance
+    certainty(t, x) = 1                  if uniform(w[2]) < slot_chance (first_chance at x = 0)
                       threshold * uniform(w[3])              otherwise
 
     picked      = t = token(x, draw)
@@ -17,7 +17,7 @@ token, and philox(c0, c1, c2, c3) the words of Philox-4x32-10 with key s:
 
 The outcome of a token is a function of the token, its position and the seed: any schedule of passes
 that proposes it sees the same. picked_prob predicts the outcome without bias, as a calibrated
-model's would. The seed's high word chooses the profile: a row of ``quantiles``, a ``slot_chance``.
+model's would. The seed's high word chooses the profile: a row of ``quantiles``, two chances.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def _replay_kernel(
     slot_threshold_ptr,  # [max_reqs] float32
     quantiles_ptr,  # [F, QUANTILES] float32
     slot_chance_ptr,  # [F] float32
+    first_chance_ptr,  # [F] float32
     picked_ptr,  # [N] int32
     picked_prob_ptr,  # [N] float32
     given_prob_ptr,  # [N] float32
@@ -114,7 +115,9 @@ def _replay_kernel(
 
     probability, _, word2, word3 = _outcome(quantiles_ptr, profile, seed, token, position, used)
     slot_chance = tl.load(slot_chance_ptr + profile, mask=used, other=0.0)
-    certainty = tl.where(_uniform(word2) < slot_chance, 1.0, threshold * _uniform(word3))
+    first_chance = tl.load(first_chance_ptr + profile, mask=used, other=0.0)
+    chance = tl.where(position == 0, first_chance, slot_chance)
+    certainty = tl.where(_uniform(word2) < chance, 1.0, threshold * _uniform(word3))
     tl.store(picked_ptr + row, token, mask=used)
     tl.store(picked_prob_ptr + row, tl.where(position % size == 0, certainty, probability), used)
 
@@ -159,6 +162,7 @@ def replay_stats(
     check(slot_threshold, (requests,), torch.float32)
     check(tables.quantiles, (profiles, QUANTILES), torch.float32)
     check(tables.slot_chance, (profiles,), torch.float32)
+    check(tables.first_chance, (profiles,), torch.float32)
     low, high = tables.excluded
     assert 0 <= low <= high <= tables.vocab and (low < high or low == tables.vocab)
     if rows == 0:
@@ -174,6 +178,7 @@ def replay_stats(
         slot_threshold,
         tables.quantiles,
         tables.slot_chance,
+        tables.first_chance,
         *out,
         rows,
         slot_size.stride(0),

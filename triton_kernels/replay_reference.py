@@ -24,12 +24,14 @@ class ReplayTables:
     Attributes:
         quantiles: [F, QUANTILES] float32, per profile the probabilities that a token passes.
         slot_chance: [F] float32, per profile the chance that a slot is certain enough.
+        first_chance: [F] float32, the same of the response's first slot.
         vocab: number of tokens.
         excluded: two token ids in ascending order that are never picked; ``vocab`` for none.
     """
 
     quantiles: torch.Tensor
     slot_chance: torch.Tensor
+    first_chance: torch.Tensor
     vocab: int
     excluded: tuple[int, int]
 
@@ -91,7 +93,8 @@ def outcomes(
     profile = ((seed >> 32) & _WORD).clamp_max(len(tables.slot_chance) - 1)
     probability = tables.quantiles[profile, words[0] >> (32 - QUANTILE_BITS)]
     passes = _uniform(words[1]) < probability
-    chosen = _uniform(words[2]) < tables.slot_chance[profile]
+    first, other = tables.first_chance[profile], tables.slot_chance[profile]
+    chosen = _uniform(words[2]) < torch.where(position == 0, first, other)
     return probability, passes, chosen, _uniform(words[3])
 
 

@@ -34,18 +34,26 @@ class Profile:
             with this mean; it passes with probability q, independently of all others.
         shape: second parameter of that distribution. Below 1 chances pile up near 1, as a language
             model's do; large values make all tokens alike.
+        first: chance of the response's first slot; None: as any other's.
     """
 
     slot: float
     token: float
     shape: float = 0.5
+    first: float | None = None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.slot <= 1 and 0 < self.token < 1 and 0.25 <= self.shape <= 100):
+        chances = (self.slot, self.first_chance)
+        in_range = all(0 <= chance <= 1 for chance in chances) and 0 < self.token < 1
+        if not (in_range and 0.25 <= self.shape <= 100):
             raise ValueError(
-                f"{self}: slot must lie in [0, 1], token strictly between 0 and 1, shape in "
-                "[0.25, 100]."
+                f"{self}: slot and first must lie in [0, 1], token strictly between 0 and 1, "
+                "shape in [0.25, 100]."
             )
+
+    @property
+    def first_chance(self) -> float:
+        return self.slot if self.first is None else self.first
 
     def quantiles(self) -> torch.Tensor:
         """[QUANTILES] float32, ascending: equally likely values of q."""
@@ -80,6 +88,7 @@ def build_tables(
     return ReplayTables(
         quantiles=torch.stack([profile.quantiles() for profile in profiles]).to(device),
         slot_chance=torch.tensor([profile.slot for profile in profiles]).to(device),
+        first_chance=torch.tensor([profile.first_chance for profile in profiles]).to(device),
         vocab=vocab,
         excluded=(low, high),
     )

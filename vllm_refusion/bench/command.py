@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--presets",
         nargs="+",
         type=parse_preset,
-        metavar="SLOT/BLOCK/SLOT_THRESHOLD/TOKEN_THRESHOLD[@SLOT,TOKEN[,SHAPE]]",
+        metavar="SLOT/BLOCK/SLOT_THRESHOLD/TOKEN_THRESHOLD[@SLOT,TOKEN[,SHAPE[,FIRST]]]",
         help=f"ReFusion's decoding parameters (default {DEFAULT_PRESET}); behind @ the chances "
         "that replayed acceptance draws from",
     )
@@ -99,14 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_preset(text: str) -> Preset:
-    """``32/128/0.9/0.4`` with ``@slot,token[,shape]`` behind it or not."""
+    """``32/128/0.9/0.4`` with ``@slot,token[,shape[,first]]`` behind it or not."""
     values, _, chances = text.partition("@")
     try:
         slot, block, slot_threshold, token_threshold = values.split("/")
-        names = ("slot", "token", "shape")
+        names = ("slot", "token", "shape", "first")
         numbers = [float(chance) for chance in chances.split(",")] if chances else None
         if numbers is not None and not 2 <= len(numbers) <= len(names):
-            raise ValueError("behind @ there must be two or three numbers")
+            raise ValueError("behind @ there must be two to four numbers")
         return Preset(
             int(slot),
             int(block),
