@@ -19,12 +19,21 @@ from vllm_refusion.decoding import ACCEPTANCE_WINDOW, DecodeState
 from vllm_refusion.riders import MAX_PRICE, NO_RIDERS, Speculation, device_tables
 from vllm_refusion.triton_kernels.compose import (
     at_lane,
-    block_length_at,
     compose,
     first,
     in_slot,
     infilled,
     rows_of,
+)
+from vllm_refusion.triton_kernels.decisions import (
+    accept,
+    block_statuses,
+    choose,
+    drop_after,
+    intact,
+    keepable,
+    take,
+    verify_drafts,
 )
 from vllm_refusion.triton_kernels.layout import check, check_starts
 from vllm_refusion.triton_kernels.state_codes import (
@@ -43,7 +52,6 @@ from vllm_refusion.triton_kernels.state_codes import (
     COUNT_REPLAY,
     COUNT_RIDER_ROWS_FED,
     COUNT_ROWS_FED,
-    COUNT_SLOTS_CHOSEN,
     COUNT_TOKENS,
     COUNT_TOKENS_PASSED,
     COUNT_TOKENS_TESTED,
@@ -81,106 +89,6 @@ from vllm_refusion.triton_kernels.state_codes import (
 
 LANES_PER_WARP = 128
 _ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
-
-
-@triton.jit
-def _intact(failed, slot_start):
-    """Whether none of a slot's positions failed up to this one, and before it; [LANES] each."""
-    failed = failed.to(tl.int32)
-    fails = tl.cumsum(failed, axis=0)
-    of_others = tl.gather(fails - failed, slot_start, axis=0)
-    return fails == of_others, fails - failed == of_others
-
-
-@triton.jit
-def _keepable(status, origin, canvas_row, p, slot_start, size, kept, LANES: tl.constexpr):
-    """How many leading canvas rows hold accepted tokens that are the next in commit order."""
-    slots = infilled(status)
-    order = rows_of(slots) - kept
-    behind = tl.minimum(p + 1, LANES - 1)
-    status_behind = tl.gather(status, behind, axis=0)
-    # a row that will be asked about the token behind it is fed again
-    asked = (p + 1 < slot_start + size) & (tl.gather(origin, behind, axis=0) != p + 1)
-    asked = asked & ((status_behind == CHOSEN) | (status_behind == BLANK))
-    final = (status == ACCEPTED) & (canvas_row == order) & (asked == 0)
-    left = slots & (order >= 0)
-    first_other = tl.min(tl.where(left & (final == 0), order, LANES), axis=0)
-    return tl.sum((left & (order < first_other)).to(tl.int32), axis=0)
-
-
-@triton.jit
-def _drop_after(status, p, cut):
-    """EOS at ``cut``: what lies after it and is not committed is dropped."""
-    return tl.where((p > cut) & (status != COMMITTED), DROPPED, status)
-
-
-@triton.jit
-def _pick(takes, row, token, confidence, picked_ptr, picked_prob_ptr):
-    """Where ``takes`` [LANES], the token picked in ``row`` and its probability."""
-    token = tl.where(takes, tl.load(picked_ptr + row, mask=takes, other=0), token)
-    probability = tl.load(picked_prob_ptr + row, mask=takes, other=0.0)
-    return token, tl.where(takes, probability, confidence)
-
-
-@triton.jit
-def _plan(
-    status, origin, token, confidence, row, p, slot_start, picked_ptr, picked_prob_ptr, threshold,
-    counters_ptr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Section 3.1: chooses slots; their drafts become the tokens."""
-    masked = status == MASKED
-    opens = masked & (p == slot_start)
-    certainty = tl.load(picked_prob_ptr + row, mask=opens, other=-1.0)
-    # below every probability, also for NaN: then the first slot is chosen and decoding goes on
-    certainty = tl.where(certainty >= 0, certainty, -1.0)
-    largest = tl.max(certainty, axis=0)
-    sure = opens & (certainty > threshold)
-    best = p == first(opens & (certainty == largest), p, LANES)
-    opens_chosen = tl.where(largest > threshold, sure.to(tl.int32), best.to(tl.int32))
-    tl.atomic_add(counters_ptr + COUNT_SLOTS_CHOSEN, tl.sum(opens_chosen, axis=0))
-    chosen = masked & (tl.gather(opens_chosen, slot_start, axis=0) == 1)
-    token, confidence = _pick(chosen, row, token, confidence, picked_ptr, picked_prob_ptr)
-    origin = tl.where(chosen, slot_start, origin)
-    return tl.where(chosen, CHOSEN, status), origin, token, confidence
-
-
-@triton.jit
-def _accept(status, origin, fed, failed, good, slot_start, size, LANES: tl.constexpr):
-    """Accepts proposals [LANES] up to the first failure of their slot, where an operation starts.
-
-    ``fed``, ``failed``, ``good``: in the canvas; failed its test; neither it nor one before failed.
-    """
-    open_ = (status == CHOSEN) | (status == BLANK)
-    starts = slot_start + in_slot(good, slot_start, size, LANES)
-    fails = open_ & (good == 0)
-    status = tl.where(fed & good, ACCEPTED, tl.where(fails, BLANK, status))
-    return status, tl.where(fails, starts, origin)
-
-
-@triton.jit
-def _verify(
-    status, origin, token, row, fed, failed, good, p, slot_start, size, eos, LANES: tl.constexpr
-):
-    """Section 3.2. Returns status and origin, the rows to commit (0: infill), where EOS cuts."""
-    reached = fed & (p < first(failed, p, LANES))
-    prefix_eos = first(reached & (token == eos), p, LANES)
-    ends = reached & (p <= prefix_eos)
-    accepted = tl.sum(ends.to(tl.int32), axis=0)
-    # with EOS the last slot is cut right after it, else only whole slots count
-    kept = tl.where(prefix_eos < LANES, accepted, accepted // size * size)
-
-    begun, begun_origin = _accept(status, origin, fed, failed, good, slot_start, size, LANES)
-    infill_eos = first((begun == ACCEPTED) & (token == eos), p, LANES)
-    back = tl.where(fed & (row >= kept), MASKED, status)
-    cut = tl.where(kept > 0, prefix_eos, infill_eos)
-    origin = tl.where(kept > 0, origin, begun_origin)
-    return _drop_after(tl.where(kept > 0, back, begun), p, cut), origin, kept, cut
-
-
-@triton.jit
-def _block_statuses(p, start, ints):
-    """Statuses [LANES] of a block that starts now at response position ``start``."""
-    return tl.where(p < block_length_at(start, ints), MASKED, DROPPED)
 
 
 @triton.jit(do_not_specialize=["free_rows", "pass_price"])
@@ -305,7 +213,7 @@ def _transition_kernel(
         if phase == PLAN:
             counter = COUNT_PLAN
             draw += 1
-            status, origin, token, confidence = _plan(
+            status, origin, token, confidence = choose(
                 status, origin, token, confidence, row, p, slot_start, picks, pick_probs,
                 slot_threshold, counters_ptr, LANES,
             )  # fmt: skip
@@ -318,20 +226,20 @@ def _transition_kernel(
             asked = tests & (row > 0)
             given = tl.load(given_prob_ptr + first_row + row - 1, mask=asked, other=-1.0)
             failed = tests & ((given > tl.load(token_threshold_ptr + slot)) == 0)
-            good, reached = _intact(failed, slot_start)
+            good, reached = intact(failed, slot_start)
             tested = tl.sum((tests & reached).to(tl.int32), axis=0)
             passed = tl.sum((tests & good).to(tl.int32), axis=0)
             eos = tl.load(ints + F_EOS)
             if phase == VERIFY:
                 counter = COUNT_VERIFY
                 rounds = tl.where(status == CHOSEN, 0, rounds)
-                status, origin, commits, cut = _verify(
+                status, origin, commits, cut = verify_drafts(
                     status, origin, token, row, proposed, failed, good, p, slot_start, size, eos,
                     LANES,
                 )  # fmt: skip
                 kept = commits
                 if commits == 0:
-                    kept = _keepable(status, origin, row, p, slot_start, size, 0, LANES)
+                    kept = keepable(status, origin, row, p, slot_start, size, 0, LANES)
                     infill_kept = kept
             else:
                 blank = status == BLANK
@@ -340,15 +248,15 @@ def _transition_kernel(
                 counter = tl.where(any_lacking, COUNT_PREDICT, COUNT_INFILL_VERIFY)
                 takes = blank & member
                 begins = in_slot(takes, slot_start, size, LANES) > 0
-                status, origin = _accept(
+                status, origin = accept(
                     status, origin, proposed, failed, good, slot_start, size, LANES
                 )
-                token, confidence = _pick(takes, row, token, confidence, picks, pick_probs)
+                token, confidence = take(takes, row, token, confidence, picks, pick_probs)
                 rounds += (blank & begins).to(tl.int32)
                 status = tl.where(takes, CHOSEN, status)
                 cut = first((status == ACCEPTED) & (token == eos), p, LANES)
-                status = _drop_after(status, p, cut)
-                kept = _keepable(status, origin, row, p, slot_start, size, infill_kept, LANES)
+                status = drop_after(status, p, cut)
+                kept = keepable(status, origin, row, p, slot_start, size, infill_kept, LANES)
                 infill_kept += kept
                 total = tl.sum(infilled(status).to(tl.int32), axis=0)
                 commits = tl.where(infill_kept >= total, total, 0)
@@ -401,7 +309,7 @@ def _transition_kernel(
         next_phase = PLAN
         block_start = next_start
         next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
-        status = _block_statuses(p, block_start, ints)
+        status = block_statuses(p, block_start, ints)
         token = tl.zeros([LANES], dtype=tl.int32)
 
     # What comes next is done at once where its rows were in this canvas.
@@ -410,7 +318,7 @@ def _transition_kernel(
         rider = tl.where(phase == PREFILL, 0, at_lane(rider_row + 1, p, last_slot) - 1)
         if (rider >= 0) & (rider + tl.sum(masked.to(tl.int32), axis=0) <= fed):
             draw += 1
-            status, origin, token, confidence = _plan(
+            status, origin, token, confidence = choose(
                 status, origin, token, confidence, rider + rows_of(masked), p, slot_start, picks,
                 pick_probs, slot_threshold, counters_ptr, LANES,
             )  # fmt: skip
@@ -427,7 +335,7 @@ def _transition_kernel(
         width = tl.gather(rider_width, at_opening, axis=0)
         rides = blank & (rider >= 0) & (rider + width <= fed)
         takes = rides & (p - opening < width)
-        token, confidence = _pick(takes, rider + p - opening, token, confidence, picks, pick_probs)
+        token, confidence = take(takes, rider + p - opening, token, confidence, picks, pick_probs)
         status = tl.where(takes, CHOSEN, status)
         rounds += (rides & (origin == opening)).to(tl.int32)
         ridden = tl.sum((rides & (p == opening) & (rider >= rows)).to(tl.int32), axis=0)
