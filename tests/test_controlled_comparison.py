@@ -92,6 +92,10 @@ def test_causal_losses_equal_those_of_training(model, method):
         rows = [
             sequence(e, draw(len(e.response), (4, 8, 16, 32), chance(seed, n)), MASK)
             if method == "refusion"
+            else sequence(
+                e, draw(len(e.response), (4, 8, 16, 32), chance(seed, n), 0.5), MASK, True
+            )
+            if method == "refusion_infill"
             else autoregressive(e)
             for n, (e, _) in enumerate(items)
         ]
@@ -313,7 +317,7 @@ def test_the_command_makes_tables_and_plot(rows, tmp_path):
     args += ["--seeds", "1", "--steps", "2", "--max-tokens", "32", "--problems", "1"]
     compare.main([*args, "--timed", "1"])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["steps"] for run in results["trained"]] == [2] * 4
+    assert [run["steps"] for run in results["trained"]] == [2] * len(METHODS)
     assert len({run["data_tokens"] for run in results["trained"]}) == 1
     for row in results["main"]["rows"].values():
         assert row["right"] and row["seconds"] > 0
@@ -353,7 +357,12 @@ def test_what_is_trained_is_decoded(method, rows, tmp_path, tiny_store):
     problems = evaluation.Problems(
         evaluation.Place(str(tmp_path), str(rows), str(EXAMPLES / "refusion-tiny"), 32)
     )
-    variant = {"refusion": "ReFusion 8/32", "llada": "LLaDA, stopped", "bd3lm": "BD3-LM"}
+    variant = {
+        "refusion": "ReFusion 8/32",
+        "refusion_infill": "ReFusion 8/32, infill",
+        "llada": "LLaDA, stopped",
+        "bd3lm": "BD3-LM",
+    }
     right = 0
     for number, prompt in enumerate(problems.prompts):
         name = variant.get(method, method)

@@ -208,6 +208,7 @@ def refusion(
 
 DECODERS = {
     "refusion": refusion,
+    "refusion_infill": refusion,
     "autoregressive": autoregressive,
     "llada": llada,
     "bd3lm": bd3lm,

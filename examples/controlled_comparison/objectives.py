@@ -1,9 +1,10 @@
-"""Four objectives on the same examples, as batches for one weighted cross-entropy.
+"""Five objectives on the same examples, as batches for one weighted cross-entropy.
 
 A batch holds input_ids and position_ids [B, L], and of each token with a label its place in the
 flattened input (rows [N]), its label [N] and its weight [N] (float32). Attention masks are made of
-real [B, L], not padding, for LLaDA, and of blocks [B, L] and noised [B, L] for BD3-LM. data_tokens,
-an int, counts the prompts' and responses' tokens, without padding and repetition.
+real [B, L], not padding, for LLaDA, of blocks [B, L] and noised [B, L] for BD3-LM, and of sees
+[B, L], see ``collate``, for ReFusion with L_infill. data_tokens, an int, counts the prompts' and
+responses' tokens, without padding and repetition.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from vllm_refusion.training.collator import (
     draw,
     sequence,
 )
+from vllm_refusion.training.loss import visible
 
-METHODS = ("refusion", "autoregressive", "llada", "bd3lm")
-CAUSAL = ("refusion", "autoregressive")
+METHODS = ("refusion", "refusion_infill", "autoregressive", "llada", "bd3lm")
+CAUSAL = ("refusion", "refusion_infill", "autoregressive")
 PADDING = 1 << 30  # block of BD3-LM's padding: behind all others
 
 Item = tuple[Example, np.random.Generator]
@@ -61,29 +63,34 @@ class Objective:
         tokens = sum(len(e.prompt) + len(e.response) for e, _ in items)
         return getattr(self, f"_{self.method}")(items) | {"data_tokens": tokens}
 
-    def _refusion(self, items: Sequence[Item]) -> Batch:
-        rows = [
-            sequence(e, draw(len(e.response), self.slot_sizes, chance), self.mask_token_id)
-            for e, chance in items
-        ]
+    def _refusion(
+        self, items: Sequence[Item], ordered_share: float = 0.0, infill: bool = False
+    ) -> Batch:
+        rows = []
+        for example, chance in items:
+            drawn = draw(len(example.response), self.slot_sizes, chance, ordered_share)
+            rows.append(sequence(example, drawn, self.mask_token_id, infill))
         return self._ordered(rows)
+
+    def _refusion_infill(self, items: Sequence[Item]) -> Batch:
+        return self._refusion(items, ordered_share=0.5, infill=True)
 
     def _autoregressive(self, items: Sequence[Item]) -> Batch:
         return self._ordered([autoregressive(example) for example, _ in items])
 
     def _ordered(self, rows: Sequence[Sequenced]) -> Batch:
-        """The hybrid loss of vllm_refusion.training: mean over clean labels, plus the masks'."""
+        """The losses of vllm_refusion.training, each with weight 1."""
         batch = collate(rows, self.pad_token_id)
-        ar, mdm = batch["ar_labels"].flatten(), batch["mdm_labels"].flatten()
         width = batch["input_ids"].shape[1]
-        of_masks = (batch["mdm_weights"] / len(rows)).repeat_interleave(width)
-        of_clean = torch.full_like(of_masks, 1 / max(1, int((ar != IGNORED).sum())))
-        return _labelled(
-            batch["input_ids"],
-            batch["position_ids"],
-            torch.where(ar != IGNORED, ar, mdm),
-            torch.where(ar != IGNORED, of_clean, of_masks),
-        )
+        weights = (batch["mdm_weights"] / len(rows)).repeat_interleave(width)
+        labels = batch["mdm_labels"].flatten()
+        for name in {"ar_labels", "infill_labels"} & set(batch):  # means over all of them
+            others = batch[name].flatten()
+            has = others != IGNORED
+            labels = torch.where(has, others, labels)
+            weights = torch.where(has, 1 / max(1, int(has.sum())), weights)
+        made = _labelled(batch["input_ids"], batch["position_ids"], labels, weights)
+        return made | {name: batch[name] for name in {"sees"} & set(batch)}
 
     def _llada(self, items: Sequence[Item]) -> Batch:
         """Masks tokens of the response, EOS padding included, with one probability an example.
@@ -189,6 +196,8 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     mask = None
     if "blocks" in batch:
         mask = block_mask(batch["blocks"], batch["noised"])
+    elif "sees" in batch:
+        mask = visible(batch["sees"])
     elif "real" in batch:
         mask = batch["real"][:, None, None, :]
     return model.base_model(

@@ -15,14 +15,18 @@ class Variant(NamedTuple):
     note: str = ""
 
 
-def _refusion(slot: int, block: int, **options: Any) -> Variant:
+def _refusion(slot: int, block: int, method: str = "refusion", **options: Any) -> Variant:
     thresholds = {"slot_threshold": 0.9, "token_threshold": 0.4}
-    return Variant("refusion", {"slot_size": slot, "block_length": block, **thresholds, **options})
+    note = "" if method == "refusion" else "trained with L_infill and ordered examples too"
+    parameters = {"slot_size": slot, "block_length": block, **thresholds, **options}
+    return Variant(method, parameters, note)
 
 
 MAIN = {
     "ReFusion 32/128": Variant("refusion", vars(PRESETS["gsm8k"]), "the paper's GSM8K preset"),
     "ReFusion 8/32": _refusion(8, 32),
+    "ReFusion 32/128, infill": _refusion(32, 128, "refusion_infill"),
+    "ReFusion 8/32, infill": _refusion(8, 32, "refusion_infill"),
     "autoregressive": Variant("autoregressive", {}, "greedy"),
     "LLaDA": Variant("llada", {"stop": False}, "one token a pass, to the last position"),
     "LLaDA, stopped": Variant("llada", {}, "the same, up to the block with EOS"),
