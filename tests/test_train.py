@@ -232,9 +232,14 @@ def test_two_processes_train_like_one(checkpoint, data, tmp_path):
         (("--slot-sizes", "0,4"), "--slot-sizes (0, 4): allowed is integers above 0"),
         (("--infill-weight", -1), "--infill-weight -1.0: allowed is a number of at least 0"),
         (("--ordered-share", 1.5), "--ordered-share 1.5: allowed is a number in [0, 1]"),
-        (
-            ("--objective", "autoregressive", "--infill-weight", 1),
-            "--infill-weight 1.0: allowed is no value with --objective autoregressive",
+        *(
+            (("--objective", "autoregressive", option, value), f"{option} {shown}: allowed is no")
+            for option, value, shown in [
+                ("--infill-weight", 1, 1.0),
+                ("--mdm-weight", 0.5, 0.5),
+                ("--ordered-share", 0.5, 0.5),
+                ("--slot-sizes", "4,8", (4, 8)),
+            ]
         ),
         (("--batch-size", 9), "--batch-size 9: allowed is a multiple of 8"),
         (("--dev-slot-size", 5), "block_length=128 is not supported"),

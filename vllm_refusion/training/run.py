@@ -85,11 +85,6 @@ class Recipe:
     def __post_init__(self) -> None:
         weights = ("ar_weight", "mdm_weight", "infill_weight")
         checks = {name: (getattr(self, name) >= 0, "a number of at least 0") for name in weights}
-        if self.objective == "autoregressive":  # it has no masks
-            defaults = {f.name: f.default for f in fields(self)}
-            for name in ("slot_sizes", "ordered_share", "mdm_weight", "infill_weight"):
-                is_default = getattr(self, name) == defaults[name]
-                checks[name] = (is_default, "no value with --objective autoregressive")
         checks |= {
             "objective": (self.objective in OBJECTIVES, " or ".join(OBJECTIVES)),
             "schedule": (self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
@@ -102,6 +97,11 @@ class Recipe:
             "adam_beta2": (0 <= self.adam_beta2 < 1, "a number in [0, 1)"),
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
         }
+        if self.objective == "autoregressive":  # it has no masks
+            defaults = {f.name: f.default for f in fields(self)}
+            for name in ("slot_sizes", "ordered_share", "mdm_weight", "infill_weight"):
+                is_default = getattr(self, name) == defaults[name]
+                checks[name] = (is_default, "no value with --objective autoregressive")
         for name, (holds, allowed) in checks.items():
             if not holds:
                 raise ValueError(
