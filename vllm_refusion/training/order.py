@@ -7,7 +7,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from vllm_refusion.training.collator import Example, Sequenced, autoregressive, draw, sequence
+from vllm_refusion.training.collator import (
+    Draw,
+    Example,
+    Sequenced,
+    autoregressive,
+    draw,
+    sequence,
+)
 
 OBJECTIVES = ("refusion", "autoregressive")
 _SHUFFLES = 1 << 62  # keys of epochs' orders lie above those of examples
@@ -56,9 +63,11 @@ class Course:
         number, example = self._number(index), self.example(index)
         if self._objective == "autoregressive":
             return autoregressive(example)
+        return sequence(example, self._drawn(number, example), self._mask, self._infill)
+
+    def _drawn(self, number: int, example: Example) -> Draw:
         chance = generator(self._seed, number)
-        drawn = draw(len(example.response), self._slot_sizes, chance, self._ordered_share)
-        return sequence(example, drawn, self._mask, self._infill)
+        return draw(len(example.response), self._slot_sizes, chance, self._ordered_share)
 
     def example(self, index: int) -> Example:
         """What item ``index`` is made of."""
@@ -82,7 +91,17 @@ class Course:
         """
         first = step * self._batch_size
         seen = range(first, min(first + self._batch_size, self._length))
-        return sorted(seen, key=lambda i: self._lengths[self._example_at(i)], reverse=True)
+        return sorted(seen, key=self._fed, reverse=True)
+
+    def _fed(self, number: int) -> int:
+        """How many tokens are fed: with ``infill`` the response's clean ones count twice."""
+        place = self._example_at(number)
+        if not self._infill:
+            return self._lengths[place]
+        example = self._examples[place]
+        drawn, response = self._drawn(number, example), len(example.response)
+        size = drawn.slot_size
+        return self._lengths[place] + sum(min(size, response - n * size) for n in drawn.clean)
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return generator(self._seed, _SHUFFLES + epoch).permutation(len(self._examples))
