@@ -87,19 +87,17 @@ def assert_close(ours, literal):
 @pytest.mark.parametrize("method", CAUSAL)
 def test_causal_losses_equal_those_of_training(model, method):
     attach(model)
+    infill = method == "refusion_infill"
+
+    def row(example, drawn_by):
+        if method == "autoregressive":
+            return autoregressive(example)
+        drawn = draw(len(example.response), (4, 8, 16, 32), drawn_by, 0.5 if infill else 0)
+        return sequence(example, drawn, MASK, infill)
+
     for seed in range(12):
         items = random_items(seed)
-        rows = [
-            sequence(e, draw(len(e.response), (4, 8, 16, 32), chance(seed, n)), MASK)
-            if method == "refusion"
-            else sequence(
-                e, draw(len(e.response), (4, 8, 16, 32), chance(seed, n), 0.5), MASK, True
-            )
-            if method == "refusion_infill"
-            else autoregressive(e)
-            for n, (e, _) in enumerate(items)
-        ]
-        batch = collate(rows, PAD)
+        batch = collate([row(e, chance(seed, n)) for n, (e, _) in enumerate(items)], PAD)
         expected = model(batch=batch, counts=label_counts(batch)).sum()
         assert_close(our_loss(model, method, objective(method)(items)), expected)
 

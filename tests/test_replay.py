@@ -43,6 +43,14 @@ def per_request() -> dict:
     return {name: tensor.to(DEVICE) for name, tensor in state.items()}
 
 
+def one_request(profile_index: int, slot_size: int) -> dict:
+    return {
+        "seed": torch.tensor([seed_of(profile_index, 1)], device=DEVICE),
+        "slot_size": torch.tensor([slot_size], dtype=torch.int32, device=DEVICE),
+        "slot_threshold": torch.tensor([0.8], device=DEVICE),
+    }
+
+
 def random_rows(count: int, used: bool = True) -> list[torch.Tensor]:
     """Rows of all requests; unless all are ``used`` every seventh points at no request."""
     generator = torch.Generator().manual_seed(count)
@@ -112,11 +120,7 @@ def test_asking_anywhere_gives_the_same_outcome(replay):
 @pytest.mark.parametrize("index", [0, 1])
 def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(replay, index):
     count, size, profile = 16_000, 8, PROFILES[index]
-    state = {
-        "seed": torch.tensor([seed_of(index, 1)], device=DEVICE),
-        "slot_size": torch.tensor([size], dtype=torch.int32, device=DEVICE),
-        "slot_threshold": torch.tensor([0.8], device=DEVICE),
-    }
+    state = one_request(index, size)
     position = torch.arange(count, dtype=torch.int32, device=DEVICE) % 512 + size
     draw = torch.arange(count, dtype=torch.int32, device=DEVICE) // 512
     request = torch.zeros(count, dtype=torch.int64, device=DEVICE)
@@ -138,11 +142,7 @@ def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(replay, in
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("index, chance", [(0, 0.3), (1, 0.2)])
 def test_the_first_slot_has_a_chance_of_its_own(replay, index, chance):
-    state = {
-        "seed": torch.tensor([seed_of(index, 1)], device=DEVICE),
-        "slot_size": torch.tensor([8], dtype=torch.int32, device=DEVICE),
-        "slot_threshold": torch.tensor([0.8], device=DEVICE),
-    }
+    state = one_request(index, 8)
     draw = torch.arange(8000, dtype=torch.int32, device=DEVICE)
     nothing = torch.full_like(draw, -1)
     certainty = run(replay, [draw.long() * 0, draw * 0, nothing, draw], state=state)[1]

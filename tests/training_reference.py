@@ -47,8 +47,8 @@ def losses(examples, draws, mask_token_id, logits_of, infill_logits):
     """(L_AR, L_MDM, L_infill) as scalars.
 
     ``logits_of(i, fed)`` gives the logits [tokens, V] of example i, ``infill_logits(i, fed, n)``
-    those [V] of the n-th mask that stands for a clean token, behind what was fed before that.
-    None: there are no such masks.
+    those [V] of a mask that stands for a clean token, behind what was fed before that; in a batch
+    it is token n of the row. None: there are no such masks.
     """
     clean, per_example, infill = [], [], []
     for index, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
@@ -63,7 +63,8 @@ def losses(examples, draws, mask_token_id, logits_of, infill_logits):
             known = [n for n, (token, *_) in enumerate(fed) if token != mask_token_id]
             for count, place in enumerate(known[len(example.prompt) :]):
                 token, position, _, _ = fed[place]
-                row = infill_logits(index, [*fed[:place], (mask_token_id, position, 0, 0)], count)
+                behind = [*fed[:place], (mask_token_id, position, None, None)]
+                row = infill_logits(index, behind, len(fed) + count)
                 infill.append(row.double().logsumexp(0) - row[token].double())
 
     def mean(values):

@@ -337,8 +337,9 @@ def main() -> None:
     print(f"{'':56}{'us':>9}{'GB/s':>8}{'TFLOP/s':>9}{'roofline':>10}{'FA3 us':>9}{'ratio':>7}")
     lines = []
     for name in operations:
-        lines += BENCHMARKS[name](ceilings)
-        print("\n".join(as_text(line) for line in lines if line.operation == name), flush=True)
+        measurements = BENCHMARKS[name](ceilings)
+        print("\n".join(map(as_text, measurements)), flush=True)
+        lines += measurements
     if arguments.json:
         report = {
             "device": torch.cuda.get_device_name(),

@@ -1,6 +1,9 @@
 """What a pass decides: sections 3.1 to 3.3 of the algorithm, as parts of the transition's kernel.
 
-Vectors are [LANES], one lane for each position of the block, as in ``transition.py``.
+Vectors are [LANES], one lane for each position p of the block, as in ``transition.py``:
+
+    fails(p)  = failed tests among the positions <= p
+    intact(p) = fails(p) - fails(before p's slot) == 0    p and all before it in its slot passed
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The state transition after a pass, decided on the device.
 
 One program moves one request. It thinks in block positions p = 0 .. canvas_length - 1, one lane
-each; what the twin in ``transition_reference`` finds by walking over rows is found by scans:
-
-    fails(p)  = failed tests among the positions <= p
-    intact(p) = fails(p) - fails(before p's slot) == 0    p and all before it in its slot passed
+each; what the twin in ``transition_reference`` finds by walking over rows is found by scans
+(``decisions.py``).
 
 The grid and the shapes never depend on values, and nothing is read back.
 """

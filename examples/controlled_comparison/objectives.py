@@ -90,7 +90,9 @@ class Objective:
             labels = torch.where(has, others, labels)
             weights = torch.where(has, 1 / max(1, int(has.sum())), weights)
         made = _labelled(batch["input_ids"], batch["position_ids"], labels, weights)
-        return made | {name: batch[name] for name in {"sees"} & set(batch)}
+        if "sees" in batch:
+            made["sees"] = batch["sees"]
+        return made
 
     def _llada(self, items: Sequence[Item]) -> Batch:
         """Masks tokens of the response, EOS padding included, with one probability an example.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def sequence(example: Example, drawn: Draw, mask_token_id: int, infill: bool = F
     weight = 1 / (drawn.masking * len(response))
     if not infill:
         return Sequenced(ids, positions, ar, mdm, weight)
-    again = range(start, start + sum(label == IGNORED for label in mdm[start:]))
+    again = range(start, mdm.count(IGNORED))  # the clean tokens: all masks are behind them
     none = [IGNORED] * len(again)
     return Sequenced(
         ids + [mask_token_id] * len(again),
@@ -113,8 +114,8 @@ def sequence(example: Example, drawn: Draw, mask_token_id: int, infill: bool = F
         ar + none,
         mdm + none,
         weight,
-        [IGNORED] * len(ids) + [ids[i] for i in again],
-        [*range(len(ids)), *again],
+        infill_labels=[IGNORED] * len(ids) + [ids[i] for i in again],
+        sees=[*range(len(ids)), *again],
     )
 
 
@@ -136,15 +137,13 @@ def collate(rows: Sequence[Sequenced], pad_token_id: int) -> dict[str, torch.Ten
     """
     longest = max(len(row.input_ids) for row in rows)
     width = -(-longest // MULTIPLE) * MULTIPLE
-    fills = {"input_ids": pad_token_id, "position_ids": 0}
+    fills: dict[str, Any] = {"input_ids": pad_token_id, "position_ids": 0}
     fills |= {"ar_labels": IGNORED, "mdm_labels": IGNORED}
     if any(row.sees is not None for row in rows):
-        fills |= {"infill_labels": IGNORED, "sees": 0}
+        fills |= {"infill_labels": IGNORED, "sees": np.arange(width)}
     batch = {}
     for name, fill in fills.items():
         padded = np.full((len(rows), width), fill, np.int64)
-        if name == "sees":
-            padded[:] = np.arange(width)
         for i, row in enumerate(rows):
             if (values := getattr(row, name)) is not None:
                 padded[i, : len(values)] = values

@@ -57,7 +57,6 @@ def hybrid_loss(
     chunk_losses = chunk_losses or _chunk_losses
     rows = batch["labelled"]
     ar, mdm = (batch[name].flatten()[rows] for name in ("ar_labels", "mdm_labels"))
-    infill = batch["infill_labels"].flatten()[rows] if "infill_labels" in batch else None
     counts = counts.clamp(min=1)
     per_mask = batch["mdm_weights"] / counts[1]
     is_ar, is_mdm = ar != IGNORED, mdm != IGNORED
@@ -66,8 +65,8 @@ def hybrid_loss(
         [is_ar / counts[0], is_mdm * per_mask[rows // hidden.shape[1]], is_infill / counts[2]]
     )  # [3, N]
     labels = torch.where(is_ar, ar, mdm)
-    if infill is not None:
-        labels = torch.where(is_infill, infill, labels)
+    if "infill_labels" in batch:
+        labels = torch.where(is_infill, batch["infill_labels"].flatten()[rows], labels)
     hidden = hidden.flatten(0, 1)
     if len(rows) == 0:  # gradients of zero rather than none: other processes wait for them
         return (0 * head(hidden[:1]).float().sum()).expand(3)

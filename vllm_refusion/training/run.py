@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,8 @@ class Recipe:
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
         }
         if self.objective == "autoregressive":  # it has no masks
-            defaults = {f.name: f.default for f in fields(self)}
             for name in ("slot_sizes", "ordered_share", "mdm_weight", "infill_weight"):
-                is_default = getattr(self, name) == defaults[name]
+                is_default = getattr(self, name) == getattr(Recipe, name)
                 checks[name] = (is_default, "no value with --objective autoregressive")
         for name, (holds, allowed) in checks.items():
             if not holds:
