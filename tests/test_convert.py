@@ -67,16 +67,16 @@ def test_new_words_get_the_mean_of_the_old_rows(source, words, tmp_path, tied, r
         (old.get_input_embeddings(), new.get_input_embeddings()),
         (old.get_output_embeddings(), new.get_output_embeddings()),
     ):
-        assert len(other.weight) == max(rows, 3323)
+        assert len(other.weight) == (rows if rows > 3322 else 3328)  # a multiple of 64
         assert torch.equal(one.weight[:3321], other.weight[:3321])
-        for token in (mask, pad):
+        for token in (mask, pad, *((3327,) if rows < 3323 else ())):
             torch.testing.assert_close(other.weight[token], one.weight.mean(0))
     rest = dict(new.named_parameters())
     for name, weight in old.named_parameters():
         assert "embed" in name or "lm_head" in name or torch.equal(weight, rest[name])
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["vocab_size"] == max(rows, 3323)
+    assert config["vocab_size"] == len(new.get_input_embeddings().weight)
     names = ("mask_token_id", "pad_token_id", "eos_token_id")
     assert [config[name] for name in names] == [mask, pad, tokenizer.eos_token_id]
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {
@@ -146,7 +146,7 @@ def test_gguf(tmp_path):
         write()
     made = convert(str(tmp_path / "a.gguf"), tmp_path / "out", dtype="float32")
     assert made["eos_token"] == ("<|endoftext|>", 0)
-    assert made["mask_token"] == ("<|mask|>", 300) and made["embedding_rows"] == (300, 302)
+    assert made["mask_token"] == ("<|mask|>", 300) and made["embedding_rows"] == (300, 320)
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     ids = torch.tensor([[1, 2, 3, 4]])

@@ -43,34 +43,63 @@ def feeding_order(prompt, response, drawn, mask_token_id):
     return fed
 
 
-def losses(examples, draws, mask_token_id, logits_of, infill_logits):
+def fed_again(prompt, fed, slot_size, mask_token_id, infill, certainty):
+    """Of each token behind ``fed``: (all that it sees, itself last; kind, label, slot).
+
+    First the masks of L_infill, then the masked slots, clean. A slot is the position of its first
+    token; of a slot's last token the label is None.
+    """
+    known = [n for n, (token, *_) in enumerate(fed) if token != mask_token_id]
+    masks = {position: token for _, position, kind, token in fed if kind == "mdm"}
+    rows = []
+    for place in known[len(prompt) :] if infill else []:
+        token, position, _, _ = fed[place]
+        if (position - len(prompt)) % slot_size:
+            mask = (mask_token_id, position, None, None)
+            rows.append(([*fed[:place], mask], "infill", token, None))
+    for position in masks if certainty else []:
+        first = position - (position - len(prompt)) % slot_size
+        own = [(masks[at], at, None, None) for at in range(first, position + 1)]
+        is_last = (position + 1 - len(prompt)) % slot_size == 0
+        following = None if is_last else masks.get(position + 1)
+        rows.append(([*(fed[n] for n in known), *own], "ar", following, first))
+    return rows
+
+
+def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, certainty):
     """(L_AR, L_MDM, L_infill) as scalars.
 
-    ``logits_of(i, fed)`` gives the logits [tokens, V] of example i, ``infill_logits(i, fed, n)``
-    those [V] of a mask that stands for a clean token, behind what was fed before that; in a batch
-    it is token n of the row. None: there are no such masks.
+    ``logits_of(i, fed)`` gives the logits [tokens, V] of example i, ``logits_behind(i, seen, n)``
+    those [V] of the last token of ``seen``; in a batch it is token n of the row.
     """
-    clean, per_example, infill = [], [], []
+    clean, per_example, infilled = [], [], []
+
+    def surprise(logits, label):
+        return logits.double().logsumexp(0) - logits[label].double()
+
     for index, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
         fed = feeding_order(example.prompt, example.response, drawn, mask_token_id)
+        unsure = {}  # by slot: minus the logarithm of q
+        again = fed_again(example.prompt, fed, drawn.slot_size, mask_token_id, infill, certainty)
+        for n, (seen, kind, label, slot) in enumerate(again, len(fed)):
+            if label is not None:
+                ce = surprise(logits_behind(index, seen, n), label)
+                (clean if kind == "ar" else infilled).append(ce)
+                if kind == "ar":
+                    unsure[slot] = unsure.get(slot, 0) + ce.detach()
         masked = []
-        for row, (_, _, kind, label) in zip(logits_of(index, fed), fed, strict=True):
-            if kind is not None:
-                surprise = row.double().logsumexp(0) - row[label].double()
-                (clean if kind == "ar" else masked).append(surprise)
+        for row, (_, position, kind, label) in zip(logits_of(index, fed), fed, strict=True):
+            if kind == "ar":
+                clean.append(surprise(row, label))
+            if kind == "mdm":
+                q = torch.exp(-torch.as_tensor(unsure.get(position, 0.0)))
+                masked.append(q * surprise(row, label) + (1 - q) * surprise(row, mask_token_id))
         per_example.append(sum(ce / drawn.masking for ce in masked) / len(example.response))
-        if infill_logits is not None:
-            known = [n for n, (token, *_) in enumerate(fed) if token != mask_token_id]
-            for count, place in enumerate(known[len(example.prompt) :]):
-                token, position, _, _ = fed[place]
-                behind = [*fed[:place], (mask_token_id, position, None, None)]
-                row = infill_logits(index, behind, len(fed) + count)
-                infill.append(row.double().logsumexp(0) - row[token].double())
 
     def mean(values):
         return sum(values) / len(values) if values else torch.tensor(0.0)
 
-    return mean(clean), mean(per_example), mean(infill)
+    return mean(clean), mean(per_example), mean(infilled)
 
 
 def one_token_at_a_time(model, fed):

@@ -199,7 +199,7 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     if "blocks" in batch:
         mask = block_mask(batch["blocks"], batch["noised"])
     elif "sees" in batch:
-        mask = visible(batch["sees"])
+        mask = visible(batch["sees"], batch["since"])
     elif "real" in batch:
         mask = batch["real"][:, None, None, :]
     return model.base_model(

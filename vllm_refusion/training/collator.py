@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,62 +60,90 @@ def draw(
 
 @dataclass(frozen=True)
 class Sequenced:
-    """One row of a batch before padding; the lists are of the same length.
+    """One row of a batch before padding; the sequences are of the same length.
 
     A label is what the token at its own index has to predict: nothing is shifted later.
-    ``mdm_weight`` multiplies the cross-entropy of each mask: 1 / (p * response length).
-    ``sees`` is the number of tokens, from the row's first, that each token sees beside itself:
-    those before it if None.
+
+    Attributes:
+        mdm_weight: multiplies the cross-entropy of each mask: 1 / (p * response length).
+        sees, since: a token sees the row's first ``sees`` tokens and those from ``since`` up to
+            itself; all up to itself if None.
+        certainty_of: of a token whose label counts for how sure a masked slot is, the index of
+            that slot's first mask; -1 of others.
     """
 
-    input_ids: list[int]
-    position_ids: list[int]
-    ar_labels: list[int]
-    mdm_labels: list[int]
+    input_ids: Sequence[int]
+    position_ids: Sequence[int]
+    ar_labels: Sequence[int]
+    mdm_labels: Sequence[int]
     mdm_weight: float = 0.0
-    infill_labels: list[int] | None = None
-    sees: list[int] | None = None
+    infill_labels: Sequence[int] | None = None
+    sees: Sequence[int] | None = None
+    since: Sequence[int] | None = None
+    certainty_of: Sequence[int] | None = None
 
 
-def sequence(example: Example, drawn: Draw, mask_token_id: int, infill: bool = False) -> Sequenced:
+def sequence(
+    example: Example,
+    drawn: Draw,
+    mask_token_id: int,
+    infill: bool = False,
+    certainty: bool = False,
+) -> Sequenced:
     """The prompt, the clean slots in the order drawn, the masked slots in position order.
 
-    ``infill``: behind them each clean token of the response is masked once more, at its own
-    position, and that mask sees what was fed before the token. So does the first mask of an
-    infill's predict pass, whose proposal is accepted without a test.
+    ``infill``: behind them each clean token of the response but a slot's first is masked once
+    more, and that mask sees what was fed before the token. So does the first mask of an infill's
+    predict pass, whose proposal is accepted without a test.
+
+    ``certainty``: behind them the masked slots once more, clean, each seeing the prompt, the clean
+    slots and itself, as when it is infilled. Their labels are next tokens of the slot too; how
+    likely these are together is what the slot's first mask learns to be sure of.
     """
-    start, response, size = len(example.prompt), example.response, drawn.slot_size
-    slots = range(-(-len(response) // size))
-    clean = set(drawn.clean)
-    masked = [slot for slot in slots if slot not in clean]
-    ids, positions = list(example.prompt), list(range(start))
-    ar, mdm = [IGNORED] * start, [IGNORED] * start
-    for slot in (*drawn.clean, *masked):
-        tokens = list(response[slot * size : (slot + 1) * size])
-        first = start + slot * size
-        positions += range(first, first + len(tokens))
-        nothing = [IGNORED] * len(tokens)
-        if slot not in clean:
-            ids += [mask_token_id] * len(tokens)
-            ar += nothing
-            mdm += tokens
-        else:
-            ids += tokens
-            ar += tokens[1:] + [IGNORED]
-            mdm += nothing
-    weight = 1 / (drawn.masking * len(response))
-    if not infill:
-        return Sequenced(ids, positions, ar, mdm, weight)
-    again = range(start, mdm.count(IGNORED))  # the clean tokens: all masks are behind them
-    none = [IGNORED] * len(again)
-    return Sequenced(
-        ids + [mask_token_id] * len(again),
-        positions + [positions[i] for i in again],
-        ar + none,
-        mdm + none,
-        weight,
-        infill_labels=[IGNORED] * len(ids) + [ids[i] for i in again],
-        sees=[*range(len(ids)), *again],
+    start, size, response = len(example.prompt), drawn.slot_size, np.asarray(example.response)
+    places = np.arange(len(response))
+    following = np.append(response[1:], IGNORED)
+    following[size - 1 :: size] = IGNORED
+    clean = np.concatenate([places[:0], *(places[n * size : (n + 1) * size] for n in drawn.clean)])
+    masked = np.setdiff1d(places, clean, assume_unique=True)
+    again = clean[clean % size > 0] if infill else places[:0]
+    copied = masked if certainty else places[:0]
+
+    at = np.concatenate([clean, masked, again, copied])
+    ends = start + np.cumsum([0, len(clean), len(masked), len(again), len(copied)])
+    cleans, masks, infills, copies = (slice(*ends[i : i + 2]) for i in range(4))
+    ids = np.concatenate([np.asarray(example.prompt, response.dtype), response[at]])
+    ids[masks] = ids[infills] = mask_token_id
+    positions = np.concatenate([np.arange(start), start + at])
+
+    def labels(of: np.ndarray, *groups: tuple[slice, np.ndarray]) -> list[int]:
+        column = np.full(len(ids), IGNORED)
+        for group, behind in groups:
+            column[group] = of[behind]
+        return column.tolist()
+
+    row = Sequenced(
+        ids.tolist(),
+        positions.tolist(),
+        labels(following, (cleans, clean), (copies, copied)),
+        labels(response, (masks, masked)),
+        1 / (drawn.masking * len(response)),
+    )
+    if not (infill or certainty):
+        return row
+    sees, since, certainty_of = np.arange(len(ids)), np.arange(len(ids)), np.full(len(ids), -1)
+    if infill:
+        sees[infills] = start + np.flatnonzero(clean % size)
+    first = np.searchsorted(masked, copied - copied % size)  # of each slot, among the masked
+    sees[copies] = ends[1]
+    since[copies] = ends[3] + first
+    certainty_of[copies] = np.where(following[copied] == IGNORED, -1, ends[1] + first)
+    return replace(
+        row,
+        infill_labels=labels(response, (infills, again)),
+        sees=sees.tolist(),
+        since=since.tolist(),
+        certainty_of=certainty_of.tolist(),
     )
 
 
@@ -132,15 +160,16 @@ def collate(rows: Sequence[Sequenced], pad_token_id: int) -> dict[str, torch.Ten
 
     Padding comes after all that is real and has no labels, so causal attention is all it needs.
     ``labelled`` int64 [N] are the indices into [B * L] that have a label of any kind: computed
-    here, since on a device their number would have to be waited for. ``infill_labels`` and
-    ``sees``, int64 [B, L], are there if a row has them.
+    here, since on a device their number would have to be waited for. ``infill_labels``, ``sees``,
+    ``since`` and ``certainty_of``, int64 [B, L], are there if a row has them.
     """
     longest = max(len(row.input_ids) for row in rows)
     width = -(-longest // MULTIPLE) * MULTIPLE
     fills: dict[str, Any] = {"input_ids": pad_token_id, "position_ids": 0}
     fills |= {"ar_labels": IGNORED, "mdm_labels": IGNORED}
     if any(row.sees is not None for row in rows):
-        fills |= {"infill_labels": IGNORED, "sees": np.arange(width)}
+        index = np.arange(width)
+        fills |= {"infill_labels": IGNORED, "sees": index, "since": index, "certainty_of": -1}
     batch = {}
     for name, fill in fills.items():
         padded = np.full((len(rows), width), fill, np.int64)

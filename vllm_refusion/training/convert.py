@@ -166,12 +166,17 @@ def _add_tokens(source: str, tokenizer: Any, mask: str | None, pad: str | None) 
 
 @torch.no_grad()
 def _resize(model: Any, tokenizer: Any, old_words: int) -> None:
-    """Rows for all words; those of words that are new are the mean of the old rows."""
+    """Rows for all words; those that are new are the mean of the old rows.
+
+    Tables that grow get a multiple of 64 rows: matrix products with logits of an odd width are slow.
+    """
     old_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > old_rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        rows = len(tokenizer)
+        model.resize_token_embeddings(rows, pad_to_multiple_of=64, mean_resizing=False)
     new = [i for i in (tokenizer.mask_token_id, tokenizer.pad_token_id) if i >= old_words]
-    new += [i for i in range(old_rows, len(tokenizer)) if i not in new]
+    rows = model.get_input_embeddings().weight.shape[0]
+    new += [i for i in range(old_rows, rows) if i not in new]
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     if layers[0].weight is layers[1].weight:  # the mean must not include a row set before
         layers.pop()

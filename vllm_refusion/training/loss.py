@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -47,6 +46,11 @@ def hybrid_loss(
 
     A part of a larger batch is given the larger batch's ``counts``; the parts then add up.
 
+    With ``certainty_of`` in the batch, the first mask of a masked slot has two labels: its token
+    with weight q and the mask itself with weight 1 - q, where q is the probability of the slot's
+    other tokens (no gradient goes through it). A mask is never a draft; so the draft's
+    probability becomes that of the whole slot.
+
     Args:
         hidden: [B, L, H], what ``head`` turns into logits [..., V].
         batch: from ``collate``.
@@ -55,40 +59,55 @@ def hybrid_loss(
         chunk_losses: a compiled ``_chunk_losses``.
     """
     chunk_losses = chunk_losses or _chunk_losses
-    rows = batch["labelled"]
-    ar, mdm = (batch[name].flatten()[rows] for name in ("ar_labels", "mdm_labels"))
-    counts = counts.clamp(min=1)
-    per_mask = batch["mdm_weights"] / counts[1]
-    is_ar, is_mdm = ar != IGNORED, mdm != IGNORED
-    is_infill = ~(is_ar | is_mdm)
-    weights = torch.stack(
-        [is_ar / counts[0], is_mdm * per_mask[rows // hidden.shape[1]], is_infill / counts[2]]
-    )  # [3, N]
-    labels = torch.where(is_ar, ar, mdm)
-    if "infill_labels" in batch:
-        labels = torch.where(is_infill, batch["infill_labels"].flatten()[rows], labels)
+    rows, length = batch["labelled"], hidden.shape[1]
     hidden = hidden.flatten(0, 1)
     if len(rows) == 0:  # gradients of zero rather than none: other processes wait for them
         return (0 * head(hidden[:1]).float().sum()).expand(3)
-    hidden = hidden[rows]
+    at = {n: c.flatten()[rows] for n, c in batch.items() if c.shape == batch["input_ids"].shape}
+    counts = counts.clamp(min=1)
+    per_mask = batch["mdm_weights"] / counts[1]
+    is_ar, is_mdm = at["ar_labels"] != IGNORED, at["mdm_labels"] != IGNORED
+    is_infill = ~(is_ar | is_mdm)
+    weights = torch.stack(
+        [is_ar / counts[0], is_mdm * per_mask[rows // length], is_infill / counts[2]]
+    )  # [3, N]
+    targets = torch.where(is_ar, at["ar_labels"], at["mdm_labels"])
+    if "infill_labels" in at:
+        targets = torch.where(is_infill, at["infill_labels"], targets)
+    targets = targets[:, None]
+    if "certainty_of" in at:  # the second target of a first mask is what is fed there
+        targets = torch.cat([targets, at["input_ids"][:, None]], 1)
+    parts = zip(hidden[rows].split(chunk_rows), targets.split(chunk_rows))
     if len(rows) <= chunk_rows:
-        return chunk_losses(head, hidden, labels, weights)
-    # Logits are computed again in the backward pass instead of being kept.
-    parts = zip(hidden.split(chunk_rows), labels.split(chunk_rows), weights.split(chunk_rows, 1))
-    return sum(checkpoint(chunk_losses, head, *part, use_reentrant=False) for part in parts)
+        losses = chunk_losses(head, *next(parts))
+    else:  # logits are computed again in the backward pass instead of being kept
+        losses = torch.cat(
+            [checkpoint(chunk_losses, head, *part, use_reentrant=False) for part in parts]
+        )
+    of_token = losses[:, 0]
+    if "certainty_of" in at:
+        counted = at["certainty_of"] >= 0
+        first = torch.where(counted, rows - rows % length + at["certainty_of"], 0)
+        surprise = of_token.new_zeros(len(hidden))
+        surprise.scatter_add_(0, first, torch.where(counted, of_token.detach(), 0))
+        q = (-surprise[rows]).exp()  # 1 for other rows
+        of_token = q * of_token + (1 - q) * losses[:, 1]
+    return (weights * of_token).sum(1)  # a matrix product would be autocast to bfloat16
 
 
-def visible(sees: torch.Tensor) -> torch.Tensor:
-    """[B, L] -> bool [B, 1, L, L]: each token sees itself and the first ``sees`` of its row."""
+def visible(sees: torch.Tensor, since: torch.Tensor) -> torch.Tensor:
+    """[B, L] twice -> bool [B, 1, L, L]: what each token sees, see ``Sequenced``."""
     index = torch.arange(sees.shape[1], device=sees.device)
-    return ((index < sees[..., None]) | (index == index[:, None]))[:, None]
+    own = (since[..., None] <= index) & (index <= index[:, None])
+    return ((index < sees[..., None]) | own)[:, None]
 
 
 def _chunk_losses(
-    head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    losses = cross_entropy(head(hidden).float(), labels, reduction="none")
-    return (weights * losses).sum(1)  # a matrix product would be autocast to bfloat16
+    """Cross-entropies [N, T] of each row's targets [N, T]."""
+    logits = head(hidden).float()
+    return logits.logsumexp(1, keepdim=True) - logits.gather(1, targets)
 
 
 def attach(model: Any, chunk_rows: int | None = None, compiled: bool = False) -> None:
@@ -109,7 +128,7 @@ def attach(model: Any, chunk_rows: int | None = None, compiled: bool = False) ->
         if batch is None:
             return plain(*args, **kwargs)
         ids, positions = batch["input_ids"], batch["position_ids"]
-        mask = visible(batch["sees"]) if "sees" in batch else None
+        mask = visible(batch["sees"], batch["since"]) if "sees" in batch else None
         output = base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
         head = model.get_output_embeddings()
         return hybrid_loss(output.last_hidden_state, head, batch, counts, chunk_rows, chunk_losses)

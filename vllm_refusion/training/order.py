@@ -44,12 +44,13 @@ class Course:
         lengths: Sequence[int] | None = None,
         ordered_share: float = 0.0,
         infill: bool = False,
+        certainty: bool = False,
     ) -> None:
         """``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees.
 
-        ``ordered_share`` goes to ``draw``, ``infill`` to ``sequence``.
+        ``ordered_share`` goes to ``draw``, ``infill`` and ``certainty`` to ``sequence``.
         """
-        self._ordered_share, self._infill = ordered_share, infill
+        self._ordered_share, self._infill, self._certainty = ordered_share, infill, certainty
         self._batch_size, self._lengths = batch_size, lengths
         self._examples, self._length, self._seed = examples, length, seed
         self._slot_sizes, self._mask, self._objective = slot_sizes, mask_token_id, objective
@@ -63,7 +64,8 @@ class Course:
         number, example = self._number(index), self.example(index)
         if self._objective == "autoregressive":
             return autoregressive(example)
-        return sequence(example, self._drawn(number, example), self._mask, self._infill)
+        drawn = self._drawn(number, example)
+        return sequence(example, drawn, self._mask, self._infill, self._certainty)
 
     def _drawn(self, number: int, example: Example) -> Draw:
         chance = generator(self._seed, number)
@@ -94,14 +96,16 @@ class Course:
         return sorted(seen, key=self._fed, reverse=True)
 
     def _fed(self, number: int) -> int:
-        """How many tokens are fed: with ``infill`` the response's clean ones count twice."""
+        """How many tokens are fed: ``infill`` and ``certainty`` feed some of the response twice."""
         place = self._example_at(number)
-        if not self._infill:
+        if not (self._infill or self._certainty):
             return self._lengths[place]
         example = self._examples[place]
         drawn, response = self._drawn(number, example), len(example.response)
         size = drawn.slot_size
-        return self._lengths[place] + sum(min(size, response - n * size) for n in drawn.clean)
+        clean = sum(min(size, response - n * size) for n in drawn.clean)
+        twice = (clean - len(drawn.clean)) * self._infill + (response - clean) * self._certainty
+        return self._lengths[place] + twice
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return generator(self._seed, _SHUFFLES + epoch).permutation(len(self._examples))

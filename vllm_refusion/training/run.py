@@ -57,6 +57,8 @@ class Recipe:
         from_scratch: random weights in the model's shape instead of its own.
         ordered_share: of the examples, whose clean slots are the first ones, in position order.
         infill_weight: of L_infill, see ``sequence``; the paper has none.
+        slot_certainty: first masks learn how sure the whole slot is, see ``hybrid_loss``; the
+            paper's are as sure as their own token is.
     """
 
     model: str
@@ -71,6 +73,7 @@ class Recipe:
     ar_weight: float = 1.0
     mdm_weight: float = 1.0
     infill_weight: float = 0.0
+    slot_certainty: bool = False
     learning_rate: float = 2e-5
     schedule: str = "cosine"
     warmup_steps: int = 0
@@ -98,7 +101,8 @@ class Recipe:
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
         }
         if self.objective == "autoregressive":  # it has no masks
-            for name in ("slot_sizes", "ordered_share", "mdm_weight", "infill_weight"):
+            masking = ("slot_sizes", "ordered_share", "mdm_weight", "infill_weight")
+            for name in (*masking, "slot_certainty"):
                 is_default = getattr(self, name) == getattr(Recipe, name)
                 checks[name] = (is_default, "no value with --objective autoregressive")
         for name, (holds, allowed) in checks.items():
@@ -160,6 +164,7 @@ def train(
         store.lengths,
         recipe.ordered_share,
         recipe.infill_weight > 0,
+        recipe.slot_certainty,
     )
     interruption = SaveWhenInterrupted()
     trainer = ReFusionTrainer(
@@ -310,7 +315,8 @@ def _dev(
         else:
             chance = generator(recipe.seed, DEV_KEY + number)
             drawn = draw(len(example.response), recipe.slot_sizes, chance)
-            fed = sequence(example, drawn, mask, recipe.infill_weight > 0)
+            extras = recipe.infill_weight > 0, recipe.slot_certainty
+            fed = sequence(example, drawn, mask, *extras)
         problems.append(Problem(row.values, list(example.prompt), fed))
     if not problems:
         raise ValueError("the dev files hold no rows")

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--infill-weight", type=float, help="of masks that follow part of a slot; default: 0"
     )
+    what.add_argument(
+        "--slot-certainty",
+        action="store_true",
+        default=None,
+        help="a slot's first mask learns how sure the whole slot is",
+    )
     what.add_argument("--learning-rate", type=float, help="default: 2e-5")
     what.add_argument("--schedule", help="cosine (default), linear or constant_with_warmup")
     what.add_argument("--warmup-steps", type=int, help="default: 0")
