@@ -168,7 +168,7 @@ def _add_tokens(source: str, tokenizer: Any, mask: str | None, pad: str | None) 
 def _resize(model: Any, tokenizer: Any, old_words: int) -> None:
     """Rows for all words; those that are new are the mean of the old rows.
 
-    Tables that grow get a multiple of 64 rows: matrix products with logits of an odd width are slow.
+    Tables that grow get a multiple of 64 rows: matrix products of odd widths are slow.
     """
     old_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > old_rows:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.functional import log_softmax, nll_loss
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -106,8 +107,8 @@ def _chunk_losses(
     head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """Cross-entropies [N, T] of each row's targets [N, T]."""
-    logits = head(hidden).float()
-    return logits.logsumexp(1, keepdim=True) - logits.gather(1, targets)
+    logs = log_softmax(head(hidden).float(), 1)
+    return torch.stack([nll_loss(logs, of, reduction="none") for of in targets.unbind(1)], 1)
 
 
 def attach(model: Any, chunk_rows: int | None = None, compiled: bool = False) -> None:
