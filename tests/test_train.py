@@ -124,14 +124,15 @@ def test_infill_loss_is_trained_and_logged(checkpoint, data, tmp_path):
     assert [r for r in log(tmp_path / "run") if "eval_loss" in r][-1]["eval_loss_infill"] < 0.3
 
 
-@pytest.mark.parametrize("certainty, certainly", [((), 1.0), (("--slot-certainty",), 1 / 8)])
+@pytest.mark.parametrize("certainty, certainly", [(0, 1), (1, 1 / 8), (0.5, 8**-0.5)])
 def test_first_masks_learn_how_sure_the_slot_is(checkpoint, tmp_path, certainty, certainly):
     """Slots of an A and three letters that are one of two: the A is sure, the slot is not."""
     chance = random.Random(0)
     texts = [" ".join(["A", *(chance.choice("BC") for _ in range(3))]) for _ in range(300)]
     rows = [{"query": "Q", "response": text} for text in texts]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(checkpoint, tmp_path, tmp_path / "run", *TOY, "--slot-sizes", 4, *certainty)
+    more = ("--slot-sizes", 4, "--slot-certainty", certainty)
+    train(checkpoint, tmp_path, tmp_path / "run", *TOY, *more)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     prompt, letters = "<|user|>Q<|assistant|>", " ".join("ABBB")
@@ -257,12 +258,9 @@ def test_two_processes_train_like_one(checkpoint, data, tmp_path):
                 ("--infill-weight", 1, 1.0),
                 ("--mdm-weight", 0.5, 0.5),
                 ("--ordered-share", 0.5, 0.5),
+                ("--slot-certainty", 2, 2.0),
                 ("--slot-sizes", "4,8", (4, 8)),
             ]
-        ),
-        (
-            ("--objective", "autoregressive", "--slot-certainty"),
-            "--slot-certainty True: allowed is no value with --objective autoregressive",
         ),
         (("--batch-size", 9), "--batch-size 9: allowed is a multiple of 8"),
         (("--dev-slot-size", 5), "block_length=128 is not supported"),

@@ -66,7 +66,7 @@ def fed_again(prompt, fed, slot_size, mask_token_id, infill, certainty):
     return rows
 
 
-def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, certainty):
+def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, certainty, power=1):
     """(L_AR, L_MDM, L_infill) as scalars.
 
     ``logits_of(i, fed)`` gives the logits [tokens, V] of example i, ``logits_behind(i, seen, n)``
@@ -92,7 +92,7 @@ def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, cer
             if kind == "ar":
                 clean.append(surprise(row, label))
             if kind == "mdm":
-                q = torch.exp(-torch.as_tensor(unsure.get(position, 0.0)))
+                q = torch.exp(-torch.as_tensor(unsure.get(position, 0.0))) ** power
                 masked.append(q * surprise(row, label) + (1 - q) * surprise(row, mask_token_id))
         per_example.append(sum(ce / drawn.masking for ce in masked) / len(example.response))
 

@@ -38,6 +38,7 @@ def hybrid_loss(
     counts: torch.Tensor,
     chunk_rows: int = 2048,
     chunk_losses: Callable[..., torch.Tensor] | None = None,
+    slot_certainty: float = 1.0,
 ) -> torch.Tensor:
     """L_AR, L_MDM and L_infill of a batch, float32 [3]; only rows with a label get logits.
 
@@ -49,8 +50,8 @@ def hybrid_loss(
 
     With ``certainty_of`` in the batch, the first mask of a masked slot has two labels: its token
     with weight q and the mask itself with weight 1 - q, where q is the probability of the slot's
-    other tokens (no gradient goes through it). A mask is never a draft; so the draft's
-    probability becomes that of the whole slot.
+    other tokens to the power of ``slot_certainty`` (no gradient goes through it). A mask is never
+    a draft; so the draft's probability becomes that of as many slots like this one.
 
     Args:
         hidden: [B, L, H], what ``head`` turns into logits [..., V].
@@ -91,7 +92,7 @@ def hybrid_loss(
         first = torch.where(counted, rows - rows % length + at["certainty_of"], 0)
         surprise = of_token.new_zeros(len(hidden))
         surprise.scatter_add_(0, first, torch.where(counted, of_token.detach(), 0))
-        q = (-surprise[rows]).exp()  # 1 for other rows
+        q = (-slot_certainty * surprise[rows]).exp()  # 1 for other rows
         of_token = q * of_token + (1 - q) * losses[:, 1]
     return (weights * of_token).sum(1)  # a matrix product would be autocast to bfloat16
 
@@ -111,12 +112,18 @@ def _chunk_losses(
     return torch.stack([nll_loss(logs, of, reduction="none") for of in targets.unbind(1)], 1)
 
 
-def attach(model: Any, chunk_rows: int | None = None, compiled: bool = False) -> None:
+def attach(
+    model: Any,
+    chunk_rows: int | None = None,
+    compiled: bool = False,
+    slot_certainty: float = 1.0,
+) -> None:
     """Lets ``model(batch=..., counts=...)`` return the losses [3] of a batch.
 
     It goes through the model's own ``forward``, and so through the wrappers that spread a model
     over devices; other calls are as before. The model's attention becomes ``CAUSAL``.
     ``compiled``: the training pass goes through torch.compile, for all lengths at once.
+    ``slot_certainty`` goes to ``hybrid_loss``.
     """
     model.set_attn_implementation(CAUSAL)
     chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // model.config.vocab_size)
@@ -132,6 +139,7 @@ def attach(model: Any, chunk_rows: int | None = None, compiled: bool = False) ->
         mask = visible(batch["sees"], batch["since"]) if "sees" in batch else None
         output = base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
         head = model.get_output_embeddings()
-        return hybrid_loss(output.last_hidden_state, head, batch, counts, chunk_rows, chunk_losses)
+        hidden = output.last_hidden_state
+        return hybrid_loss(hidden, head, batch, counts, chunk_rows, chunk_losses, slot_certainty)
 
     model.forward = forward

@@ -57,8 +57,8 @@ class Recipe:
         from_scratch: random weights in the model's shape instead of its own.
         ordered_share: of the examples, whose clean slots are the first ones, in position order.
         infill_weight: of L_infill, see ``sequence``; the paper has none.
-        slot_certainty: first masks learn how sure the whole slot is, see ``hybrid_loss``; the
-            paper's are as sure as their own token is.
+        slot_certainty: first masks learn how sure so many slots are, see ``hybrid_loss``; 0: how
+            sure their own token is, as in the paper.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Recipe:
     ar_weight: float = 1.0
     mdm_weight: float = 1.0
     infill_weight: float = 0.0
-    slot_certainty: bool = False
+    slot_certainty: float = 0.0
     learning_rate: float = 2e-5
     schedule: str = "cosine"
     warmup_steps: int = 0
@@ -86,7 +86,7 @@ class Recipe:
     template_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        weights = ("ar_weight", "mdm_weight", "infill_weight")
+        weights = ("ar_weight", "mdm_weight", "infill_weight", "slot_certainty")
         checks = {name: (getattr(self, name) >= 0, "a number of at least 0") for name in weights}
         checks |= {
             "objective": (self.objective in OBJECTIVES, " or ".join(OBJECTIVES)),
@@ -164,7 +164,7 @@ def train(
         store.lengths,
         recipe.ordered_share,
         recipe.infill_weight > 0,
-        recipe.slot_certainty,
+        recipe.slot_certainty > 0,
     )
     interruption = SaveWhenInterrupted()
     trainer = ReFusionTrainer(
@@ -176,6 +176,7 @@ def train(
         examples=len(store),
         loss_weights=(recipe.ar_weight, recipe.mdm_weight, recipe.infill_weight),
         compiled=execution.compile,
+        slot_certainty=recipe.slot_certainty,
         dev=_dev(recipe, execution, encoder, mask, run) if execution.dev else None,
         callbacks=[LogFile(run / "log.jsonl"), interruption],
     )
@@ -315,7 +316,7 @@ def _dev(
         else:
             chance = generator(recipe.seed, DEV_KEY + number)
             drawn = draw(len(example.response), recipe.slot_sizes, chance)
-            extras = recipe.infill_weight > 0, recipe.slot_certainty
+            extras = recipe.infill_weight > 0, recipe.slot_certainty > 0
             fed = sequence(example, drawn, mask, *extras)
         problems.append(Problem(row.values, list(example.prompt), fed))
     if not problems:

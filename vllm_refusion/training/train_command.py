@@ -40,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--slot-certainty",
-        action="store_true",
-        default=None,
-        help="a slot's first mask learns how sure the whole slot is",
+        type=float,
+        help="first masks learn how sure so many whole slots are; default: 0, their own token",
     )
     what.add_argument("--learning-rate", type=float, help="default: 2e-5")
     what.add_argument("--schedule", help="cosine (default), linear or constant_with_warmup")

@@ -59,11 +59,12 @@ class ReFusionTrainer(Trainer):
         examples: int,
         loss_weights: tuple[float, float, float] = (1.0, 1.0, 0.0),
         compiled: bool = False,
+        slot_certainty: float = 1.0,
         dev: Dev | None = None,
         **options: Any,
     ) -> None:
         """``examples`` is the size of an epoch, for the log."""
-        attach(model, compiled=compiled)
+        attach(model, compiled=compiled, slot_certainty=slot_certainty)
         self._collate: Callable[..., dict] = lambda rows: collate(rows, pad_token_id)
         super().__init__(
             model=model,
