@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -242,6 +243,30 @@ def test_two_processes_train_like_one(checkpoint, data, tmp_path):
         assert one == pytest.approx(two, rel=1e-3)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(first[n], second[n], atol=2e-3) for n in first)
+
+
+def test_a_signal_to_all_processes_of_a_run_saves(checkpoint, data, tmp_path):
+    """As a terminal, timeout or systemd send it: to the processes that prepare batches too."""
+    command = [sys.executable, "-m", "vllm_refusion", "train", checkpoint, "-o", tmp_path / "run"]
+    command += ["--data", data / "train.jsonl", "--quiet", *SHORT, "--steps", 100000]
+    with subprocess.Popen(
+        list(map(str, [*command, "--workers", 2])),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            until = time.monotonic() + 120
+            while not (tmp_path / "run/log.jsonl").exists() or len(log(tmp_path / "run")) < 3:
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGTERM)
+            messages = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 1 and "interrupted; go on with --resume" in messages
+    assert run.latest_checkpoint(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_refusion.config import DecodingParams
 from vllm_refusion.reference import decode
 from vllm_refusion.training.collator import Sequenced, collate
 from vllm_refusion.training.loss import attach, label_counts
+
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Problem(NamedTuple):
@@ -81,6 +84,11 @@ class ReFusionTrainer(Trainer):
     def _start_interval(self) -> None:
         self._losses = torch.zeros(3, device=self.args.device)
         self._steps, self._tokens, self._since = 0, 0, time.monotonic()
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        getattr(loader, "base_dataloader", loader).worker_init_fn = _leave_signals
+        return loader
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         self._steps += 1
@@ -159,6 +167,12 @@ class ReFusionTrainer(Trainer):
         return {"tpf": tokens / passes, "right": right / len(outcomes)}
 
 
+def _leave_signals(_: int) -> None:
+    """For workers: a signal to the whole process group is for the process that saves."""
+    for number in INTERRUPTIONS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def decode_one(model: Any, tokenizer: Any, prompt: list[int], dev: Dev) -> tuple[list[int], int]:
     """The tokens of an answer and the passes that it took, the prompt's not counted."""
     if dev.params is None:
@@ -220,7 +234,7 @@ class SaveWhenInterrupted(TrainerCallback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in INTERRUPTIONS:
             self._handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:
