@@ -145,6 +145,18 @@ def test_first_masks_learn_how_sure_the_slot_is(checkpoint, tmp_path, certainty,
     assert (row[first] + row[1]).item() == pytest.approx(1, abs=0.02)  # 1 is the mask
 
 
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses(checkpoint, data, tmp_path):
+    options = (*SHORT, "--steps", 3, "--infill-weight", 1, "--slot-certainty", 1)
+    for name, more in (("plain", ()), ("compiled", ("--compile", "--gradient-checkpointing"))):
+        train(checkpoint, data, tmp_path / name, *options, *more)
+    plain, compiled = (
+        [row["loss"] for row in log(tmp_path / name) if "loss_ar" in row]
+        for name in ("plain", "compiled")
+    )
+    assert len(plain) == 3 and compiled == pytest.approx(plain, rel=1e-3)
+
+
 class Killed(Exception):
     """Stands for a process that ends without warning."""
 

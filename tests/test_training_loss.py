@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from training_reference import fed_again, feeding_order, losses, one_token_at_a_time, random_model
 
 from vllm_refusion.training.collator import (
@@ -288,7 +289,7 @@ def test_training_pass_compiles_without_graph_breaks(model, seed):
     _, _, batch = random_batch(seed)
     expected = model(batch=batch, counts=label_counts(batch))
     torch._dynamo.reset()
-    base = torch.compile(model.base_model, dynamic=True, fullgraph=True, backend="eager")
+    base = compile_regions(model.base_model, dynamic=True, fullgraph=True, backend="eager")
     fed = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     fed["attention_mask"] = visible(batch["sees"], batch["since"]) if "sees" in batch else None
     hidden = base(**fed, use_cache=False).last_hidden_state

@@ -122,14 +122,17 @@ def attach(
 
     It goes through the model's own ``forward``, and so through the wrappers that spread a model
     over devices; other calls are as before. The model's attention becomes ``CAUSAL``.
-    ``compiled``: the training pass goes through torch.compile, for all lengths at once.
+    ``compiled``: the training pass goes through torch.compile, for all lengths at once. Layers are
+    compiled one for all: the whole model takes three times as long with 8 of them.
     ``slot_certainty`` goes to ``hybrid_loss``.
     """
     model.set_attn_implementation(CAUSAL)
     chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // model.config.vocab_size)
     plain, base, chunk_losses = model.forward, model.base_model, _chunk_losses
     if compiled:
-        base = torch.compile(base, dynamic=True)
+        from accelerate.utils import compile_regions
+
+        base = compile_regions(base, dynamic=True)
         chunk_losses = torch.compile(chunk_losses, dynamic=True)
 
     def forward(*args: Any, batch: Any = None, counts: Any = None, **kwargs: Any) -> Any:
