@@ -89,33 +89,33 @@ def test_collator_equals_the_literal_order():
             ]
             again = fed_again(example.prompt, fed, drawn.slot_size, MASK, *extras(seed))
             expected += [
-                (*shown[-1][:2], label if kind == "ar" and label is not None else IGNORED, IGNORED)
-                for shown, kind, label, _ in again
+                (*shown[-1][:2], label if kind == "ar" else IGNORED, IGNORED)
+                for shown, kind, label in again
             ]
             if any(extras(seed)):
                 at = {position: place for place, (_, position, *_) in enumerate(fed)}
-                behind = {}  # of the clean copies, by position
+                behind = {}  # of the tokens behind those, by (id, position)
                 sees = [set(range(place + 1)) for place in range(len(fed))]
-                for n, (shown, kind, _, _) in enumerate(again, len(fed)):
+                for n, (shown, *_) in enumerate(again, len(fed)):
                     known = {at[p] for t, p, *_ in shown[:-1] if fed[at[p]][0] == t}
-                    copies = {behind[p] for t, p, *_ in shown[:-1] if fed[at[p]][0] != t}
+                    copies = {behind[t, p] for t, p, *_ in shown[:-1] if fed[at[p]][0] != t}
                     sees.append({*known, *copies, n})
-                    if kind == "ar":
-                        behind[shown[-1][1]] = n
+                    behind[shown[-1][:2]] = n
                 seen_by = visible(batch["sees"], batch["since"])[row, 0, : len(expected)]
                 assert [set(line.nonzero()[:, 0].tolist()) for line in seen_by] == sees
-                infill = [label if kind == "infill" else IGNORED for _, kind, label, _ in again]
-                counts_for = [
-                    at[slot] if kind == "ar" and label is not None else -1
-                    for _, kind, label, slot in again
-                ]
-                for name, fill, wanted in (
-                    ("infill_labels", IGNORED, infill),
-                    ("certainty_of", -1, counts_for),
-                ):
-                    padding = batch[name].shape[1] - len(expected)
-                    wanted = [fill] * len(fed) + wanted + [fill] * padding
-                    assert batch[name][row].tolist() == wanted
+                infill, certainty = extras(seed)
+                counts_for = [-1] * batch["input_ids"].shape[1]
+                for n, (token, position, label, _) in enumerate(expected):
+                    if certainty and token != MASK and label != IGNORED:
+                        slot = position - (position - len(example.prompt)) % drawn.slot_size
+                        is_masked = fed[at[slot]][0] == MASK
+                        masks = at[slot] if is_masked else behind.get((MASK, slot), -1)
+                        counts_for[n] = masks
+                assert batch["certainty_of"][row].tolist() == counts_for
+                wanted = [IGNORED] * len(counts_for)
+                for n, (_, kind, label) in enumerate(again, len(fed)):
+                    wanted[n] = label if kind == "infill" else IGNORED
+                assert batch["infill_labels"][row].tolist() == wanted
             count = len(expected)
             assert list(zip(*(c[:count].tolist() for c in columns))) == expected
             padding = [c[count:].unique().tolist() for c in columns]

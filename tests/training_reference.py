@@ -44,25 +44,22 @@ def feeding_order(prompt, response, drawn, mask_token_id):
 
 
 def fed_again(prompt, fed, slot_size, mask_token_id, infill, certainty):
-    """Of each token behind ``fed``: (all that it sees, itself last; kind, label, slot).
+    """Of each token behind ``fed``: (all that it sees, itself last; kind of label or None, label).
 
-    First the masks of L_infill, then the masked slots, clean. A slot is the position of its first
-    token; of a slot's last token the label is None.
+    First the masks of L_infill, then the masked slots, clean.
     """
     known = [n for n, (token, *_) in enumerate(fed) if token != mask_token_id]
     masks = {position: token for _, position, kind, token in fed if kind == "mdm"}
     rows = []
     for place in known[len(prompt) :] if infill else []:
         token, position, _, _ = fed[place]
-        if (position - len(prompt)) % slot_size:
-            mask = (mask_token_id, position, None, None)
-            rows.append(([*fed[:place], mask], "infill", token, None))
+        rows.append(([*fed[:place], (mask_token_id, position, None, None)], "infill", token))
     for position in masks if certainty else []:
         first = position - (position - len(prompt)) % slot_size
         own = [(masks[at], at, None, None) for at in range(first, position + 1)]
-        is_last = (position + 1 - len(prompt)) % slot_size == 0
-        following = None if is_last else masks.get(position + 1)
-        rows.append(([*(fed[n] for n in known), *own], "ar", following, first))
+        is_last = position + 1 == first + slot_size or position + 1 not in masks
+        label = (None, None) if is_last else ("ar", masks[position + 1])
+        rows.append(([*(fed[n] for n in known), *own], *label))
     return rows
 
 
@@ -78,22 +75,31 @@ def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, cer
         return logits.double().logsumexp(0) - logits[label].double()
 
     for index, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
+        start, size = len(example.prompt), drawn.slot_size
         fed = feeding_order(example.prompt, example.response, drawn, mask_token_id)
-        unsure = {}  # by slot: minus the logarithm of q
-        again = fed_again(example.prompt, fed, drawn.slot_size, mask_token_id, infill, certainty)
-        for n, (seen, kind, label, slot) in enumerate(again, len(fed)):
-            if label is not None:
-                ce = surprise(logits_behind(index, seen, n), label)
-                (clean if kind == "ar" else infilled).append(ce)
-                if kind == "ar":
-                    unsure[slot] = unsure.get(slot, 0) + ce.detach()
-        masked = []
-        for row, (_, position, kind, label) in zip(logits_of(index, fed), fed, strict=True):
+        again = fed_again(example.prompt, fed, size, mask_token_id, infill, certainty)
+        rows = [
+            (position, kind, label, logits)
+            for logits, (_, position, kind, label) in zip(logits_of(index, fed), fed, strict=True)
+        ]
+        rows += [
+            (seen[-1][1], kind, label, logits_behind(index, seen, n))
+            for n, (seen, kind, label) in enumerate(again, len(fed))
+        ]
+        unsure = {}  # by slot, the position of its first token: minus the logarithm of q
+        for position, kind, label, logits in rows:
             if kind == "ar":
-                clean.append(surprise(row, label))
-            if kind == "mdm":
-                q = torch.exp(-torch.as_tensor(unsure.get(position, 0.0))) ** power
-                masked.append(q * surprise(row, label) + (1 - q) * surprise(row, mask_token_id))
+                clean.append(surprise(logits, label))
+                slot = position - (position - start) % size
+                unsure[slot] = unsure.get(slot, 0) + clean[-1].detach()
+        masked = []
+        for position, kind, label, logits in rows:
+            if kind in ("mdm", "infill"):
+                ce = surprise(logits, label)
+                if certainty and position in unsure:
+                    q = torch.exp(-unsure[position]) ** power
+                    ce = q * ce + (1 - q) * surprise(logits, mask_token_id)
+                (masked if kind == "mdm" else infilled).append(ce)
         per_example.append(sum(ce / drawn.masking for ce in masked) / len(example.response))
 
     def mean(values):

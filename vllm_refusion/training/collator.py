@@ -68,8 +68,8 @@ class Sequenced:
         mdm_weight: multiplies the cross-entropy of each mask: 1 / (p * response length).
         sees, since: a token sees the row's first ``sees`` tokens and those from ``since`` up to
             itself; all up to itself if None.
-        certainty_of: of a token whose label counts for how sure a masked slot is, the index of
-            that slot's first mask; -1 of others.
+        certainty_of: of a token whose label counts for how sure a slot is, the index of that
+            slot's first mask; -1 of others.
     """
 
     input_ids: Sequence[int]
@@ -92,13 +92,13 @@ def sequence(
 ) -> Sequenced:
     """The prompt, the clean slots in the order drawn, the masked slots in position order.
 
-    ``infill``: behind them each clean token of the response but a slot's first is masked once
-    more, and that mask sees what was fed before the token. So does the first mask of an infill's
-    predict pass, whose proposal is accepted without a test.
+    ``infill``: behind them each clean token of the response is masked once more, and that mask
+    sees what was fed before the token. So does the first mask of a plan, and the first of an
+    infill's predict pass, whose proposal is accepted without a test.
 
     ``certainty``: behind them the masked slots once more, clean, each seeing the prompt, the clean
-    slots and itself, as when it is infilled. Their labels are next tokens of the slot too; how
-    likely these are together is what the slot's first mask learns to be sure of.
+    slots and itself, as when it is infilled. Their labels are next tokens of the slot too. How
+    likely a slot's next tokens are together is what its first mask learns to be sure of.
     """
     start, size, response = len(example.prompt), drawn.slot_size, np.asarray(example.response)
     places = np.arange(len(response))
@@ -106,7 +106,7 @@ def sequence(
     following[size - 1 :: size] = IGNORED
     clean = np.concatenate([places[:0], *(places[n * size : (n + 1) * size] for n in drawn.clean)])
     masked = np.setdiff1d(places, clean, assume_unique=True)
-    again = clean[clean % size > 0] if infill else places[:0]
+    again = clean if infill else places[:0]
     copied = masked if certainty else places[:0]
 
     at = np.concatenate([clean, masked, again, copied])
@@ -132,12 +132,15 @@ def sequence(
     if not (infill or certainty):
         return row
     sees, since, certainty_of = np.arange(len(ids)), np.arange(len(ids)), np.full(len(ids), -1)
-    if infill:
-        sees[infills] = start + np.flatnonzero(clean % size)
+    sees[infills] = np.arange(start, start + len(again))
     first = np.searchsorted(masked, copied - copied % size)  # of each slot, among the masked
     sees[copies] = ends[1]
     since[copies] = ends[3] + first
-    certainty_of[copies] = np.where(following[copied] == IGNORED, -1, ends[1] + first)
+    if certainty:
+        certainty_of[copies] = np.where(following[copied] == IGNORED, -1, ends[1] + first)
+    if certainty and infill:
+        first = np.arange(len(clean)) - clean % size
+        certainty_of[cleans] = np.where(following[clean] == IGNORED, -1, ends[2] + first)
     return replace(
         row,
         infill_labels=labels(response, (infills, again)),

@@ -48,7 +48,7 @@ def hybrid_loss(
 
     A part of a larger batch is given the larger batch's ``counts``; the parts then add up.
 
-    With ``certainty_of`` in the batch, the first mask of a masked slot has two labels: its token
+    With ``certainty_of`` in the batch, the first mask of a slot has two labels: its token
     with weight q and the mask itself with weight 1 - q, where q is the probability of the slot's
     other tokens to the power of ``slot_certainty`` (no gradient goes through it). A mask is never
     a draft; so the draft's probability becomes that of as many slots like this one.

@@ -104,7 +104,7 @@ class Course:
         drawn, response = self._drawn(number, example), len(example.response)
         size = drawn.slot_size
         clean = sum(min(size, response - n * size) for n in drawn.clean)
-        twice = (clean - len(drawn.clean)) * self._infill + (response - clean) * self._certainty
+        twice = clean * self._infill + (response - clean) * self._certainty
         return self._lengths[place] + twice
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
