@@ -28,8 +28,8 @@ from objectives import (  # noqa: E402
     METHODS,
     Objective,
     hidden_states,
+    loss_of,
     see_both_ways,
-    weighted_loss,
 )
 from variants import SAME_TEXT, VARIANTS  # noqa: E402
 
@@ -64,7 +64,7 @@ def objective(method, **options):
 
 def our_loss(model, method, batch):
     see_both_ways(model, method not in CAUSAL)
-    return weighted_loss(hidden_states(model, batch), model.lm_head, batch)
+    return loss_of(hidden_states(model, batch), model.lm_head, batch)
 
 
 def log_probabilities(model, ids, positions, sees):
@@ -87,13 +87,13 @@ def assert_close(ours, literal):
 @pytest.mark.parametrize("method", CAUSAL)
 def test_causal_losses_equal_those_of_training(model, method):
     attach(model)
-    infill = method == "refusion_infill"
+    options = method == "refusion_options"
 
     def row(example, drawn_by):
         if method == "autoregressive":
             return autoregressive(example)
-        drawn = draw(len(example.response), (4, 8, 16, 32), drawn_by, 0.5 if infill else 0)
-        return sequence(example, drawn, MASK, infill)
+        drawn = draw(len(example.response), (4, 8, 16, 32), drawn_by, 0.5 if options else 0)
+        return sequence(example, drawn, MASK, options, options)
 
     for seed in range(12):
         items = random_items(seed)
@@ -357,7 +357,7 @@ def test_what_is_trained_is_decoded(method, rows, tmp_path, tiny_store):
     )
     variant = {
         "refusion": "ReFusion 8/32",
-        "refusion_infill": "ReFusion 8/32, infill",
+        "refusion_options": "ReFusion 8/32, options",
         "llada": "LLaDA, stopped",
         "bd3lm": "BD3-LM",
     }

@@ -208,7 +208,7 @@ def refusion(
 
 DECODERS = {
     "refusion": refusion,
-    "refusion_infill": refusion,
+    "refusion_options": refusion,
     "autoregressive": autoregressive,
     "llada": llada,
     "bd3lm": bd3lm,

@@ -1,10 +1,11 @@
-"""Five objectives on the same examples, as batches for one weighted cross-entropy.
+"""Five objectives on the same examples.
 
-A batch holds input_ids and position_ids [B, L], and of each token with a label its place in the
-flattened input (rows [N]), its label [N] and its weight [N] (float32). Attention masks are made of
-real [B, L], not padding, for LLaDA, of blocks [B, L] and noised [B, L] for BD3-LM, and of sees
-[B, L], see ``collate``, for ReFusion with L_infill. data_tokens, an int, counts the prompts' and
-responses' tokens, without padding and repetition.
+A batch holds input_ids and position_ids [B, L] and data_tokens, an int that counts the prompts' and
+responses' tokens, without padding and repetition. The rest of a causal method's is what the losses
+of vllm_refusion.training read (``collate``). LLaDA's and BD3-LM's are for one weighted
+cross-entropy: of each token with a label its place in the flattened input (rows [N]), its label [N]
+and its weight [N] (float32); attention masks are made of real [B, L], not padding, for LLaDA, of
+blocks [B, L] and noised [B, L] for BD3-LM.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from vllm_refusion.training.collator import (
     MIN_MASKING,
     MULTIPLE,
     Example,
-    Sequenced,
     autoregressive,
     collate,
     draw,
     sequence,
 )
-from vllm_refusion.training.loss import visible
+from vllm_refusion.training.loss import hybrid_loss, label_counts, visible
 
-METHODS = ("refusion", "refusion_infill", "autoregressive", "llada", "bd3lm")
-CAUSAL = ("refusion", "refusion_infill", "autoregressive")
+METHODS = ("refusion", "refusion_options", "autoregressive", "llada", "bd3lm")
+CAUSAL = ("refusion", "refusion_options", "autoregressive")
 PADDING = 1 << 30  # block of BD3-LM's padding: behind all others
 
 Item = tuple[Example, np.random.Generator]
@@ -64,35 +64,20 @@ class Objective:
         return getattr(self, f"_{self.method}")(items) | {"data_tokens": tokens}
 
     def _refusion(
-        self, items: Sequence[Item], ordered_share: float = 0.0, infill: bool = False
+        self, items: Sequence[Item], ordered_share: float = 0.0, options: bool = False
     ) -> Batch:
         rows = []
         for example, chance in items:
             drawn = draw(len(example.response), self.slot_sizes, chance, ordered_share)
-            rows.append(sequence(example, drawn, self.mask_token_id, infill))
-        return self._ordered(rows)
+            extras = {"infill": options, "certainty": options}
+            rows.append(sequence(example, drawn, self.mask_token_id, **extras))
+        return collate(rows, self.pad_token_id)
 
-    def _refusion_infill(self, items: Sequence[Item]) -> Batch:
-        return self._refusion(items, ordered_share=0.5, infill=True)
+    def _refusion_options(self, items: Sequence[Item]) -> Batch:
+        return self._refusion(items, ordered_share=0.5, options=True)
 
     def _autoregressive(self, items: Sequence[Item]) -> Batch:
-        return self._ordered([autoregressive(example) for example, _ in items])
-
-    def _ordered(self, rows: Sequence[Sequenced]) -> Batch:
-        """The losses of vllm_refusion.training, each with weight 1."""
-        batch = collate(rows, self.pad_token_id)
-        width = batch["input_ids"].shape[1]
-        weights = (batch["mdm_weights"] / len(rows)).repeat_interleave(width)
-        labels = batch["mdm_labels"].flatten()
-        for name in {"ar_labels", "infill_labels"} & set(batch):  # means over all of them
-            others = batch[name].flatten()
-            has = others != IGNORED
-            labels = torch.where(has, others, labels)
-            weights = torch.where(has, 1 / max(1, int(has.sum())), weights)
-        made = _labelled(batch["input_ids"], batch["position_ids"], labels, weights)
-        if "sees" in batch:
-            made["sees"] = batch["sees"]
-        return made
+        return collate([autoregressive(example) for example, _ in items], self.pad_token_id)
 
     def _llada(self, items: Sequence[Item]) -> Batch:
         """Masks tokens of the response, EOS padding included, with one probability an example.
@@ -210,10 +195,10 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     ).last_hidden_state
 
 
-def weighted_loss(
-    hidden: torch.Tensor, head: torch.nn.Module, batch: Mapping[str, Any]
-) -> torch.Tensor:
-    """sum of weight * CE over the rows with a label, float32."""
+def loss_of(hidden: torch.Tensor, head: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Causal methods: the sum of the losses of training. Others: sum of weight * CE. float32."""
+    if "mdm_labels" in batch:
+        return hybrid_loss(hidden, head, batch, label_counts(batch), len(batch["labelled"])).sum()
     logits = head(hidden.flatten(0, 1)[batch["rows"]])
     losses = cross_entropy(logits.float(), batch["labels"], reduction="none")
     return (batch["weights"] * losses).sum()

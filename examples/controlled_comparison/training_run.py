@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from objectives import CAUSAL, Item, Objective, hidden_states, see_both_ways, weighted_loss
+from objectives import CAUSAL, Item, Objective, hidden_states, loss_of, see_both_ways
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -136,7 +136,7 @@ class Run:
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             hidden = hidden_states(self.model, batch)
-            return weighted_loss(hidden, self.model.get_output_embeddings(), batch)
+            return loss_of(hidden, self.model.get_output_embeddings(), batch)
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> None:
         """Compiles the layers if that is wanted and works, and makes the slow first passes."""

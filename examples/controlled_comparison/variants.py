@@ -17,7 +17,7 @@ class Variant(NamedTuple):
 
 def _refusion(slot: int, block: int, method: str = "refusion", **options: Any) -> Variant:
     thresholds = {"slot_threshold": 0.9, "token_threshold": 0.4}
-    note = "" if method == "refusion" else "trained with L_infill and ordered examples too"
+    note = "" if method == "refusion" else "trained with all options of docs/training.md"
     parameters = {"slot_size": slot, "block_length": block, **thresholds, **options}
     return Variant(method, parameters, note)
 
@@ -25,8 +25,8 @@ def _refusion(slot: int, block: int, method: str = "refusion", **options: Any) -
 MAIN = {
     "ReFusion 32/128": Variant("refusion", vars(PRESETS["gsm8k"]), "the paper's GSM8K preset"),
     "ReFusion 8/32": _refusion(8, 32),
-    "ReFusion 32/128, infill": _refusion(32, 128, "refusion_infill"),
-    "ReFusion 8/32, infill": _refusion(8, 32, "refusion_infill"),
+    "ReFusion 32/128, options": _refusion(32, 128, "refusion_options"),
+    "ReFusion 8/32, options": _refusion(8, 32, "refusion_options"),
     "autoregressive": Variant("autoregressive", {}, "greedy"),
     "LLaDA": Variant("llada", {"stop": False}, "one token a pass, to the last position"),
     "LLaDA, stopped": Variant("llada", {}, "the same, up to the block with EOS"),

@@ -65,7 +65,8 @@ def hybrid_loss(
     hidden = hidden.flatten(0, 1)
     if len(rows) == 0:  # gradients of zero rather than none: other processes wait for them
         return (0 * head(hidden[:1]).float().sum()).expand(3)
-    at = {n: c.flatten()[rows] for n, c in batch.items() if c.shape == batch["input_ids"].shape}
+    columns = {"input_ids", "ar_labels", "mdm_labels", "infill_labels", "certainty_of"} & set(batch)
+    at = {name: batch[name].flatten()[rows] for name in columns}
     counts = counts.clamp(min=1)
     per_mask = batch["mdm_weights"] / counts[1]
     is_ar, is_mdm = at["ar_labels"] != IGNORED, at["mdm_labels"] != IGNORED
