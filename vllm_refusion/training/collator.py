@@ -136,9 +136,8 @@ def sequence(
     first = np.searchsorted(masked, copied - copied % size)  # of each slot, among the masked
     sees[copies] = ends[1]
     since[copies] = ends[3] + first
-    if certainty:
-        certainty_of[copies] = np.where(following[copied] == IGNORED, -1, ends[1] + first)
-    if certainty and infill:
+    certainty_of[copies] = np.where(following[copied] == IGNORED, -1, ends[1] + first)
+    if infill:
         first = np.arange(len(clean)) - clean % size
         certainty_of[cleans] = np.where(following[clean] == IGNORED, -1, ends[2] + first)
     return replace(
@@ -146,7 +145,7 @@ def sequence(
         infill_labels=labels(response, (infills, again)),
         sees=sees.tolist(),
         since=since.tolist(),
-        certainty_of=certainty_of.tolist(),
+        certainty_of=certainty_of.tolist() if certainty else None,
     )
 
 
@@ -172,7 +171,9 @@ def collate(rows: Sequence[Sequenced], pad_token_id: int) -> dict[str, torch.Ten
     fills |= {"ar_labels": IGNORED, "mdm_labels": IGNORED}
     if any(row.sees is not None for row in rows):
         index = np.arange(width)
-        fills |= {"infill_labels": IGNORED, "sees": index, "since": index, "certainty_of": -1}
+        fills |= {"infill_labels": IGNORED, "sees": index, "since": index}
+    if any(row.certainty_of is not None for row in rows):
+        fills["certainty_of"] = -1
     batch = {}
     for name, fill in fills.items():
         padded = np.full((len(rows), width), fill, np.int64)
