@@ -109,8 +109,7 @@ def test_collator_equals_the_literal_order():
                     if certainty and token != MASK and label != IGNORED:
                         slot = position - (position - len(example.prompt)) % drawn.slot_size
                         is_masked = fed[at[slot]][0] == MASK
-                        masks = at[slot] if is_masked else behind.get((MASK, slot), -1)
-                        counts_for[n] = masks
+                        counts_for[n] = at[slot] if is_masked else behind.get((MASK, slot), -1)
                 assert ("certainty_of" in batch) == certainty
                 assert not certainty or batch["certainty_of"][row].tolist() == counts_for
                 wanted = [IGNORED] * len(counts_for)

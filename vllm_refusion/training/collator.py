@@ -60,7 +60,7 @@ def draw(
 
 @dataclass(frozen=True)
 class Sequenced:
-    """One row of a batch before padding; the sequences are of the same length.
+    """One row of a batch before padding; the lists are of the same length.
 
     A label is what the token at its own index has to predict: nothing is shifted later.
 
@@ -72,15 +72,15 @@ class Sequenced:
             slot's first mask; -1 of others.
     """
 
-    input_ids: Sequence[int]
-    position_ids: Sequence[int]
-    ar_labels: Sequence[int]
-    mdm_labels: Sequence[int]
+    input_ids: list[int]
+    position_ids: list[int]
+    ar_labels: list[int]
+    mdm_labels: list[int]
     mdm_weight: float = 0.0
-    infill_labels: Sequence[int] | None = None
-    sees: Sequence[int] | None = None
-    since: Sequence[int] | None = None
-    certainty_of: Sequence[int] | None = None
+    infill_labels: list[int] | None = None
+    sees: list[int] | None = None
+    since: list[int] | None = None
+    certainty_of: list[int] | None = None
 
 
 def sequence(

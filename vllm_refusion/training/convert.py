@@ -172,8 +172,8 @@ def _resize(model: Any, tokenizer: Any, old_words: int) -> None:
     """
     old_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > old_rows:
-        rows = len(tokenizer)
-        model.resize_token_embeddings(rows, pad_to_multiple_of=64, mean_resizing=False)
+        options = {"pad_to_multiple_of": 64, "mean_resizing": False}
+        model.resize_token_embeddings(len(tokenizer), **options)
     new = [i for i in (tokenizer.mask_token_id, tokenizer.pad_token_id) if i >= old_words]
     rows = model.get_input_embeddings().weight.shape[0]
     new += [i for i in range(old_rows, rows) if i not in new]

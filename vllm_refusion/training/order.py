@@ -98,14 +98,17 @@ class Course:
     def _fed(self, number: int) -> int:
         """How many tokens are fed: ``infill`` and ``certainty`` feed some of the response twice."""
         place = self._example_at(number)
+        once = self._lengths[place]
         if not (self._infill or self._certainty):
-            return self._lengths[place]
+            return once
         example = self._examples[place]
-        drawn, response = self._drawn(number, example), len(example.response)
+        response = len(example.response)
+        if self._infill and self._certainty:  # all of it, whatever is drawn
+            return once + response
+        drawn = self._drawn(number, example)
         size = drawn.slot_size
         clean = sum(min(size, response - n * size) for n in drawn.clean)
-        twice = clean * self._infill + (response - clean) * self._certainty
-        return self._lengths[place] + twice
+        return once + (clean if self._infill else response - clean)
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return generator(self._seed, _SHUFFLES + epoch).permutation(len(self._examples))

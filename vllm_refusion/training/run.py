@@ -85,6 +85,11 @@ class Recipe:
     plain_prompt: bool = False
     template_options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def extras(self) -> dict[str, bool]:
+        """What ``sequence`` feeds beside what the paper does."""
+        return {"infill": self.infill_weight > 0, "certainty": self.slot_certainty > 0}
+
     def __post_init__(self) -> None:
         weights = ("ar_weight", "mdm_weight", "infill_weight", "slot_certainty")
         checks = {name: (getattr(self, name) >= 0, "a number of at least 0") for name in weights}
@@ -163,8 +168,7 @@ def train(
         recipe.batch_size,
         store.lengths,
         recipe.ordered_share,
-        recipe.infill_weight > 0,
-        recipe.slot_certainty > 0,
+        **recipe.extras,
     )
     interruption = SaveWhenInterrupted()
     trainer = ReFusionTrainer(
@@ -316,8 +320,7 @@ def _dev(
         else:
             chance = generator(recipe.seed, DEV_KEY + number)
             drawn = draw(len(example.response), recipe.slot_sizes, chance)
-            extras = recipe.infill_weight > 0, recipe.slot_certainty > 0
-            fed = sequence(example, drawn, mask, *extras)
+            fed = sequence(example, drawn, mask, **recipe.extras)
         problems.append(Problem(row.values, list(example.prompt), fed))
     if not problems:
         raise ValueError("the dev files hold no rows")
