@@ -116,7 +116,7 @@ def test_a_toy_task_is_learned(checkpoint, data, tmp_path):
 
 
 def test_infill_loss_is_trained_and_logged(checkpoint, data, tmp_path):
-    more = ("--infill-weight", 0.5, "--ordered-share", 0.5, "--dev", data / "dev.jsonl")
+    more = ("--infill-weight", 0.5, "--block-share", 0.5, "--dev", data / "dev.jsonl")
     train(checkpoint, data, tmp_path / "run", *TOY, *more, "--eval-every", 150, "--max-tokens", 8)
     rows = [row for row in log(tmp_path / "run") if "loss_infill" in row]
     assert rows[0]["loss_infill"] > 5 and rows[-1]["loss_infill"] < 0.3
@@ -288,13 +288,13 @@ def test_a_signal_to_all_processes_of_a_run_saves(checkpoint, data, tmp_path):
         (("--steps", 1, "--epochs", 1), "either --steps or --epochs"),
         (("--slot-sizes", "0,4"), "--slot-sizes (0, 4): allowed is integers above 0"),
         (("--infill-weight", -1), "--infill-weight -1.0: allowed is a number of at least 0"),
-        (("--ordered-share", 1.5), "--ordered-share 1.5: allowed is a number in [0, 1]"),
+        (("--block-share", 1.5), "--block-share 1.5: allowed is a number in [0, 1]"),
         *(
             (("--objective", "autoregressive", option, value), f"{option} {shown}: allowed is no")
             for option, value, shown in [
                 ("--infill-weight", 1, 1.0),
                 ("--mdm-weight", 0.5, 0.5),
-                ("--ordered-share", 0.5, 0.5),
+                ("--block-share", 0.5, 0.5),
                 ("--slot-certainty", 2, 2.0),
                 ("--slot-sizes", "4,8", (4, 8)),
             ]

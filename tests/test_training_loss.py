@@ -9,6 +9,7 @@ from accelerate.utils import compile_regions
 from training_reference import fed_again, feeding_order, losses, one_token_at_a_time, random_model
 
 from vllm_refusion.training.collator import (
+    BLOCKS,
     IGNORED,
     MIN_MASKING,
     Draw,
@@ -46,8 +47,8 @@ def random_example(generator, longest=70) -> Example:
 
 
 def random_draw(length, generator) -> Draw:
-    """As training draws, a quarter of them in order, but every third one masks all or nothing."""
-    drawn = draw(length, SLOT_SIZES, generator, ordered_share=0.25)
+    """As training draws, a quarter of them in blocks, but every third one masks all or nothing."""
+    drawn = draw(length, SLOT_SIZES, generator, block_share=0.25)
     extreme = generator.integers(6)
     if extreme == 0:
         return Draw(drawn.slot_size, drawn.masking, ())
@@ -311,12 +312,28 @@ def test_draws_follow_the_algorithm():
     assert abs((masked - expected).mean()) < 0.25
     first = np.mean([d.clean[0] for d in fours if len(d.clean) > 1])
     assert abs(first - 7.5) < 0.8  # any slot may come first
-    ordered = [draw(64, (4,), generator, ordered_share=0.5) for _ in range(4000)]
-    ordered = [
-        d for d in ordered if len(d.clean) > 2 and list(d.clean) == list(range(len(d.clean)))
-    ]
-    assert abs(len(ordered) / 4000 - 0.5 * 13 / 16) < 0.03
-    assert {d.masking for d in ordered} <= {(16 - len(d.clean)) / 16 for d in ordered}
+
+
+def test_draws_in_blocks_are_what_decoding_leaves():
+    generator = np.random.default_rng(1)
+    drawn = [draw(62, (4,), generator, block_share=1) for _ in range(4000)]
+    counts = [len(d.clean) for d in drawn]
+    assert all(abs(counts.count(n) / 4000 - 1 / 16) < 0.02 for n in range(16))
+    assert all(d.masking == (16 - len(d.clean)) / 16 for d in drawn)
+
+    def decoded_in(d, size):
+        """Whole blocks of so many slots, from the first, and some of the next."""
+        return [n // size for n in d.clean] == [i // size for i in range(len(d.clean))]
+
+    assert all(any(decoded_in(d, size) for size in BLOCKS) for d in drawn)
+    many = [d for d in drawn if len(d.clean) > 12]
+    smallest = [min(size for size in BLOCKS if decoded_in(d, size)) for d in many]
+    assert all(abs(smallest.count(size) / len(many) - 0.25) < 0.06 for size in BLOCKS)
+    eights = [d.clean for d, size in zip(many, smallest, strict=True) if size == 8]
+    first = [clean.index(0) for clean in eights]
+    assert abs(np.mean(first) - 3.5) < 0.4  # any slot of a block may come first
+    half = [draw(62, (4,), generator, block_share=0.5) for _ in range(4000)]
+    assert abs(np.mean([(16 * d.masking).is_integer() for d in half]) - 0.5) < 0.03
 
 
 def test_autoregressive_labels():

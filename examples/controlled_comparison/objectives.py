@@ -64,17 +64,17 @@ class Objective:
         return getattr(self, f"_{self.method}")(items) | {"data_tokens": tokens}
 
     def _refusion(
-        self, items: Sequence[Item], ordered_share: float = 0.0, options: bool = False
+        self, items: Sequence[Item], block_share: float = 0.0, options: bool = False
     ) -> Batch:
         rows = []
         for example, chance in items:
-            drawn = draw(len(example.response), self.slot_sizes, chance, ordered_share)
+            drawn = draw(len(example.response), self.slot_sizes, chance, block_share)
             extras = {"infill": options, "certainty": options}
             rows.append(sequence(example, drawn, self.mask_token_id, **extras))
         return collate(rows, self.pad_token_id)
 
     def _refusion_options(self, items: Sequence[Item]) -> Batch:
-        return self._refusion(items, ordered_share=0.5, options=True)
+        return self._refusion(items, block_share=0.5, options=True)
 
     def _autoregressive(self, items: Sequence[Item]) -> Batch:
         return collate([autoregressive(example) for example, _ in items], self.pad_token_id)

@@ -11,6 +11,7 @@ import torch
 
 IGNORED = -100  # no label
 MIN_MASKING = 1e-3  # eps: the masking probability is never below
+BLOCKS = (1, 2, 4, 8)  # slots of a block, as the published presets have them
 MULTIPLE = 8  # rows are padded to it: few lengths, and aligned ones
 
 
@@ -41,18 +42,20 @@ def draw(
     length: int,
     slot_sizes: Sequence[int],
     generator: np.random.Generator,
-    ordered_share: float = 0.0,
+    block_share: float = 0.0,
 ) -> Draw:
     """Draws slot size, masking and order for a response of ``length`` tokens.
 
-    With probability ``ordered_share`` any number of slots but all, from the first, is clean and in
-    position order, as when they are decoded from left to right.
+    With probability ``block_share`` slots are clean as decoding leaves them: any number of them but
+    all, in blocks from left to right, those of a block in any order. ``BLOCKS`` has the sizes.
     """
     slot_size = slot_sizes[generator.integers(len(slot_sizes))]
-    if ordered_share and generator.random() < ordered_share:
+    if block_share and generator.random() < block_share:
         slots = -(-length // slot_size)
+        block = np.arange(slots) // BLOCKS[generator.integers(len(BLOCKS))]
+        order = np.argsort(block + generator.random(slots))
         clean = int(generator.integers(slots))
-        return Draw(slot_size, 1 - clean / slots, tuple(range(clean)))
+        return Draw(slot_size, 1 - clean / slots, tuple(order[:clean].tolist()))
     masking = (1 - MIN_MASKING) * generator.random() + MIN_MASKING
     kept = generator.random(-(-length // slot_size)) >= masking
     return Draw(slot_size, masking, tuple(generator.permutation(np.flatnonzero(kept)).tolist()))

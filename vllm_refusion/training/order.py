@@ -42,15 +42,15 @@ class Course:
         objective: str = "refusion",
         batch_size: int = 1,
         lengths: Sequence[int] | None = None,
-        ordered_share: float = 0.0,
+        block_share: float = 0.0,
         infill: bool = False,
         certainty: bool = False,
     ) -> None:
         """``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees.
 
-        ``ordered_share`` goes to ``draw``, ``infill`` and ``certainty`` to ``sequence``.
+        ``block_share`` goes to ``draw``, ``infill`` and ``certainty`` to ``sequence``.
         """
-        self._ordered_share, self._infill, self._certainty = ordered_share, infill, certainty
+        self._block_share, self._infill, self._certainty = block_share, infill, certainty
         self._batch_size, self._lengths = batch_size, lengths
         self._examples, self._length, self._seed = examples, length, seed
         self._slot_sizes, self._mask, self._objective = slot_sizes, mask_token_id, objective
@@ -69,7 +69,7 @@ class Course:
 
     def _drawn(self, number: int, example: Example) -> Draw:
         chance = generator(self._seed, number)
-        return draw(len(example.response), self._slot_sizes, chance, self._ordered_share)
+        return draw(len(example.response), self._slot_sizes, chance, self._block_share)
 
     def example(self, index: int) -> Example:
         """What item ``index`` is made of."""

@@ -55,7 +55,7 @@ class Recipe:
         epochs: passes over the data, unless ``steps`` says how many optimiser steps.
         batch_size: examples per optimiser step, over all devices.
         from_scratch: random weights in the model's shape instead of its own.
-        ordered_share: of the examples, whose clean slots are the first ones, in position order.
+        block_share: of the examples, shown as decoding in blocks leaves them, see ``draw``.
         infill_weight: of L_infill, see ``sequence``; the paper has none.
         slot_certainty: first masks learn how sure so many slots are, see ``hybrid_loss``; 0: how
             sure their own token is, as in the paper.
@@ -69,7 +69,7 @@ class Recipe:
     batch_size: int = 64
     max_length: int = 4096
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
-    ordered_share: float = 0.0
+    block_share: float = 0.0
     ar_weight: float = 1.0
     mdm_weight: float = 1.0
     infill_weight: float = 0.0
@@ -100,13 +100,13 @@ class Recipe:
             "steps": (self.steps is None or self.steps > 0, "an integer above 0"),
             "batch_size": (self.batch_size > 0, "an integer above 0"),
             "slot_sizes": (self.slot_sizes and min(self.slot_sizes) > 0, "integers above 0"),
-            "ordered_share": (0 <= self.ordered_share <= 1, "a number in [0, 1]"),
+            "block_share": (0 <= self.block_share <= 1, "a number in [0, 1]"),
             "learning_rate": (self.learning_rate > 0, "a number above 0"),
             "adam_beta2": (0 <= self.adam_beta2 < 1, "a number in [0, 1)"),
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
         }
         if self.objective == "autoregressive":  # it has no masks
-            masking = ("slot_sizes", "ordered_share", "mdm_weight", "infill_weight")
+            masking = ("slot_sizes", "block_share", "mdm_weight", "infill_weight")
             for name in (*masking, "slot_certainty"):
                 is_default = getattr(self, name) == getattr(Recipe, name)
                 checks[name] = (is_default, "no value with --objective autoregressive")
@@ -167,7 +167,7 @@ def train(
         recipe.objective,
         recipe.batch_size,
         store.lengths,
-        recipe.ordered_share,
+        recipe.block_share,
         **recipe.extras,
     )
     interruption = SaveWhenInterrupted()

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--max-length", type=int, help="longer rows are left out; default: 4096")
     what.add_argument("--slot-sizes", type=_sizes, help="default: 4,8,16,32")
     what.add_argument(
-        "--ordered-share", type=float, help="examples with clean slots in order; default: 0"
+        "--block-share", type=float, help="examples shown as decoded in blocks; default: 0"
     )
     what.add_argument("--ar-weight", type=float, help="default: 1")
     what.add_argument("--mdm-weight", type=float, help="default: 1")
