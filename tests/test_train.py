@@ -105,6 +105,7 @@ def test_a_toy_task_is_learned(checkpoint, data, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert model.config.architectures == ["Qwen3ForCausalLM"] and model.config.mask_token_id == 1
+    assert model.config.use_cache
     written = json.loads((tmp_path / "run/model/generation_config.json").read_text())
     assert {name: written[name] for name in GENERATION} == GENERATION
     assert not list((tmp_path / "run/model").glob("*.bin"))

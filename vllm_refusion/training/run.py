@@ -238,6 +238,7 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             adam_beta2=recipe.adam_beta2,
             max_grad_norm=recipe.max_grad_norm,
             bf16=recipe.bf16,
+            use_cache=True,  # in the outcome's config; the training pass asks for none
             use_cpu=not torch.accelerator.is_available(),
             seed=recipe.seed % 2**32,
             gradient_checkpointing=execution.gradient_checkpointing,
