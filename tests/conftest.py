@@ -27,7 +27,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint() -> Path:
-    """The published form of a ReFusion checkpoint with 7.1M parameters and its tokenizer."""
+    """The published form of a ReFusion checkpoint with 4.8M parameters and its tokenizer."""
     return EXAMPLES / "refusion-tiny"
 
 
