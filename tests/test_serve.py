@@ -268,7 +268,7 @@ LIMITS = pytest.mark.parametrize(
 
 @LIMITS
 def test_limits_of_picks(complete, reference, limits):
-    prompt = random.Random(3).choices(range(3, 3000), k=20)
+    prompt = random.Random(5).choices(range(3, 3000), k=20)  # none of the answers is a near tie
     answer = reference(prompt, SMALL, 40, seed=5, **limits)
     plain = reference(prompt, SMALL, 40, seed=5, temperature=limits.get("temperature", 0.0))
     assert answer.tokens != plain.tokens, "the limits have an effect"
