@@ -48,7 +48,7 @@ RUN_BY = {
     "accelerate launch": "test_training_commands_parse",
     "vllm-refusion view": RUN,
     "vllm-refusion trace": SLOW,
-    "python examples/evaluate.py --max-num-seqs": "test_measurement",
+    "python examples/evaluate.py": "test_measurement",
     "python -m vllm_refusion.bench.contributions": "test_measurement",
     "python examples/": SLOW,
     "python tests/soak.py": "test_soak",
@@ -189,7 +189,9 @@ def test_slow_command(command, copy):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", chosen("test_measurement"))
 def test_measurement(command, copy):
-    """With fewer or shorter requests."""
+    """With fewer or shorter requests, and the bundled model for one that the reader has trained."""
+    command = re.sub(r"[\w-]+/model", "examples/refusion-tiny", command)
+    command = command.replace("gsm_symbolic_dev.jsonl.gz", "examples/dev_problems.jsonl")
     less = " --count 2" if "evaluate.py" in command else " --max-tokens 32 --requests 1"
     assert run(command + less, copy).strip()
 
