@@ -63,18 +63,16 @@ class Objective:
         tokens = sum(len(e.prompt) + len(e.response) for e, _ in items)
         return getattr(self, f"_{self.method}")(items) | {"data_tokens": tokens}
 
-    def _refusion(
-        self, items: Sequence[Item], block_share: float = 0.0, options: bool = False
-    ) -> Batch:
+    def _refusion(self, items: Sequence[Item], options: bool = False) -> Batch:
         rows = []
         for example, chance in items:
-            drawn = draw(len(example.response), self.slot_sizes, chance, block_share)
+            drawn = draw(len(example.response), self.slot_sizes, chance, 0.5 if options else 0.0)
             extras = {"infill": options, "certainty": options}
             rows.append(sequence(example, drawn, self.mask_token_id, **extras))
         return collate(rows, self.pad_token_id)
 
     def _refusion_options(self, items: Sequence[Item]) -> Batch:
-        return self._refusion(items, block_share=0.5, options=True)
+        return self._refusion(items, options=True)
 
     def _autoregressive(self, items: Sequence[Item]) -> Batch:
         return collate([autoregressive(example) for example, _ in items], self.pad_token_id)

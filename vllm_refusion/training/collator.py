@@ -50,14 +50,14 @@ def draw(
     all, in blocks from left to right, those of a block in any order. ``BLOCKS`` has the sizes.
     """
     slot_size = slot_sizes[generator.integers(len(slot_sizes))]
+    slots = -(-length // slot_size)
     if block_share and generator.random() < block_share:
-        slots = -(-length // slot_size)
         block = np.arange(slots) // BLOCKS[generator.integers(len(BLOCKS))]
         order = np.argsort(block + generator.random(slots))
         clean = int(generator.integers(slots))
         return Draw(slot_size, 1 - clean / slots, tuple(order[:clean].tolist()))
     masking = (1 - MIN_MASKING) * generator.random() + MIN_MASKING
-    kept = generator.random(-(-length // slot_size)) >= masking
+    kept = generator.random(slots) >= masking
     return Draw(slot_size, masking, tuple(generator.permutation(np.flatnonzero(kept)).tolist()))
 
 
