@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from vllm_refusion import metrics
+from vllm_refusion.engine import metrics
 from vllm_refusion.training.data import Encoder, read_rows
 from vllm_refusion.training.trainer import is_right
 from vllm_refusion.viewer.record import stock

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm import LLM, RequestOutput, SamplingParams
 
-from vllm_refusion import metrics
+from vllm_refusion.engine import metrics
 
 FOLDER = Path(__file__).parent
 NUM_PROBLEMS = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from vllm_refusion import metrics
+from vllm_refusion.engine import metrics
 
 FOLDER = Path(__file__).parent
 # Named presets are the published settings. Explicit keys override what a preset says.

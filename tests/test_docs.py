@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from vllm_refusion.cli import build_parser
-from vllm_refusion.config import PRESETS
+from vllm_refusion.decoding.params import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

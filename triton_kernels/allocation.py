@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_refusion.decoding import DecodeState
-from vllm_refusion.triton_kernels.allocation_reference import TOTALS
+from vllm_refusion.decoding.state import DecodeState
+from vllm_refusion.triton_kernels.allocation_twin import TOTALS
 from vllm_refusion.triton_kernels.layout import check
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
@@ -122,7 +122,7 @@ def allocate(
     rows: int,
     first: int,
 ) -> None:
-    """Same arguments and effects as ``allocate_reference``, as one kernel."""
+    """Same arguments and effects as ``allocate_twin``, as one kernel."""
     requests = len(idx_mapping)
     for per_request in (scheduled, prompt_rows):
         check(per_request, (requests,), torch.int32)

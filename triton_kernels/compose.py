@@ -1,6 +1,6 @@
 """The next canvas of one request, written on the device; used by the transition kernel.
 
-The twin is ``compose_reference``. One lane stands for each block position p; what the twin finds by
+The twin is ``compose_twin``. One lane stands for each block position p; what the twin finds by
 walking over rows is found by scans.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_refusion.riders import (
+from vllm_refusion.decoding.speculation import (
     CERTAIN,
     LARGEST_COST,
     LEVELS,

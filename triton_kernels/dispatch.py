@@ -30,7 +30,7 @@ class Operations:
     layout: Callable[..., None]
     transition: Callable[..., None]
     allocate: Callable[..., None]
-    replay_stats: Callable[..., None]
+    acceptance_stats: Callable[..., None]
 
 
 def operations(device: torch.device) -> Operations:
@@ -48,26 +48,29 @@ def operations(device: torch.device) -> Operations:
 @cache
 def _load(twins: bool) -> Operations:
     if twins:
-        from vllm_refusion.triton_kernels import allocation_reference as allocation
-        from vllm_refusion.triton_kernels import attention_reference as attention
-        from vllm_refusion.triton_kernels import layout_reference, replay_reference
-        from vllm_refusion.triton_kernels import stats_reference as stats
-        from vllm_refusion.triton_kernels import transition_reference as transitions
+        from vllm_refusion.triton_kernels import (
+            acceptance_twin,
+            allocation_twin,
+            canvas_attention_twin,
+            layout_twin,
+            token_stats_twin,
+            transition_twin,
+        )
 
         return Operations(
-            canvas_attention=attention.canvas_attention_reference,
-            write_kv=attention.write_kv_reference,
-            token_stats=stats.token_stats_reference,
-            layout=layout_reference.layout_reference,
-            transition=transitions.transition_reference,
-            allocate=allocation.allocate_reference,
-            replay_stats=replay_reference.replay_stats_reference,
+            canvas_attention=canvas_attention_twin.canvas_attention_twin,
+            write_kv=canvas_attention_twin.write_kv_twin,
+            token_stats=token_stats_twin.token_stats_twin,
+            layout=layout_twin.layout_twin,
+            transition=transition_twin.transition_twin,
+            allocate=allocation_twin.allocate_twin,
+            acceptance_stats=acceptance_twin.acceptance_stats_twin,
         )
     from vllm_refusion.triton_kernels import (
+        acceptance,
         allocation,
         canvas_attention,
         layout,
-        replay,
         token_stats,
         transition,
         write_kv,
@@ -80,5 +83,5 @@ def _load(twins: bool) -> Operations:
         layout=layout.layout,
         transition=transition.transition,
         allocate=allocation.allocate,
-        replay_stats=replay.replay_stats,
+        acceptance_stats=acceptance.acceptance_stats,
     )

@@ -1,6 +1,6 @@
 """Places the rows of a pass on the device: positions, visibility, KV writes, replayed tokens.
 
-What a pass feeds is described in ``vllm_refusion.decoding``, the twin is ``layout_reference``.
+What a pass feeds is described in ``vllm_refusion.decoding.state``, the twin is ``layout_twin``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_refusion.decoding import DecodeState
-from vllm_refusion.triton_kernels.layout_reference import UNSEEN
+from vllm_refusion.decoding.state import DecodeState
+from vllm_refusion.triton_kernels.layout_twin import UNSEEN
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
@@ -122,7 +122,7 @@ def layout(
     visibility: torch.Tensor,
     slot_mappings: torch.Tensor,
 ) -> None:
-    """Same arguments and effects as ``layout_reference``, as one kernel."""
+    """Same arguments and effects as ``layout_twin``, as one kernel."""
     requests = len(idx_mapping)
     check_starts(query_start_loc, requests)
     check(num_computed, (state.max_requests,), torch.int32)

@@ -1,4 +1,4 @@
-"""The lowest score that min_p, top_k and top_p let a row pick (`vllm_refusion/picking.py`).
+"""The lowest score that min_p, top_k and top_p let a row pick (`decoding/picking.py`).
 
 A float32's bits, with the lower 31 of a negative one flipped, are an int32 of the same order. So
 
@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_refusion.picking import PickLimits
-from vllm_refusion.triton_kernels.stats_reference import FLOOR
+from vllm_refusion.decoding.picking import PickLimits
+from vllm_refusion.triton_kernels.token_stats_twin import FLOOR
 
 _FLOOR = tl.constexpr(FLOOR)
 _FLIP = tl.constexpr(0x7FFFFFFF)

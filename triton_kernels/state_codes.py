@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from vllm_refusion.decoding import Counter, Field, Phase, Status
+from vllm_refusion.decoding.state import Counter, Field, Phase, Status
 
 NUM_FIELDS = tl.constexpr(len(Field))
 F_PHASE = tl.constexpr(int(Field.PHASE))

@@ -3,12 +3,12 @@
 For one row x of V logits, with the draw of the row, T and seed of its request:
 
     value[t] = x[t]                        if T = 0
-               x[t] / T + noise[t]         if T > 0, noise of `vllm_refusion/noise.py`
+               x[t] / T + noise[t]         if T > 0, noise of `vllm_refusion/decoding/noise.py`
     picked   = argmax of value over the allowed tokens, the lowest id among equals
     prob(t)  = exp(x[t] - m) / s,          m = max x,  s = sum_j exp(x[j] - m)
 
 Never allowed is the mask token; before ``min_tokens`` the stop tokens are not allowed either.
-Requests may limit what is allowed and bias it, see `vllm_refusion/picking.py`. Probabilities are
+Requests may limit what is allowed and bias it, see `decoding/picking.py`. Probabilities are
 those of the full softmax of x at temperature 1, whatever is allowed.
 """
 
@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_refusion.noise import LARGEST_UNIFORM, NOISE_BOUND
-from vllm_refusion.picking import PickLimits
+from vllm_refusion.decoding.noise import LARGEST_UNIFORM, NOISE_BOUND
+from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.triton_kernels.lowest_kept import lowest_kept
-from vllm_refusion.triton_kernels.stats_reference import FLOOR, Stats, allocate_stats
+from vllm_refusion.triton_kernels.token_stats_twin import FLOOR, Stats, allocate_stats
 
 _FLOOR = tl.constexpr(FLOOR)
 _NOISE_BOUND = tl.constexpr(NOISE_BOUND)

@@ -1,7 +1,7 @@
 """The state transition after a pass, decided on the device.
 
 One program moves one request. It thinks in block positions p = 0 .. canvas_length - 1, one lane
-each; what the twin in ``transition_reference`` finds by walking over rows is found by scans
+each; what the twin in ``transition_twin`` finds by walking over rows is found by scans
 (``decisions.py``).
 
 The grid and the shapes never depend on values, and nothing is read back.
@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_refusion.decoding import ACCEPTANCE_WINDOW, DecodeState
-from vllm_refusion.riders import MAX_PRICE, NO_RIDERS, Speculation, device_tables
+from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation, device_tables
+from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
 from vllm_refusion.triton_kernels.compose import (
     at_lane,
     compose,
@@ -416,7 +416,7 @@ def transition(
     num_rejected: torch.Tensor,
     speculation: Speculation = NO_RIDERS,
 ) -> None:
-    """Same arguments and effects as ``transition_reference``, as one kernel."""
+    """Same arguments and effects as ``transition_twin``, as one kernel."""
     requests = len(idx_mapping)
     for starts in (query_start_loc, logits_start):
         check_starts(starts, requests)

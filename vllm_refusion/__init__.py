@@ -11,6 +11,6 @@ def register() -> None:
     Raises:
         RuntimeError: the installed vLLM is not supported; says what to install.
     """
-    from vllm_refusion.integration import register
+    from vllm_refusion.engine.plugin import register
 
     register()

@@ -11,8 +11,8 @@ import torch
 from objectives import block_mask, block_numbers, see_both_ways
 from transformers import DynamicCache
 
-from vllm_refusion import reference
-from vllm_refusion.config import DecodingParams
+from vllm_refusion.decoding import reference
+from vllm_refusion.decoding.params import DecodingParams
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vllm_refusion.config import PRESETS
+from vllm_refusion.decoding.params import PRESETS
 
 
 class Variant(NamedTuple):

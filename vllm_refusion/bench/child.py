@@ -67,7 +67,7 @@ def engine_args(settings: Settings, side: str, context: int, token_budget: int) 
         # the server's default block must fit the canvas too
         args["override_generation_config"] = settings.presets[0].parameters
         if any(preset.replay for preset in settings.presets):
-            from vllm_refusion.replay import Profile, to_config
+            from vllm_refusion.engine.acceptance import Profile, to_config
 
             profiles = [Profile(**preset.replay) for preset in settings.presets if preset.replay]
             args["additional_config"] |= to_config(profiles)
@@ -80,7 +80,7 @@ class Side:
     def __init__(self, settings: Settings, side: str) -> None:
         from vllm import LLM, envs
 
-        from vllm_refusion import compat
+        from vllm_refusion.engine import compat
 
         self.settings, self.side = settings, side
         budget = max(8192, max(settings.levels) * settings.canvas_length)
@@ -135,7 +135,7 @@ class Side:
 
         seed = None
         if preset is not None and preset.replay is not None:
-            from vllm_refusion.replay import seed_of
+            from vllm_refusion.engine.acceptance import seed_of
 
             replayed = [p for p in self.settings.presets if p.replay]
             seed = seed_of(replayed.index(preset), self.settings.seed * 100_003 + index)
@@ -194,7 +194,7 @@ class Side:
     def counters(self) -> dict[str, int]:
         """Counters of the engine that a level's figures are differences of."""
         if self.side != "stock":
-            from vllm_refusion.metrics import snapshot
+            from vllm_refusion.engine.metrics import snapshot
 
             return snapshot(self.llm)
         if self.settings.speculative_config is None:

@@ -1,6 +1,6 @@
 """What each way of saving passes saves on its own, without a model or a GPU.
 
-Drives the twin of the state machine (``triton_kernels/transition_reference.py``) with replayed
+Drives the twin of the state machine (``triton_kernels/transition_twin.py``) with replayed
 acceptance and prints a Markdown table:
 
     python -m vllm_refusion.bench.contributions
@@ -18,14 +18,14 @@ import torch
 
 from vllm_refusion.bench.command import CALIBRATED, parse_preset
 from vllm_refusion.bench.simulate import tokens_per_forward
-from vllm_refusion.config import DecodingParams
-from vllm_refusion.decoding import Counter, DecodeState, Field, Phase
-from vllm_refusion.replay import Profile, build_tables, seed_of
-from vllm_refusion.riders import NO_RIDERS, Speculation
-from vllm_refusion.triton_kernels import transition_reference as twin
-from vllm_refusion.triton_kernels.replay_reference import (
-    ReplayTables,
-    replay_stats_reference,
+from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.speculation import NO_RIDERS, Speculation
+from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
+from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
+from vllm_refusion.triton_kernels import transition_twin as twin
+from vllm_refusion.triton_kernels.acceptance_twin import (
+    AcceptanceTables,
+    acceptance_stats_twin,
 )
 
 PRESETS = ("32/128/0.9/0.4", "8/16/0.8/0.2")
@@ -113,7 +113,7 @@ def decode(
         fed = decode_rows + prefills * PROMPT
         num_sampled, num_rejected = torch.zeros_like(fed), torch.zeros_like(fed)
         with mock.patch.object(twin, "_Step", step):
-            twin.transition_reference(
+            twin.transition_twin(
                 state,
                 running,
                 _starts(fed),
@@ -140,13 +140,13 @@ def _starts(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _statistics(
-    state: DecodeState, running: torch.Tensor, widths: torch.Tensor, tables: ReplayTables
+    state: DecodeState, running: torch.Tensor, widths: torch.Tensor, tables: AcceptanceTables
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """picked, picked_prob, given_prob of all canvas rows of a pass."""
     request = running.repeat_interleave(widths)
     row = torch.cat([torch.arange(width) for width in widths.tolist()])
     out = (torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row)), torch.zeros(len(row)))
-    replay_stats_reference(
+    acceptance_stats_twin(
         request,
         state.row_position[request, row],
         state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),

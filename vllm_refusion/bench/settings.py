@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_refusion.config import DecodingParams
+from vllm_refusion.decoding.params import DecodingParams
 
 # "plain" is ReFusion without fused passes.
 SIDES = ("stock", "plain", "refusion")

@@ -10,12 +10,12 @@ from typing import Protocol
 
 import torch
 
-from vllm_refusion.config import DecodingParams
-from vllm_refusion.reference import Pass
-from vllm_refusion.replay import Profile, build_tables, seed_of
-from vllm_refusion.triton_kernels.replay_reference import (
-    ReplayTables,
-    replay_stats_reference,
+from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.reference import Pass
+from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
+from vllm_refusion.triton_kernels.acceptance_twin import (
+    AcceptanceTables,
+    acceptance_stats_twin,
 )
 
 
@@ -30,9 +30,9 @@ class Outcomes(Protocol):
 
 
 class ReplayedOutcomes:
-    """What ``replay_stats`` decides for one request."""
+    """What ``acceptance_stats`` decides for one request."""
 
-    def __init__(self, tables: ReplayTables, seed: int, params: DecodingParams) -> None:
+    def __init__(self, tables: AcceptanceTables, seed: int, params: DecodingParams) -> None:
         self._tables = tables
         self._request = {
             "seed": torch.tensor([seed]),
@@ -53,7 +53,7 @@ class ReplayedOutcomes:
     def _rows(self, positions: Sequence[int], given: Sequence[int], draw: int) -> tuple:
         count = len(positions)
         out = (torch.zeros(count, dtype=torch.int32), torch.zeros(count), torch.zeros(count))
-        replay_stats_reference(
+        acceptance_stats_twin(
             torch.zeros(count, dtype=torch.int64),
             torch.tensor(positions, dtype=torch.int32),
             torch.tensor(given, dtype=torch.int32),

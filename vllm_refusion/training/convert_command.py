@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_refusion.config import PRESETS
+from vllm_refusion.decoding.params import PRESETS
 
 HELP = "make a ReFusion checkpoint, to be trained, from an autoregressive one"
 

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from vllm_refusion.config import DecodingParams
+from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.training.collator import autoregressive, draw, sequence
 from vllm_refusion.training.data import Encoder, TokenStore, read_rows, stored, write_store
 from vllm_refusion.training.loss import CAUSAL

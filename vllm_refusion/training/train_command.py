@@ -76,7 +76,7 @@ def settings_from(args: argparse.Namespace) -> tuple[Any, Any]:
     """(Recipe, Execution). Raises ValueError on values that are not allowed."""
     from dataclasses import fields
 
-    from vllm_refusion.config import DecodingParams
+    from vllm_refusion.decoding.params import DecodingParams
     from vllm_refusion.training.run import Execution, Recipe
 
     def given(kind: type) -> dict[str, Any]:

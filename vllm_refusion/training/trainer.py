@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vllm_refusion.config import DecodingParams
-from vllm_refusion.reference import decode
+from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.reference import decode
 from vllm_refusion.training.collator import Sequenced, collate
 from vllm_refusion.training.loss import attach, label_counts
 

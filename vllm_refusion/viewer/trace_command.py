@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_refusion.config import PARAMETER_NAMES, PRESETS
+from vllm_refusion.decoding.params import PARAMETER_NAMES, PRESETS
 
 HELP = "record how prompts are decoded, pass by pass, as JSON"
 

@@ -1,0 +1,62 @@
+"""Dealing rows out to requests: the kernel against its twin, and what must hold for both."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from fuzzed_states import DECODING, FUZZED, POISON, Fuzz
+from test_transition import KERNEL_DEVICE, assert_same, copy_state
+
+from vllm_refusion.decoding.state import Field, Phase
+from vllm_refusion.triton_kernels.allocation import allocate
+from vllm_refusion.triton_kernels.allocation_twin import TOTALS, allocate_twin
+
+
+@pytest.mark.parametrize("phases", [DECODING, FUZZED], ids=["decoding", "all"])
+def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
+    rng = random.Random(f"{phases}")
+    served = waited = ridden = 0
+    for _ in range(12):
+        fuzz = Fuzz(rng, phases, 48)
+        state, requests = fuzz.state, len(fuzz.idx_mapping)
+        decoding = rng.randint(1, requests)
+        before = state.ints[fuzz.idx_mapping].clone()
+        scheduled = torch.tensor([rng.randint(1, 96) for _ in range(requests)]).int()
+        scheduled[decoding:] = 0
+        prompts = torch.tensor([rng.choice((0, rng.randint(1, 70))) for _ in range(requests)]).int()
+        rows = rng.randint(0, int(scheduled.sum()))
+        inputs = (fuzz.num_computed, fuzz.idx_mapping, scheduled, prompts)
+        outputs = [
+            torch.full((n,), POISON, dtype=torch.int32)
+            for n in (requests + 3, requests + 1, TOTALS)
+        ]
+        scalars = (decoding, rows, rng.randrange(decoding))
+        copied = copy_state(state, KERNEL_DEVICE)
+        copies = [tensor.to(KERNEL_DEVICE, copy=True) for tensor in outputs]
+        allocate(copied, *(tensor.to(KERNEL_DEVICE) for tensor in inputs), *copies, *scalars)
+        allocate_twin(state, *inputs, *outputs, *scalars)
+        assert_same("ints", copied.ints, state.ints)
+        for name, got, expected in zip(("starts", "logits", "totals"), copies, outputs):
+            assert_same(name, got, expected)
+
+        query_start_loc, logits_start, totals = outputs
+        given = logits_start.diff()
+        assert given.sum() == rows and (given <= scheduled).all() and (given >= 0).all()
+        assert (query_start_loc[: requests + 1].diff() == given + prompts).all()
+        assert (query_start_loc[requests + 1 :] == POISON).all()
+        assert totals[0] <= totals[1]
+        for index in range(decoding):
+            if before[index, Field.PHASE] in DECODING:
+                needed = before[index, Field.ROWS]
+                served += bool(given[index] >= needed)
+                waited += bool(given[index] < needed)
+                ridden += bool(given[index] > needed)
+                size, emitted = before[index, [Field.SLOT_SIZE, Field.EMITTED]]
+                room = scheduled[index] + emitted - emitted % size
+                room -= before[index, Field.COMMITTED] + before[index, Field.KEPT]
+                # the engine's scheduler always leaves room for what a phase needs
+                if given[index] >= needed and needed <= room:
+                    assert state.ints[fuzz.idx_mapping[index], Field.CANVAS] <= room
+    assert served and waited and ridden

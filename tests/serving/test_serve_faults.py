@@ -1,0 +1,281 @@
+"""Bad input and broken engines behind a real server: errors that say what is wrong, never a 5xx."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import openai
+import psutil
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from server import MODEL_NAME, STOP_SECONDS
+
+from vllm_refusion.decoding.params import DecodingParams
+
+SMALL = DecodingParams(8, 32)
+INF, NAN, HUGE = float("inf"), float("nan"), 10**30
+CHAT = {"messages": [{"role": "user", "content": "What is 2 + 3?"}]}
+
+
+def post(server, path, body):
+    """The response to a JSON body, NaN and lone surrogates included."""
+    body = {"model": MODEL_NAME, "max_tokens": 4} | body
+    return server.http.post(
+        path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+
+
+def xargs(**values):
+    return {"vllm_xargs": values}
+
+
+@contextmanager
+def healthy_requests(chat, reference, questions):
+    """Streams an answer again and again meanwhile; each must be the reference's."""
+    stop, wrong, right = threading.Event(), [], []
+    expected = reference.text(questions[1], SMALL)
+
+    def stream():
+        while not stop.is_set():
+            chunks = chat(questions[1], SMALL, stream=True)
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            (right if text == expected else wrong).append(text)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    try:
+        yield right
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert right
+
+
+# What is sent, and the parameter that the answer must name.
+BAD = {
+    "xargs is a list": ({"vllm_xargs": [1]}, "vllm_xargs"),
+    "xargs unknown": (xargs(slot_sise=8), "slot_sise"),
+    "xargs null": (xargs(slot_size=None), "slot_size"),
+    "xargs text": (xargs(slot_size="8"), "slot_size"),
+    "xargs bool": (xargs(block_length=True), "block_length"),
+    "xargs nested": (xargs(slot_size={"a": [1]}), "slot_size"),
+    "xargs zero": (xargs(slot_size=0), "slot_size"),
+    "xargs not a multiple": (xargs(slot_size=7), "block_length"),
+    "xargs huge": (xargs(slot_size=HUGE), "extra_args"),
+    "xargs 2**63": (xargs(block_length=2**63), "block_length"),
+    "xargs NaN": (xargs(slot_threshold=NAN), "slot_threshold"),
+    "xargs infinite": (xargs(token_threshold=INF), "token_threshold"),
+    "xargs negative": (xargs(token_threshold=-0.5), "token_threshold"),
+    "temperature NaN": ({"temperature": NAN}, "temperature"),
+    "temperature huge": ({"temperature": 1e300}, "temperature"),
+    "temperature text": ({"temperature": "hot"}, "temperature"),
+    "top_p NaN": ({"top_p": NAN, "temperature": 1}, "top_p"),
+    "top_p zero": ({"top_p": 0, "temperature": 1}, "top_p"),
+    "top_k negative": ({"top_k": -5, "temperature": 1}, "top_k"),
+    "min_p NaN": ({"min_p": NAN, "temperature": 1}, "min_p"),
+    "seed huge": ({"seed": HUGE}, "seed"),
+    "seed -2**63": ({"seed": -(2**63), "temperature": 1}, "seed"),
+    "max_tokens zero": ({"max_tokens": 0}, "max_tokens"),
+    "max_tokens negative": ({"max_tokens": -1}, "max_tokens"),
+    "max_tokens huge": ({"max_tokens": HUGE}, "max_tokens"),
+    "min_tokens negative": ({"min_tokens": -1}, "min_tokens"),
+    "min_tokens above": ({"min_tokens": 9}, "min_tokens"),
+    "n zero": ({"n": 0}, "n"),
+    "n huge": ({"n": HUGE, "temperature": 1}, "n"),
+    "penalty NaN": ({"presence_penalty": NAN}, "presence_penalty"),
+    "structured outputs of a number": ({"structured_outputs": 5}, "structured_outputs"),
+    "structured outputs of a list": ({"structured_outputs": [5]}, "structured_outputs"),
+    "bias NaN": ({"logit_bias": {"5": NAN}}, "logit_bias"),
+    "bias infinite": ({"logit_bias": {"5": INF}}, "logit_bias"),
+    "bias of no token": ({"logit_bias": {"five": 1}}, "logit_bias"),
+    "bias outside": ({"logit_bias": {"999999": 1}}, "logit_bias"),
+    "allowed outside": ({"allowed_token_ids": [999999]}, "allowed_token_ids"),
+    "allowed mask only": ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+    "stop token outside": ({"stop_token_ids": [-3]}, "stop_token_ids"),
+    "stop token huge": ({"stop_token_ids": [HUGE]}, "stop_token_ids"),
+    "empty stop": ({"stop": [""]}, "stop"),
+    "too many logprobs": ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    "mask token text": ({"messages": [{"role": "user", "content": "a <|mask|> b"}]}, "prompt"),
+    "over the limit": ({"messages": [{"role": "user", "content": "word " * 600}]}, "length"),
+    "1 MB": ({"messages": [{"role": "user", "content": "word " * 200_000}]}, "length"),
+    "1 MB of one letter": ({"messages": [{"role": "user", "content": "a" * 2**20}]}, "length"),
+    "no messages": ({"messages": None}, ""),
+    "messages of text": ({"messages": "hello"}, "messages"),
+    "broken unicode": ({"messages": [{"role": "user", "content": "a \ud800 b"}]}, ""),
+}
+BAD_PROMPTS = {
+    "empty": ([], "prompt"),
+    "empty text": ("", "prompt"),
+    "null": (None, "prompt"),
+    "outside": ([5, 999999], "out of"),
+    "huge": ([HUGE], "vocabulary"),
+    "negative": ([-1], "prompt"),
+    "mask": ([5, 1, 7], "mask token"),
+    "fractions": ([1.5, 2.5], "prompt"),
+    "at the limit": ([7] * 512, "max_tokens"),
+    "over the limit": ([7] * 513, "length"),
+    "million tokens": ([7] * 1_000_000, "length"),
+    "broken unicode": ("a \udfff b", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_chat(server, name):
+    body, parameter = BAD[name]
+    response = post(server, "/v1/chat/completions", CHAT | body)
+    assert 400 <= response.status_code < 500, response.text[:500]
+    assert parameter in response.text, response.text[:500]
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompt(server, name):
+    prompt, parameter = BAD_PROMPTS[name]
+    response = post(server, "/v1/completions", {"prompt": prompt})
+    assert 400 <= response.status_code < 500, response.text[:500]
+    assert parameter in response.text, response.text[:500]
+
+
+def test_bad_bodies_of_completions(server):
+    for body in ({"structured_outputs": 5}, {"logit_bias": {"5": NAN}}):
+        response = post(server, "/v1/completions", {"prompt": "a"} | body)
+        assert response.status_code == 400, response.text[:500]
+        assert response.json()["error"]["param"] in body
+
+
+def test_longest_prompt(server, complete, reference):
+    """One token less than the limit leaves room for one token."""
+    response = complete([7] * 511, SMALL, max_tokens=1)
+    assert response.choices[0].token_ids == reference([7] * 511, SMALL, 1).tokens
+
+
+def test_broken_json(server):
+    for content in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"model": "served", "messages": 1e9999}',
+    ):
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            response = server.http.post(
+                path, content=content, headers={"Content-Type": "application/json"}
+            )
+            assert 400 <= response.status_code < 500, (content, response.text[:500])
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 40),
+    st.integers(),
+    st.sampled_from([2**31, 2**32, 2**63, -(2**63), 2**64, HUGE, -HUGE]),
+    st.floats(),
+    st.floats(0, 1),
+    st.text(max_size=8),
+    st.lists(st.integers(-2, 4000), max_size=4),
+    st.lists(st.text(max_size=4), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["5", "x", "type", "slot_size"]), st.integers(-2, 9), max_size=2
+    ),
+)
+FIELDS = (
+    "temperature top_p top_k min_p seed n stop stop_token_ids max_tokens min_tokens logprobs "
+    "top_logprobs logit_bias allowed_token_ids bad_words presence_penalty repetition_penalty "
+    "prompt_logprobs echo stream stream_options ignore_eos skip_special_tokens response_format "
+    "structured_outputs return_token_ids include_stop_str_in_output vllm_xargs best_of "
+    "truncate_prompt_tokens use_beam_search length_penalty priority add_special_tokens "
+    "return_tokens_as_token_ids tools tool_choice suffix user repetition_detection"
+).split()
+XARGS = st.dictionaries(
+    st.sampled_from(["slot_size", "block_length", "slot_threshold", "token_threshold", "other"]),
+    VALUES,
+    max_size=3,
+)
+BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
+PROMPTS = st.one_of(st.just([5, 6, 7]), st.text(max_size=20), VALUES)
+
+
+@pytest.mark.parametrize(
+    "examples", [60, pytest.param(500, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_fuzz(server, chat, reference, questions, examples, capsys):
+    """No body whatever gives a 5xx, and requests beside it do not notice."""
+    statuses: dict[int, int] = {}
+    failures = []
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(body=BODIES, decoding=st.none() | XARGS, prompt=PROMPTS, to_chat=st.booleans())
+    def fuzz(body, decoding, prompt, to_chat):
+        if decoding is not None:
+            body = body | {"vllm_xargs": decoding}
+        if to_chat:
+            body = CHAT | body
+        path = "/v1/chat/completions" if to_chat else "/v1/completions"
+        response = post(server, path, {"prompt": prompt} | body)
+        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+        if response.status_code >= 500:
+            failures.append((body, prompt, response.text[:300]))
+
+    with healthy_requests(chat, reference, questions) as answered:
+        fuzz()
+    with capsys.disabled():
+        print(f"\nfuzzed bodies by status: {statuses}; right answers meanwhile: {len(answered)}")
+    assert not failures, failures[:5]
+    assert statuses.get(200) and statuses.get(400)
+
+
+def test_logs_hold_no_prompts_and_no_answers(server, chat, reference, questions):
+    """At the default level; neither those of requests that are refused."""
+    secret = "xylophone quartz marmalade"
+    bad = [
+        CHAT | {"messages": [{"role": "user", "content": f"{secret} <|mask|>"}]},
+        CHAT | {"messages": [{"role": "user", "content": f"{secret} " * 200}]},
+        CHAT | {"messages": [{"role": "user", "content": secret}], "presence_penalty": 1},
+        {"messages": {"role": "user", "content": secret}},
+        {"messages": [{"role": secret, "content": secret}], "max_tokens": secret},
+    ]
+    for body in bad:
+        assert 400 <= post(server, "/v1/chat/completions", body).status_code < 500
+    answered = post(
+        server, "/v1/chat/completions", {"messages": [{"role": "user", "content": secret}]}
+    )
+    assert answered.status_code == 200
+    text = chat(questions[1], SMALL).choices[0].message.content
+    log = server.log.read_text()
+    assert "POST /v1/chat/completions" in log
+    for private in (*secret.split(), questions[1], text, text[:40]):
+        assert private not in log
+
+
+def test_a_killed_engine_ends_the_server_and_its_clients_requests(server, chat, questions):
+    """The last test. Nobody hangs: clients get an error, and the server exits as vLLM's does."""
+    stream = chat(questions[1], SMALL, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    engines = [child for child in server.children() if "EngineCore" in " ".join(child.cmdline())]
+    for child in engines or server.children():
+        child.kill()
+    started = time.monotonic()
+    with pytest.raises((openai.APIError, Exception)) as error:
+        for _ in stream:
+            pass
+        raise AssertionError("the stream ended as if it were complete")
+    assert not isinstance(error.value, AssertionError)
+    with pytest.raises(openai.APIError):
+        chat(questions[1], max_tokens=4)
+    assert server.process.wait(STOP_SECONDS) is not None
+    assert time.monotonic() - started < STOP_SECONDS
+    _, alive = psutil.wait_procs(engines, timeout=STOP_SECONDS)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,337 @@
+"""PyTorch twin of ``compose``: the next canvas of one request, in plain Python.
+
+The state and its fields are described in ``vllm_refusion.decoding.state``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from vllm_refusion.decoding.speculation import (
+    CERTAIN,
+    LARGEST_COST,
+    LEVELS,
+    MAX_RIDERS,
+    NO_RIDERS,
+    PRIOR_PASSED,
+    PRIOR_TESTED,
+    Speculation,
+    chance_table,
+    cost_table,
+)
+from vllm_refusion.decoding.state import DecodeState, Field, Phase, Status
+
+INFILLED = (Status.CHOSEN, Status.BLANK, Status.ACCEPTED)  # positions of slots in infill
+OPEN = (Status.CHOSEN, Status.BLANK)
+LISTS = ("ints", "status", "token", "rounds", "origin")
+
+
+def compose_twin(state: DecodeState, slot: int, speculation: Speculation) -> None:
+    """Writes the canvas of one request, whose other fields are set, and ROWS and CANVAS."""
+    request = Request.load(state, slot, speculation)
+    request.compose()
+    request.save()
+
+
+class _Row(NamedTuple):
+    """A canvas row, see ``DecodeState``."""
+
+    token: int
+    position: int
+    draw: int
+    context: int = 0
+    run_start: int = 0
+    run_end: int = 0
+    own_start: int = 0
+
+
+class _Rider(NamedTuple):
+    """A rider that the canvas could take, at block position ``at``; see ``rider_row``."""
+
+    at: int
+    chance: int
+    positions: list[int]  # response positions of its masks
+    draw: int
+    run: tuple[int, int]
+    context: int = 0
+    lead: int = 0  # its masks before ``at``, whose tokens are accepted already
+
+    @property
+    def score(self) -> int:
+        return self.chance * 256 // len(self.positions)
+
+
+@dataclass
+class Request:
+    """One request, its fields as lists that are updated in place and written back by ``save``."""
+
+    state: DecodeState
+    slot: int
+    speculation: Speculation
+    ints: list[int]
+    status: list[int]
+    token: list[int]
+    rounds: list[int]
+    origin: list[int]
+    confidence: torch.Tensor
+    canvas_row: list[int] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, state: DecodeState, slot: int, speculation: Speculation) -> Request:
+        lists = [getattr(state, name)[slot].tolist() for name in LISTS]
+        return cls(state, slot, speculation, *lists, state.confidence[slot].clone())
+
+    def save(self) -> None:
+        state, slot = self.state, self.slot
+        for name in LISTS:
+            getattr(state, name)[slot] = torch.tensor(getattr(self, name), dtype=torch.int32)
+        state.confidence[slot] = self.confidence
+
+    def compose(self) -> None:
+        """Writes the next canvas: the rows that the phase needs, then riders while they pay."""
+        ints, state, slot = self.ints, self.state, self.slot
+        rows = self._phase_rows()
+        rider_row, rider_width = [-1] * state.canvas_length, [0] * state.canvas_length
+
+        def add(rider: _Rider) -> None:
+            start, width = len(rows), len(rider.positions)
+            rider_row[rider.at], rider_width[rider.at] = start + rider.lead, width - rider.lead
+            for position in rider.positions:
+                mask = state.mask_token_id
+                row = _Row(mask, position, rider.draw, rider.context, *rider.run, start)
+                rows.append(row)
+
+        most = min(state.canvas_length, self._guaranteed_rows())
+        for rider in self._tails():
+            if len(rows) + len(rider.positions) <= most:
+                add(rider)
+        ints[Field.ROWS] = len(rows)
+        candidates = self._riders() if self.speculation != NO_RIDERS else []
+        candidates.sort(key=lambda rider: (-rider.score, rider.at))
+        free, price = self.speculation
+        for rider in candidates[:MAX_RIDERS]:
+            width, end = len(rider.positions), len(rows) + len(rider.positions)
+            pays = end <= free or rider.chance * (width + price) > width * CERTAIN
+            if rider.score > 0 and pays and end <= state.canvas_length:
+                add(rider)
+        ints[Field.CANVAS] = len(rows)
+        for name, values in (
+            ("rider_row", rider_row),
+            ("rider_width", rider_width),
+            ("canvas_row", self.canvas_row),
+        ):
+            getattr(state, name)[slot] = torch.tensor(values, dtype=torch.int32)
+        state.row_position[slot] = -1
+        for name, values in zip(_Row._fields, zip(*rows)):
+            target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
+            target[slot, : len(rows)] = torch.tensor(values, dtype=target.dtype)
+
+    def positions(self, *statuses: Status) -> list[int]:
+        return [p for p, status in enumerate(self.status) if status in statuses]
+
+    def by_slot(self, positions: list[int]) -> list[list[int]]:
+        """Ascending positions, those of each slot."""
+        size = self.ints[Field.SLOT_SIZE]
+        return [list(group) for _, group in groupby(positions, lambda p: p // size)]
+
+    def block_length_at(self, start: int) -> int:
+        return min(self.ints[Field.BLOCK_LENGTH], self.ints[Field.BUDGET] - start)
+
+    def _phase_rows(self) -> list[_Row]:
+        """The first rows of the canvas; fills ``canvas_row``."""
+        ints, mask = self.ints, self.state.mask_token_id
+        start, draw, size = ints[Field.BLOCK_START], ints[Field.DRAW], ints[Field.SLOT_SIZE]
+        infills = ints[Field.PHASE] == Phase.INFILL
+        members = self._members()
+        self.canvas_row = [-1] * self.state.canvas_length
+        for row, p in enumerate(members):
+            self.canvas_row[p] = row
+        return [
+            _Row(
+                mask if self.status[p] in (Status.MASKED, Status.BLANK) else self.token[p],
+                start + p,
+                draw + self.rounds[p] if infills else draw,
+                context=-ints[Field.KEPT] if infills else 0,
+                own_start=row - p % size if infills else 0,
+            )
+            for row, p in enumerate(members)
+        ]
+
+    def _members(self) -> list[int]:
+        """Block positions that take part in the pass."""
+        phase = self.ints[Field.PHASE]
+        if phase == Phase.PLAN:
+            return self.positions(Status.MASKED)
+        chosen = self.by_slot(self.positions(Status.CHOSEN))
+        if phase == Phase.VERIFY:
+            # several slots are tested as one run
+            return self._worth_testing(chosen[0]) if len(chosen) == 1 else sum(chosen, [])
+        if phase != Phase.INFILL:
+            return []
+        fed = {p for proposals in chosen for p in self._worth_testing(proposals)}
+        for blank in self._waiting():
+            if self.origin[blank[0]] == blank[0]:
+                fed.update(blank[: self._predict_width()])
+        following = self.positions(*INFILLED)[self.ints[Field.KEPT] :]
+        accepted = [p for p in following if self.status[p] == Status.ACCEPTED]
+        if not self._can_end(fed):  # then nothing can be committed: complete slots stay out
+            active = {self._slot(p) for p in self.positions(*OPEN)}
+            accepted = [p for p in accepted if self._slot(p) in active]
+        return sorted(fed.union(accepted))
+
+    def _slot(self, position: int) -> int:
+        return position // self.ints[Field.SLOT_SIZE]
+
+    def _can_end(self, fed: set[int]) -> bool:
+        """Whether the infill is over if a pass accepts all the tokens fed."""
+        all_fed = fed.issuperset(self.positions(Status.CHOSEN))
+        return all_fed and Status.BLANK not in self.status
+
+    def _waiting(self) -> list[list[int]]:
+        """By slot, the positions that wait for proposals, where none is left to be tested."""
+        proposed = {self._slot(p) for p in self.positions(Status.CHOSEN)}
+        blanks = self.by_slot(self.positions(Status.BLANK))
+        return [blank for blank in blanks if self._slot(blank[0]) not in proposed]
+
+    # How much of an operation is fed at once
+
+    def _worth_testing(self, proposals: list[int]) -> list[int]:
+        """The first of a slot's proposals, up to one that is hardly reached."""
+        if self.speculation == NO_RIDERS:
+            return proposals
+        cost = 0
+        for count, p in enumerate(proposals):
+            if count and not self._worth_feeding(_chance(cost), 1):
+                return proposals[:count]
+            cost += self._test_cost(p)
+        return proposals
+
+    def _guaranteed_rows(self) -> int:
+        """Rows that a pass of an infill gets in any case: what is open in the block, and a slot.
+
+        The first of ``_tails`` fits, unless tokens before it take its place: then they are kept.
+        """
+        not_committed = self.positions(Status.MASKED, *INFILLED)
+        return len(not_committed) - self.ints[Field.KEPT] + self.ints[Field.SLOT_SIZE]
+
+    def _predict_width(self) -> int:
+        """The most masks of a predict."""
+        size = self.ints[Field.SLOT_SIZE]
+        fits = self.ints[Field.BLOCK_LENGTH] + size <= self.state.canvas_length
+        if self.speculation == NO_RIDERS or not fits:
+            return size
+        width, each = 1, cost_table()[self._acceptance()]
+        while width < size and self._worth_feeding(_chance(each * (width - 1)), width):
+            width += 1
+        return width
+
+    def _worth_feeding(self, chance: int, again: int) -> bool:
+        """Whether to feed a row at once that is needed with a chance.
+
+        Later, it takes a pass and ``again`` more rows. The sum of rows and passes is least where
+        the chance that this is the first row needed later is worth as much as the row.
+        """
+        missing = LEVELS - self._acceptance()
+        later = LEVELS + missing * (self.speculation.pass_price + again)
+        return chance * later > CERTAIN * LEVELS
+
+    def _acceptance(self) -> int:
+        """Share of this request's tested tokens that passed, in LEVELS-ths, below LEVELS."""
+        passed = self.ints[Field.PASSED] + PRIOR_PASSED
+        return LEVELS * passed // (self.ints[Field.TESTED] + PRIOR_TESTED)
+
+    # Masks behind the rows of the phase
+
+    def _tails(self) -> list[_Rider]:
+        """What has to come next where a slot needs more proposals of an operation.
+
+        The operation's masks before them are fed again: they are what its other masks see.
+        """
+        if self.ints[Field.PHASE] != Phase.INFILL:
+            return []
+        blanks = [blank[0] for blank in self._waiting()]
+        return [self._tail(at, CERTAIN) for at in blanks if self.origin[at] < at]
+
+    def _tail(self, at: int, chance: int) -> _Rider:
+        return self._predict_rider(at, self.origin[at], chance, self.rounds[at] - 1)
+
+    def _predict_rider(self, at: int, origin: int, chance: int, rounds: int) -> _Rider:
+        """Masks of the operation that began at ``origin``, for proposals from ``at`` on."""
+        ints, size = self.ints, self.ints[Field.SLOT_SIZE]
+        slot_start = at - at % size
+        end = min(at + self._predict_width(), slot_start + size)
+        member = next(p for p in range(slot_start, at + 1) if self.canvas_row[p] >= 0)
+        opens = self.canvas_row[member] - (member - slot_start)  # below 0 where tokens are kept
+        return _Rider(
+            at,
+            chance,
+            [ints[Field.BLOCK_START] + p for p in range(origin, end)],
+            ints[Field.DRAW] + rounds,
+            (opens, opens + origin - slot_start),
+            -ints[Field.KEPT],
+            at - origin,
+        )
+
+    def _plan_rider(self, last_slot: int, chance: int, committed: int, draw: int) -> _Rider:
+        """The plan if ``last_slot`` is the last one committed, with so many rows in all."""
+        ints = self.ints
+        start, size = ints[Field.BLOCK_START], ints[Field.SLOT_SIZE]
+        back = [p for p in self.positions(Status.CHOSEN) if p >= last_slot + size]
+        back = back if ints[Field.PHASE] == Phase.VERIFY else []
+        positions = [start + p for p in sorted(self.positions(Status.MASKED) + back)]
+        if not positions:
+            start += ints[Field.BLOCK_LENGTH]
+            if start < ints[Field.LIMIT]:
+                positions = list(range(start, start + self.block_length_at(start)))
+        return _Rider(last_slot, chance, positions, draw, (0, committed))
+
+    def _riders(self) -> list[_Rider]:
+        """All riders that could follow the rows of the phase, with their chances."""
+        ints, size = self.ints, self.ints[Field.SLOT_SIZE]
+        verifies = ints[Field.PHASE] == Phase.VERIFY
+        if not verifies and ints[Field.PHASE] != Phase.INFILL:
+            return []
+        fed = {p for p, row in enumerate(self.canvas_row) if row >= 0}
+        proposed = self.by_slot(self.positions(Status.CHOSEN))
+        sums = [0]  # of costs, before each slot and after the last
+        riders = []
+        for proposals in proposed:
+            cost = 0
+            for p in proposals:
+                before, cost = cost, cost + self._test_cost(p)
+                if p in fed and p % size and (not verifies or proposals is proposed[0]):
+                    rounds = 0 if verifies else self.rounds[p]
+                    chance = _chance(before) - _chance(cost)
+                    riders.append(self._predict_rider(p, p, chance, rounds))
+            after = proposals[-1] + 1
+            if after % size and self.status[after] == Status.BLANK and fed.issuperset(proposals):
+                riders.append(self._tail(after, _chance(cost)))
+            sums.append(sums[-1] + cost)
+
+        if verifies and fed.issuperset(sum(proposed, [])):
+            for proposals, total, following in zip(proposed, sums[1:], [*sums[2:], None]):
+                chance = _chance(total) - (0 if following is None else _chance(following))
+                committed = self.canvas_row[proposals[-1]] + 1
+                rider = self._plan_rider(proposals[0], chance, committed, ints[Field.DRAW])
+                riders.append(rider)
+        elif not verifies and self._can_end(fed):
+            slots = self.positions(*INFILLED)
+            draw = ints[Field.DRAW] + max(self.rounds[p] for p in slots)
+            last_slot = slots[-1] - slots[-1] % size
+            riders.append(self._plan_rider(last_slot, _chance(sums[-1]), len(fed), draw))
+        return [rider for rider in riders if rider.positions]
+
+    def _test_cost(self, position: int) -> int:
+        """See ``speculation.py``; nothing where a proposal is accepted without a test."""
+        if self.origin[position] == position:
+            return 0
+        level = float(self.confidence[position]) * LEVELS
+        return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]
+
+
+def _chance(cost: int) -> int:
+    return chance_table()[min(cost, LARGEST_COST)]

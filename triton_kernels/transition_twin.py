@@ -1,0 +1,401 @@
+"""PyTorch twin of the kernel in ``transition``: one request at a time, plain Python.
+
+The state and its fields are described in ``vllm_refusion.decoding.state``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_refusion.decoding.speculation import NO_RIDERS, Speculation
+from vllm_refusion.decoding.state import (
+    ACCEPTANCE_WINDOW,
+    Counter,
+    DecodeState,
+    Field,
+    Phase,
+    Status,
+)
+from vllm_refusion.triton_kernels.compose_twin import INFILLED, OPEN, Request
+
+
+def transition_twin(
+    state: DecodeState,
+    idx_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    logits_start: torch.Tensor,
+    num_computed: torch.Tensor,
+    prefill_len: torch.Tensor,
+    picked: torch.Tensor,
+    picked_prob: torch.Tensor,
+    given_prob: torch.Tensor,
+    emit_limit: torch.Tensor,
+    sampled: torch.Tensor,
+    num_sampled: torch.Tensor,
+    num_rejected: torch.Tensor,
+    speculation: Speculation = NO_RIDERS,
+) -> None:
+    """Moves every request of a batch by one pass (algorithm section 3) and writes its next canvas.
+
+    Args:
+        idx_mapping: [R] int64, request slot of each batch row.
+        query_start_loc, logits_start: [R+1] int32, where a request's rows start among all query
+            rows and among the rows of the statistics.
+        num_computed, prefill_len: [max_requests] int32, KV entries before this pass, and KV
+            entries that are prefill (prompt, after a preemption also emitted whole slots).
+        picked, picked_prob, given_prob: [rows] statistics of the canvas rows (``token_stats``);
+            the given token of a row is the token of the next canvas row.
+        emit_limit: [R] int32, the most tokens that may be delivered.
+        sampled: [R, W] int, out: tokens newly final in position order.
+        num_sampled: [R] int32, out: their number.
+        num_rejected: [R] int32, out: query rows whose KV is not kept.
+        speculation: which rows the next canvas takes.
+    """
+    starts = query_start_loc.tolist()
+    first_logit = logits_start.tolist()
+    for row, slot in enumerate(idx_mapping.tolist()):
+        query_len = starts[row + 1] - starts[row]
+        ints = state.ints[slot].tolist()
+        if ints[Field.PHASE] == Phase.IDLE:
+            num_sampled[row], num_rejected[row] = 0, query_len
+            continue
+        step = _Step.load(state, slot, speculation)
+        step.query_len = query_len
+        step.decode_rows = first_logit[row + 1] - first_logit[row]
+        step.computed, step.prefill_len = int(num_computed[slot]), int(prefill_len[slot])
+        step.fed = min(query_len, ints[Field.CANVAS])
+        if ints[Field.PHASE] == Phase.PREFILL:
+            step.fed = max(0, query_len - (step.prefill_len - step.computed))
+        rows = slice(first_logit[row], first_logit[row] + step.fed)
+        step.picked, step.picked_prob = picked[rows].tolist(), picked_prob[rows]
+        step.given_prob = given_prob[rows]
+        num_rejected[row] = query_len - step.run()
+        # a prompt may have come with the first plan
+        decodes = ints[Field.PHASE] != Phase.PREFILL or (
+            ints[Field.RESUME] == Phase.START and step.ints[Field.PHASE] == Phase.VERIFY
+        )
+        tokens = step.emit(int(emit_limit[row])) if decodes else []
+        num_sampled[row] = len(tokens)
+        sampled[row, : len(tokens)] = torch.tensor(tokens, dtype=sampled.dtype)
+        step.save()
+
+
+@dataclass
+class _Step(Request):
+    """One pass of one request."""
+
+    query_len: int = 0
+    decode_rows: int = 0  # of query_len, those with statistics: the others are a prefill's
+    fed: int = 0
+    computed: int = 0
+    prefill_len: int = 0
+    picked: list[int] | None = None
+    picked_prob: torch.Tensor | None = None
+    given_prob: torch.Tensor | None = None
+    passed: int = 0  # of the tokens tested
+    tested: int = 0
+
+    def run(self) -> int:
+        """Decides, builds the next canvas; returns how many leading rows keep their KV."""
+        ints, phase = self.ints, Phase(self.ints[Field.PHASE])
+        self.canvas_row, self.rider_row, self.rider_width = (
+            column[self.slot].tolist()
+            for column in (self.state.canvas_row, self.state.rider_row, self.state.rider_width)
+        )
+        self.first_rider = ints[Field.ROWS]
+        if phase == Phase.PREFILL:
+            if self.computed + self.query_len >= self.prefill_len:
+                self._resume(self.prefill_len - ints[Field.PROMPT_LEN])
+            return self.query_len - self.fed
+        if phase == Phase.REPLAY:
+            done = self.computed - ints[Field.PROMPT_LEN]
+            kept = min(self.query_len, ints[Field.COMMITTED] - done)
+            self._count(Counter.REPLAY)
+            self._count(Counter.ROWS_FED, kept)
+            self._resume(done + kept)
+            return kept
+        if phase == Phase.DONE or self.decode_rows < max(self.query_len, ints[Field.ROWS]):
+            self._count(Counter.IDLE)
+            return 0
+        ints[Field.PASSES] += 1
+        self._count(Counter.ROWS_FED, self.fed)
+        self._count(Counter.RIDER_ROWS_FED, self.fed - ints[Field.ROWS])
+        if phase == Phase.PLAN:
+            self._count(Counter.PLAN)
+            self._plan(0)
+            kept = 0
+        elif phase == Phase.VERIFY:
+            self._count(Counter.VERIFY)
+            kept = self._verify()
+        else:
+            self._count(Counter.PREDICT if self._waiting() else Counter.INFILL_VERIFY)
+            kept = self._infill()
+        self._ride_predicts()
+        self._learn()
+        self.compose()
+        return kept
+
+    def emit(self, limit: int) -> list[int]:
+        """Tokens newly final in position order, at most ``limit``.
+
+        The first slot not committed may have tokens that will not change any more. Its last one
+        waits for the commit, so that whole slots emitted are slots committed.
+        """
+        ints = self.ints
+        end = head = next(
+            (p for p, s in enumerate(self.status) if s != Status.COMMITTED), len(self.status)
+        )
+        while end < min(head + ints[Field.SLOT_SIZE] - 1, len(self.status)) and (
+            self.status[end] == Status.ACCEPTED
+            or (self.status[end] == Status.CHOSEN and self.origin[end] == end)
+        ):
+            self.state.response[self.slot, ints[Field.BLOCK_START] + end] = self.token[end]
+            end += 1
+        end = min(
+            ints[Field.BLOCK_START] + end,
+            ints[Field.LIMIT],
+            ints[Field.MAX_TOKENS],
+            ints[Field.EMITTED] + limit,
+        )
+        start = ints[Field.EMITTED]
+        if end <= start:
+            return []
+        ints[Field.EMITTED] = end
+        self._count(Counter.TOKENS, end - start)
+        return self.state.response[self.slot, start:end].tolist()
+
+    def _plan(self, first_row: int) -> None:
+        """3.1, the masks of the remaining slots being the rows from ``first_row`` on."""
+        ints = self.ints
+        size = ints[Field.SLOT_SIZE]
+        ints[Field.DRAW] += 1
+        rows = dict(enumerate(self.positions(Status.MASKED), first_row))
+        certainty = {row: float(self.picked_prob[row]) for row in list(rows)[::size]}
+        threshold = float(self.state.slot_threshold[self.slot])
+        chosen = [row for row in certainty if certainty[row] > threshold]
+        if not chosen:
+            chosen = [max(certainty, key=lambda row: (certainty[row], -row))]
+        for first in chosen:
+            for row in range(first, first + size):
+                self._pick(rows[row], row, origin=rows[first])
+        self._count(Counter.SLOTS_CHOSEN, len(chosen))
+        ints[Field.PHASE] = Phase.VERIFY
+
+    def _pick(self, position: int, row: int, origin: int) -> None:
+        self.status[position] = Status.CHOSEN
+        self.token[position] = self.picked[row]
+        self.confidence[position] = self.picked_prob[row]
+        self.origin[position] = origin
+
+    def _verify(self) -> int:
+        ints = self.ints
+        size = ints[Field.SLOT_SIZE]
+        fed = [p for p, row in enumerate(self.canvas_row) if row >= 0]
+        slots = self.by_slot(self.positions(Status.CHOSEN))
+        runs = [self._run(positions) for positions in slots]
+        accepted = 0  # of all slots' tokens
+        for positions, run in zip(slots, runs):
+            accepted += run
+            if run < len(positions):
+                break
+        for p in sum(slots, []):
+            self.rounds[p] = 0
+        eos = self._first_eos(fed[:accepted])
+        if eos is not None:
+            kept = fed.index(eos) + 1
+            self._commit(fed[:kept], isolated=False)
+            self._cut_after(eos)
+            self._after_commit(None)
+            return kept
+        kept = accepted // size * size
+        if kept:
+            self._commit(fed[:kept], isolated=False)
+            for position in fed[kept:]:
+                self.status[position] = Status.MASKED
+            self._after_commit(fed[kept - size])
+            return kept
+        for positions, run in zip(slots, runs):
+            self._accept(positions, run)
+        self._accept_eos()
+        ints[Field.PHASE] = Phase.INFILL
+        ints[Field.KEPT] = self._keepable()
+        return ints[Field.KEPT]
+
+    def _infill(self) -> int:
+        ints = self.ints
+        waiting = self._waiting()
+        for positions in self.by_slot(self.positions(Status.CHOSEN)):
+            self._accept(positions, self._run(positions))
+        for blank in waiting:
+            fed = sum(self.canvas_row[p] >= 0 for p in blank)
+            if fed:
+                self._propose(blank, fed, self.canvas_row[blank[0]])
+        eos = self._accept_eos()
+        kept = self._keepable()
+        ints[Field.KEPT] += kept
+        slots = self.positions(*INFILLED)
+        if ints[Field.KEPT] >= len(slots):
+            rounds = max(self.rounds[p] for p in slots)
+            ints[Field.DRAW] += rounds
+            self._count(Counter.INFILLS)
+            self._count(Counter.INFILL_ROUNDS, rounds)
+            self._commit(slots, isolated=True)
+            ints[Field.KEPT] = 0
+            last_slot = slots[-1] - slots[-1] % ints[Field.SLOT_SIZE]
+            self._after_commit(None if eos is not None else last_slot)
+        return kept
+
+    def _run(self, proposals: list[int]) -> int:
+        """How many of a slot's proposals are accepted in this pass."""
+        run = tested = 0
+        for p in proposals:
+            row = self.canvas_row[p]
+            if row < 0:
+                break
+            if self.origin[p] != p:
+                tested += 1
+                # the row before gives this row's token its probability
+                probability = self.given_prob[row - 1] if row > 0 else -1.0
+                if not probability > self.state.token_threshold[self.slot]:
+                    self.passed -= 1
+                    break
+            run += 1
+        self.tested += tested
+        self.passed += tested
+        return run
+
+    def _learn(self) -> None:
+        """Counts the tokens tested and passed, those of late for the request itself."""
+        ints = self.ints
+        self._count(Counter.TOKENS_TESTED, self.tested)
+        self._count(Counter.TOKENS_PASSED, self.passed)
+        ints[Field.TESTED] += self.tested
+        ints[Field.PASSED] += self.passed
+        if ints[Field.TESTED] >= ACCEPTANCE_WINDOW:
+            ints[Field.TESTED] //= 2
+            ints[Field.PASSED] //= 2
+
+    def _accept(self, proposals: list[int], run: int) -> None:
+        """Accepts the first of a slot's proposals; if one failed, an operation starts there."""
+        for p in proposals[:run]:
+            self.status[p] = Status.ACCEPTED
+        if run == len(proposals) or self.canvas_row[proposals[run]] < 0:
+            return  # the others are not tested yet
+        size, failed = self.ints[Field.SLOT_SIZE], proposals[run]
+        for p in range(failed, failed - failed % size + size):
+            if self.status[p] in OPEN:
+                self.status[p] = Status.BLANK
+                self.origin[p] = failed
+
+    def _propose(self, blank: list[int], count: int, first_row: int) -> None:
+        """Takes ``count`` proposals for the blank positions of a slot."""
+        if self.origin[blank[0]] == blank[0]:  # the operation begins
+            for p in blank:
+                self.rounds[p] += 1
+        for row, p in enumerate(blank[:count], first_row):
+            self._pick(p, row, self.origin[p])
+
+    def _ride_predicts(self) -> None:
+        """Takes the proposals for slots whose rider is in the canvas."""
+        for blank in self._waiting():
+            row, width = self.rider_row[blank[0]], self.rider_width[blank[0]]
+            if row < 0 or row + width > self.fed:
+                continue
+            if row >= self.first_rider:
+                self._count(Counter.PREDICTS_RIDDEN)
+            self._propose(blank, width, row)
+
+    def _keepable(self) -> int:
+        """Leading canvas rows that hold accepted tokens and are the next in commit order."""
+        following = self.positions(*INFILLED)[self.ints[Field.KEPT] :]
+        for row, p in enumerate(following):
+            final = self.status[p] == Status.ACCEPTED and self.canvas_row[p] == row
+            if not final or self._is_asked(p):
+                return row
+        return len(following)
+
+    def _is_asked(self, position: int) -> bool:
+        """Whether the token's row will be asked about the token behind it."""
+        behind = position + 1
+        if behind % self.ints[Field.SLOT_SIZE] == 0 or self.status[behind] not in OPEN:
+            return False
+        return self.origin[behind] != behind
+
+    def _first_eos(self, positions: list[int]) -> int | None:
+        eos = self.ints[Field.EOS]
+        return next((p for p in positions if self.token[p] == eos), None) if eos >= 0 else None
+
+    def _accept_eos(self) -> int | None:
+        """Cuts the infill after the first accepted EOS, if there is one."""
+        eos = self._first_eos(self.positions(Status.ACCEPTED))
+        if eos is not None:
+            self._cut_after(eos)
+        return eos
+
+    def _cut_after(self, position: int) -> None:
+        """EOS at a block position: everything after it that is not committed is dropped."""
+        ints = self.ints
+        for p in range(position + 1, len(self.status)):
+            if self.status[p] != Status.COMMITTED:
+                self.status[p] = Status.DROPPED
+        ints[Field.LIMIT] = min(ints[Field.LIMIT], ints[Field.BLOCK_START] + position + 1)
+
+    def _commit(self, positions: list[int], isolated: bool) -> None:
+        """Commits tokens whose KV is final, in this order."""
+        ints, state, slot = self.ints, self.state, self.slot
+        committed = ints[Field.COMMITTED]
+        for row, position in enumerate(positions):
+            response_position = ints[Field.BLOCK_START] + position
+            self.status[position] = Status.COMMITTED
+            state.response[slot, response_position] = self.token[position]
+            state.order[slot, committed + row] = response_position
+            state.group_context[slot, committed + row] = committed if isolated else -1
+        ints[Field.COMMITTED] += len(positions)
+
+    def _after_commit(self, last_slot: int | None) -> None:
+        """What follows a commit, done at once if its rider is in the canvas.
+
+        ``last_slot``: the block position where the last committed slot starts; None after an EOS.
+        """
+        ints = self.ints
+        ints[Field.PHASE] = Phase.PLAN
+        if Status.MASKED not in self.status:
+            start = ints[Field.BLOCK_START] + ints[Field.BLOCK_LENGTH]
+            if start >= ints[Field.LIMIT]:
+                ints[Field.PHASE] = Phase.DONE
+                return
+            self._start_block(start)
+        first_row = -1 if last_slot is None else self.rider_row[last_slot]
+        if first_row >= 0 and first_row + len(self.positions(Status.MASKED)) <= self.fed:
+            self._count(Counter.PLANS_RIDDEN)
+            self._plan(first_row)
+
+    def _start_block(self, start: int) -> None:
+        ints = self.ints
+        ints[Field.BLOCK_START] = start
+        length = self.block_length_at(start)
+        width = self.state.canvas_length
+        self.status = [Status.MASKED if p < length else Status.DROPPED for p in range(width)]
+        self.token = [0] * width
+        ints[Field.PHASE] = Phase.PLAN
+
+    def _resume(self, done: int) -> None:
+        """After ``done`` committed tokens have been fed again: replay the rest, or go on."""
+        ints = self.ints
+        if done < ints[Field.COMMITTED]:
+            ints[Field.PHASE] = Phase.REPLAY
+        elif ints[Field.RESUME] == Phase.START:
+            self._start_block(0)
+            if self.fed >= ints[Field.ROWS] and ints[Field.COMMITTED] == 0:
+                self._count(Counter.PLANS_RIDDEN)
+                self._plan(0)
+            self.compose()
+        else:
+            ints[Field.PHASE] = ints[Field.RESUME]
+            if ints[Field.PHASE] == Phase.INFILL:  # no accepted token is kept any more
+                self.compose()
+
+    def _count(self, counter: Counter, amount: int = 1) -> None:
+        self.state.counters[counter] += amount

@@ -1,0 +1,187 @@
+"""Log-probabilities of response tokens, for the requests that ask for them.
+
+The probability of a token is the one that accepted it: of the row that
+
+* drafted it in the plan, for the first token of a slot (its certainty);
+* stands before it in its slot in the verify pass that accepted it;
+* proposed it in the last predict, where infill accepts it untested.
+
+The most likely tokens are those of the same row. All are of the full softmax at temperature 1.
+
+So each token that is picked or tested in a pass takes the row that did it, in this order; the last
+one that a token took before it was committed is the one that accepted it, since a token that fails
+its test is picked anew. A pass is described in two halves:
+
+``describe``, before the transition, notes what each row of the canvas says: a mask's row of its own
+position, a token's row of the next one. ``take``, after it, hands that on to the positions: which
+riders were used shows in what the transition made of the statuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_refusion.decoding.state import DecodeState, Field, Phase, Status
+
+MAX_LOGPROBS = 20
+ROWS_AT_ONCE = 64  # of logits in float32
+
+
+@dataclass
+class _Table:
+    """What is said of N tokens, with the K most likely ones. The last row is a dump: N + 1 rows.
+
+    Attributes:
+        ids: [N+1, 1+K] int32, the token itself first. logprobs: [N+1, 1+K] float32.
+        rank: [N+1] int64, of the token among all, from 1.
+    """
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    rank: torch.Tensor
+
+    @classmethod
+    def empty(cls, length: int, count: int, device: torch.device) -> _Table:
+        shape = (length + 1, 1 + count)
+        return cls(
+            torch.zeros(shape, dtype=torch.int32, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.zeros(length + 1, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.logprobs, self.rank
+
+    def write(self, where: torch.Tensor, wanted: torch.Tensor, rows: _Table) -> None:
+        """Copies the rows of ``wanted`` [n] bool, the first n, to the places ``where`` [n]."""
+        last = len(self.rank) - 1
+        where = torch.where(wanted & (where < last), where, last).to(torch.int64)
+        for mine, theirs in zip(self.columns, rows.columns, strict=True):
+            mine[where] = theirs[: len(where)]
+
+    def read(self, where: torch.Tensor) -> _Table:
+        where = where.clamp(0, len(self.rank) - 1).to(torch.int64)
+        return _Table(*(column[where] for column in self.columns))
+
+
+@dataclass
+class Record:
+    """What is noted of one request.
+
+    Attributes:
+        said: by canvas row, in this pass.
+        taken: by response position, what stands for each token so far.
+    """
+
+    said: _Table
+    taken: _Table
+    _before: dict[str, torch.Tensor] = field(default_factory=dict)  # the state it was decided from
+
+    @classmethod
+    def empty(cls, length: int, canvas_length: int, count: int, device: torch.device) -> Record:
+        """For ``length`` response positions and the ``count`` most likely tokens of each."""
+        return cls(_Table.empty(canvas_length, count, device), _Table.empty(length, count, device))
+
+    def describe(
+        self,
+        state: DecodeState,
+        slot: int,
+        bounds: torch.Tensor,
+        most: int,
+        logits: torch.Tensor,
+        start: int,
+        picked: torch.Tensor,
+        given: torch.Tensor,
+    ) -> None:
+        """Notes what some rows say in the pass that is about to be decided; waits for nothing.
+
+        Args:
+            bounds: [2] int32, the request's rows among all rows of the step.
+            most: at least their number.
+            logits: [n, V], of the rows of the step from ``start`` on.
+            picked, given: [rows of the step] int32, picks, and tokens of the rows behind.
+        """
+        names = "ints status origin canvas_row rider_row rider_width row_position row_own_start"
+        self._before = {name: getattr(state, name)[slot].clone() for name in names.split()}
+        is_mask = state.canvas_token[slot] == state.mask_token_id
+        width = min(most, state.canvas_length)
+        count = self.said.ids.shape[1] - 1
+        for first in range(0, width, ROWS_AT_ONCE):
+            row = torch.arange(first, min(first + ROWS_AT_ONCE, width), device=logits.device)
+            step_row = bounds[0] + row
+            here = (step_row < bounds[1]) & (step_row >= start) & (step_row < start + len(logits))
+            step_row = step_row.clamp(start, start + len(logits) - 1)
+            token = torch.where(is_mask[row], picked[step_row], given[step_row])
+            self.said.write(row, here, _describe(logits[step_row - start], token, count))
+
+    def take(self, state: DecodeState, slot: int) -> None:
+        """Hands on what the rows said, once the pass is decided; waits for nothing."""
+        if not self._before:
+            return
+        before, after, status = self._before, state.ints[slot], state.status[slot]
+        self._before = {}
+        ints = before["ints"]
+        size, block = ints[Field.SLOT_SIZE], ints[Field.BLOCK_START]
+        phase, now = ints[Field.PHASE], after[Field.PHASE]
+        decided = after[Field.PASSES] > ints[Field.PASSES]
+        tests = decided & ((phase == int(Phase.VERIFY)) | (phase == int(Phase.INFILL)))
+        planned = now == int(Phase.VERIFY)  # what follows a plan
+        p = torch.arange(state.canvas_length, device=ints.device)  # block positions
+
+        def was(wanted: Status) -> torch.Tensor:
+            return before["status"] == int(wanted)
+
+        def hand_on(wanted: torch.Tensor, row: torch.Tensor) -> None:
+            """What ``row`` said to the block positions that are ``wanted``."""
+            self.taken.write(block + p, wanted & (row >= 0), self.said.read(row))
+
+        # 1. The proposals that were tested, by the row before theirs.
+        canvas_row = before["canvas_row"]
+        proposed = was(Status.CHOSEN) & (canvas_row >= 0)
+        hand_on(tests & proposed & (before["origin"] != p), canvas_row - 1)
+
+        # 2. The masks of a predict.
+        hand_on(decided & (phase == int(Phase.INFILL)) & was(Status.BLANK), canvas_row)
+
+        # 3. Those behind the rows of the phase that were used: a position has got a new proposal.
+        opening = (before["rider_row"] >= 0) & (p % size != 0)
+        opening &= (status == int(Status.CHOSEN)) & (was(Status.CHOSEN) | was(Status.BLANK))
+        opening &= torch.roll(status, 1) == int(Status.ACCEPTED)
+        in_slot = torch.zeros_like(p).scatter_reduce(0, p // size, p * opening, "amax")
+        at = in_slot[p // size]  # 0: none
+        behind = (at > 0) & (p >= at) & (p < at + before["rider_width"][at])
+        infills = now == int(Phase.INFILL)
+        hand_on(tests & infills & behind, before["rider_row"][at] + p - at)
+
+        # 4. The masks of a plan. The first one may come with the end of the prompt.
+        with_prompt = (phase == int(Phase.PREFILL)) & (ints[Field.RESUME] == int(Phase.START))
+        plans = (decided & (phase == int(Phase.PLAN))) | (with_prompt & planned)
+        picks = plans & (p < ints[Field.ROWS])
+        last_token = state.order[slot, (after[Field.COMMITTED] - 1).clamp_min(0).long()] - block
+        last_slot = (last_token - last_token % size).clamp(0, state.canvas_length - 1).long()
+        rides = (p >= ints[Field.ROWS]) & (
+            before["row_own_start"] == before["rider_row"][last_slot]
+        )
+        picks |= tests & planned & rides
+        position = before["row_position"]
+        self.taken.write(position, picks & (position >= 0), self.said)
+
+    def emitted(self, start: torch.Tensor, width: int) -> _Table:
+        """What stands for ``width`` response tokens from ``start`` (a scalar tensor) on."""
+        return self.taken.read(start + torch.arange(width, device=start.device))
+
+
+def _describe(logits: torch.Tensor, token: torch.Tensor, count: int) -> _Table:
+    """What rows [n, V] of logits say of a token each, [n], and of the likeliest ones."""
+    logits = logits.float()
+    ids = token.clamp(0, logits.shape[1] - 1).long()[:, None]
+    of_token = logits.gather(1, ids)
+    rank = (logits >= of_token).sum(1)
+    count = min(count, logits.shape[1])
+    if count:
+        ids = torch.cat([ids, logits.topk(count, dim=1).indices], dim=1)
+    logprobs = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
+    return _Table(ids.int(), logprobs, rank)

@@ -1,0 +1,132 @@
+"""Decoding parameters: their defaults, where they come from, and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+class ParameterError(ValueError):
+    """A decoding parameter is unknown or out of range; names it, its value and what is allowed."""
+
+    def __init__(self, parameter: str, value: Any, allowed: str) -> None:
+        super().__init__(f"{parameter}={value!r} is not supported: {allowed}.")
+        self.parameter = parameter
+        self.value = value
+
+
+def _check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ParameterError(name, value, "allowed is an integer of at least 1")
+    return value
+
+
+def _check_threshold(name: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not 0.0 <= value <= 1.0:
+        raise ParameterError(name, value, "allowed is a probability between 0 and 1")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class DecodingParams:
+    """How one request is decoded (algorithm section 2). The defaults are the paper's GSM8K preset.
+
+    Attributes:
+        slot_size: tokens per slot (the published checkpoint is trained with 4, 8, 16 and 32).
+        block_length: tokens per block, a multiple of ``slot_size``; blocks go left to right.
+        slot_threshold: a slot is chosen when the probability of its first token exceeds this.
+        token_threshold: a drafted token is accepted when its probability exceeds this.
+
+    Raises:
+        ParameterError: a value has the wrong type or lies outside its range.
+    """
+
+    slot_size: int = 32
+    block_length: int = 128
+    slot_threshold: float = 0.9
+    token_threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        _check_count("slot_size", self.slot_size)
+        _check_count("block_length", self.block_length)
+        for name in ("slot_threshold", "token_threshold"):
+            object.__setattr__(self, name, _check_threshold(name, getattr(self, name)))
+        if self.block_length % self.slot_size:
+            raise ParameterError(
+                "block_length",
+                self.block_length,
+                f"allowed is a multiple of slot_size={self.slot_size}",
+            )
+
+    def updated(self, values: Mapping[str, Any] | None) -> DecodingParams:
+        """These parameters with ``values`` (name -> value) in place of some of them.
+
+        ``preset`` names one of ``PRESETS``: all its values, then what ``values`` says otherwise.
+        ``trace`` (see ``vllm_refusion.decoding.trace``) does not change how a request is decoded.
+
+        Raises:
+            ParameterError: a name is not a decoding parameter, or a value is out of range.
+        """
+        if not values:
+            return self
+        for name, value in values.items():
+            if name not in OPTION_NAMES:
+                raise ParameterError(name, value, f"known names are {', '.join(OPTION_NAMES)}")
+        return replace(self, **expand_preset(values))
+
+    def check_canvas(self, canvas_length: int) -> None:
+        """Raises ParameterError when a block does not fit the served canvas of that many tokens."""
+        if self.block_length > canvas_length:
+            raise ParameterError(
+                "block_length",
+                self.block_length,
+                f"allowed is at most the served canvas of {canvas_length} tokens, which is set at "
+                "start with --diffusion-config '{\"canvas_length\": ...}'",
+            )
+
+    def budget(self, max_tokens: int) -> int:
+        """``max_tokens`` rounded up to whole slots: the response positions that are decoded."""
+        return -(-max_tokens // self.slot_size) * self.slot_size
+
+    def whole_slots(self, tokens: int) -> int:
+        """``tokens`` rounded down to whole slots. Of a response cut inside a slot, that slot's
+        tokens may have been delivered before they are committed: only those of whole slots are.
+        """
+        return tokens - tokens % self.slot_size
+
+    def first_block(self, max_tokens: int) -> int:
+        """Positions of the first block."""
+        return min(self.block_length, self.budget(max_tokens))
+
+
+PARAMETER_NAMES = tuple(field.name for field in fields(DecodingParams))
+OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
+
+# The published settings (algorithm section 2).
+PRESETS = {
+    "gsm8k": DecodingParams(32, 128, 0.9, 0.4),
+    "math": DecodingParams(32, 64, 0.8, 0.6),
+    "mbpp": DecodingParams(32, 128, 0.9, 0.3),
+    "humaneval": DecodingParams(32, 128, 0.9, 0.4),
+    "gpqa": DecodingParams(8, 16, 0.8, 0.2),
+    "arc-c": DecodingParams(8, 8, 0.8, 0.1),
+    "mmlu-pro": DecodingParams(16, 128, 0.9, 0.4),
+}
+
+
+def expand_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Decoding parameters by name: those of ``values["preset"]``, if any, under the others.
+
+    Raises:
+        ParameterError: there is no preset of that name.
+    """
+    own = {name: value for name, value in values.items() if name in PARAMETER_NAMES}
+    if "preset" not in values:
+        return own
+    name = values["preset"]
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ParameterError("preset", name, f"allowed presets are {', '.join(PRESETS)}")
+    return vars(PRESETS[name]) | own

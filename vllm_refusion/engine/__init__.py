@@ -1,0 +1,1 @@
+"""What faces vLLM: the plugin, its configuration, scheduling, model state and sampler."""

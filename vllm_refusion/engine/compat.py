@@ -1,0 +1,436 @@
+"""Every private part of vLLM that this project uses or patches, with the reason.
+
+tests/test_compat.py fails once a patch is no longer needed or no longer fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+_PATCHED = "_vllm_refusion_patched"
+
+
+def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Puts the decorated function in place of a method or property of ``owner``, once.
+
+    It is called with the original function before the arguments.
+    """
+
+    def install(function: Callable[..., Any]) -> None:
+        found = inspect.getattr_static(owner, name)
+        original = found.fget if isinstance(found, property) else found
+        if getattr(original, _PATCHED, False):
+            return
+
+        @functools.wraps(original)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        setattr(patched, _PATCHED, True)
+        setattr(owner, name, property(patched) if isinstance(found, property) else patched)
+
+    return install
+
+
+def install(architectures: Mapping[str, str], config_hook: type) -> None:
+    """Routes checkpoints with a mask token to us and applies the process-wide patches, once."""
+    import triton
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for architecture in architectures.values():
+        MODELS_CONFIG_MAP[architecture] = config_hook
+    _route_checkpoints(architectures)
+    _validate_requests()
+    _refuse_beam_search()
+    _report_figures()
+    _report_passes_of_requests()
+    _tell_preempted_from_finished()
+    _measure_passes_once_captured()
+    if triton.knobs.runtime.interpret:
+        _keep_stock_models_off_the_interpreter()
+
+
+def _route_checkpoints(architectures: Mapping[str, str]) -> None:
+    """The published checkpoints say e.g. ``Qwen3ForCausalLM`` and differ only in mask_token_id.
+
+    vLLM offers no hook between reading config.json and choosing the model class other than the
+    config parser of the format, so ours extends the one found.
+    """
+    from vllm.transformers_utils import config as transformers_config
+
+    parsers = transformers_config._CONFIG_FORMAT_TO_CONFIG_PARSER
+    base = parsers["hf"]
+    if getattr(base, _PATCHED, False):
+        return
+
+    class ReFusionConfigParser(base):
+        def parse(self, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
+            config_dict, config = super().parse(*args, **kwargs)
+            if getattr(config, "mask_token_id", None) is not None:
+                config.architectures = [
+                    architectures.get(name, name) for name in config.architectures or ()
+                ]
+            return config_dict, config
+
+    setattr(ReFusionConfigParser, _PATCHED, True)
+    parsers["hf"] = ReFusionConfigParser
+
+
+def _validate_requests() -> None:
+    """Admission checks that need the engine's configuration and the prompt.
+
+    vLLM's own hook (``LogitsProcessor.validate_params``) is a class method that sees neither. Every
+    front end (LLM, AsyncLLM, the OpenAI server) goes through ``process_inputs``, whose
+    ``VLLMValidationError`` becomes an HTTP 400.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    @_patch(InputProcessor, "process_inputs")
+    def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_refusion.engine.admission import admit
+        from vllm_refusion.engine.plugin import is_refusion
+
+        request = original(self, *args, **kwargs)
+        if is_refusion(self.model_config):
+            admit(request, self.vllm_config)
+        return request
+
+
+def _refuse_beam_search() -> None:
+    """vLLM's beam search sends requests of one token each, which look like any other.
+
+    The one method of the engine that it calls with its own parameters, on every front end, is
+    ``resolve_watermarking``, before the first of them.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    @_patch(InputProcessor, "resolve_watermarking")
+    def resolve_watermarking(original: Any, self: Any, params: Any) -> bool:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.sampling_params import BeamSearchParams
+
+        from vllm_refusion.engine.plugin import is_refusion
+
+        if isinstance(params, BeamSearchParams) and is_refusion(self.model_config):
+            raise VLLMValidationError(
+                "use_beam_search=True is not supported: ReFusion does not extend texts token by "
+                "token; allowed is False.",
+                parameter="use_beam_search",
+                value=True,
+            )
+        return original(self, params)
+
+
+_REQUESTS = {"chat_completion": "ChatCompletionRequest", "completion": "CompletionRequest"}
+_BODY_CHECK = "check_structured_outputs_count"  # sees the body first, and fails on other types
+
+
+def refuse_malformed_bodies() -> None:
+    """What vLLM's API would answer with a 500, or change before admission sees it.
+
+    Its check of ``structured_outputs`` takes an object for granted, and biases that are no finite
+    numbers are clamped to -100 or 100. Called when a server of ReFusion sets itself up, before its
+    routes take the schemas of these classes over; a process without them is no server.
+    """
+    for kind, name in _REQUESTS.items():
+        module = sys.modules.get(f"vllm.entrypoints.openai.{kind}.protocol")
+        if module is None:
+            continue
+        request = getattr(module, name)
+        validator = request.__pydantic_decorators__.model_validators[_BODY_CHECK]
+        if not getattr(validator.func, _PATCHED, False):
+            validator.func = _with_body_checked(validator.func)
+            request.model_rebuild(force=True)
+
+
+def _with_body_checked(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def refuse(parameter: str, value: Any, allowed: str) -> None:
+        raise VLLMValidationError(
+            f"{parameter}={value!r} is not supported: allowed {allowed}.",
+            parameter=parameter,
+            value=value,
+        )
+
+    def check(data: Any) -> Any:
+        if isinstance(data, dict):
+            outputs = data.get("structured_outputs")
+            if not isinstance(outputs, dict | StructuredOutputsParams | None):
+                refuse("structured_outputs", outputs, "is an object")
+            biases = data.get("logit_bias")
+            for token, bias in biases.items() if isinstance(biases, dict) else ():
+                if isinstance(bias, float) and not math.isfinite(bias):
+                    refuse("logit_bias", {token: bias}, "are finite numbers")
+        return original(data)
+
+    setattr(check, _PATCHED, True)
+    return check
+
+
+def _report_figures() -> None:
+    """Counters of the device in the server's log and among its Prometheus metrics.
+
+    A stat logger plugin would see vLLM's own figures only: what the worker counts reaches the front
+    end through a call to it. vLLM's ``do_log_stats``, every VLLM_LOG_STATS_INTERVAL seconds (10),
+    is the place where a front end may wait for one. Steps carry nothing for it.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    @_patch(AsyncLLM, "do_log_stats")
+    async def do_log_stats(original: Any, self: Any) -> None:
+        from vllm_refusion.engine.plugin import is_refusion
+
+        # of several front ends one reports
+        first = getattr(self.engine_core, "client_index", 0) == 0
+        if first and self.logger_manager and is_refusion(self.model_config) and not self.errored:
+            from vllm_refusion.engine.metrics import report
+
+            await report(self)
+        await original(self)
+
+
+def _report_passes_of_requests() -> None:
+    """Forward passes among the figures of a request's output, offline and over HTTP.
+
+    What ``count_passes`` counts would appear as figures of speculative decoding, so it moves to
+    ``RequestOutput.metrics`` before an output is made of it.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    @_patch(OutputProcessor, "process_outputs")
+    def process_outputs(
+        original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in engine_core_outputs:
+            count = output.spec_decode_metrics
+            if count is None or count.num_spec_tokens:
+                continue
+            output.spec_decode_metrics = None
+            state = self.request_states.get(output.request_id)
+            if state is not None and state.stats is not None:
+                state.stats.forward_passes = sum(count.histogram)
+                _show_passes_in_responses()
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+
+_RESPONSES = tuple(
+    f"vllm.entrypoints.openai.{kind}.serving" for kind in ("chat_completion", "completion")
+)
+
+
+@functools.cache
+def _show_passes_in_responses() -> None:
+    """``metrics`` of a response, given under --enable-per-request-metrics, takes extra fields.
+
+    Called when the first request ends: a server has loaded these modules by then, and what is no
+    server need not.
+    """
+    for name in _RESPONSES:
+        module = sys.modules.get(name)
+        if module is not None:
+            original = module.build_per_request_timing_metrics
+            module.build_per_request_timing_metrics = functools.partial(_with_passes, original)
+
+
+def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_tokens: int) -> Any:
+    shown = original(metrics, num_generation_tokens)
+    passes = getattr(metrics, "forward_passes", 0)
+    if passes:
+        shown.forward_passes = passes
+        shown.tokens_per_forward = num_generation_tokens / passes
+    return shown
+
+
+def _keep_stock_models_off_the_interpreter() -> None:
+    """On the CPU build Triton is there for ReFusion only: stock models run as without it.
+
+    Two kernels do not run in the interpreter, and that ends the engine: top-k/top-p sampling
+    (PyTorch does it instead) and Model Runner V2's mask of structured outputs (stock models get
+    Model Runner V1, as without Triton).
+    """
+    from vllm import envs
+    from vllm.config import VllmConfig
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from vllm_refusion.engine.plugin import is_refusion
+
+    topk_topp_sampler.HAS_TRITON = False
+
+    @_patch(VllmConfig, "use_v2_model_runner")
+    def use_v2_model_runner(original: Any, self: Any) -> bool:
+        ours = self.model_config is not None and is_refusion(self.model_config)
+        if ours or envs.VLLM_USE_V2_MODEL_RUNNER is not None:  # the user's choice
+            return original(self)
+        return False
+
+
+def _tell_preempted_from_finished() -> None:
+    """``ModelState.remove_request`` is not told why a request leaves.
+
+    A preempted one comes back and must go on exactly where it was, so its state is kept. The same
+    call, first in every step, puts our row budget where vLLM's manager for adaptive verification
+    would be: that one exists for speculative decoding only, and wants graphs of its own.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "finish_requests")
+    def finish_requests(original: Any, self: Any, scheduler_output: Any) -> None:
+        leaving = getattr(self.model_state, "requests_leaving", None)
+        if leaving is not None:
+            leaving(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set())
+            if self.adaptive_verification is None:
+                self.adaptive_verification = self.model_state.start_row_budget(self)
+        original(self, scheduler_output)
+
+
+def _measure_passes_once_captured() -> None:
+    """How long passes of various sizes take, measured where vLLM calibrates its own cost models."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "capture_model")
+    def capture_model(original: Any, self: Any, *, profile_only: bool = False) -> int:
+        captured = original(self, profile_only=profile_only)
+        if not profile_only and hasattr(self.model_state, "measure_passes"):
+            self.model_state.measure_passes(self)
+        return captured
+
+
+@contextlib.contextmanager
+def attention_backend(backend: type) -> Iterator[None]:
+    """Attention layers built inside use ``backend``.
+
+    Stock model classes do not pass a backend to their ``Attention`` layers, and the CPU platform
+    ignores the configured one.
+    """
+    from vllm.model_executor.layers.attention import attention
+
+    original = attention.get_attn_backend
+    attention.get_attn_backend = lambda *args, **kwargs: backend
+    try:
+        yield
+    finally:
+        attention.get_attn_backend = original
+
+
+def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
+    """Adapts a stock scheduler object to a device whose KV is in commit order.
+
+    * It takes a model for a diffusion model, which samples no token after the prompt, only if the
+      config carries ``canvas_length``; but then vLLM refuses temperature and seed.
+    * ``slack``: positions past max_model_len that may be scheduled; front ends keep the limit.
+    * ``lookahead(request, scheduled_end)``: tokens to reserve past ``scheduled_end``, may be
+      negative. vLLM has one number for all requests.
+    * Only prompt blocks may enter the prefix cache: the cache hashes blocks in position order.
+    """
+    scheduler.num_sampled_tokens_per_step = 0
+    scheduler.max_model_len += slack
+    manager = scheduler.kv_cache_manager
+    manager.max_model_len += slack
+    allocate_slots = manager.allocate_slots
+    cache_blocks = manager.coordinator.cache_blocks
+
+    def allocate(request: Any, num_new_tokens: int, **kwargs: Any) -> Any:
+        end = request.num_computed_tokens + num_new_tokens
+        end += kwargs.get("num_new_computed_tokens", 0)
+        kwargs["num_lookahead_tokens"] = lookahead(request, end)
+        return allocate_slots(request, num_new_tokens, **kwargs)
+
+    def cache_prompt_blocks(request: Any, num_computed_tokens: int) -> None:
+        cache_blocks(request, min(num_computed_tokens, request.num_prompt_tokens))
+
+    manager.allocate_slots = allocate
+    manager.coordinator.cache_blocks = cache_prompt_blocks
+
+
+def count_passes(request: Any, canvas_length: int) -> None:
+    """vLLM's scheduler then counts the passes of a request that may decide something.
+
+    Its figures of speculative decoding are kept for each request that has them, and go to the front
+    end with its last output. No tokens to speculate mark ours, see ``_report_passes_of_requests``.
+    """
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+
+    request.spec_decode_metrics = RequestSpecDecodeMetrics(
+        num_spec_tokens=0, histogram=[0] * (canvas_length + 1)
+    )
+
+
+def uncount_pass(request: Any) -> None:
+    """Makes up for a pass that is counted, but should not be."""
+    request.spec_decode_metrics.histogram[0] -= 1
+
+
+def stop_hashing_output(request: Any) -> None:
+    """Block hashes of a request then cover its prompt only, whatever is appended."""
+    request._block_hasher = None
+
+
+def flash_attention_3(head_size: int) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention 3, where it is what vLLM itself would use: on Hopper, 16-bit types.
+
+    A plain function of paged K and V. vLLM's own backend around it would need its metadata.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or head_size % 8 or head_size > 256:
+        return None
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if get_flash_attn_version(head_size=head_size) != 3:
+        return None
+    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    return functools.partial(flash_attn_varlen_func, fa_version=3)
+
+
+def canonicalize_singleton_dim_strides(tensor: Any) -> Any:
+    """FlashAttention's descriptors refuse the strides that PyTorch leaves on dimensions of one."""
+    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides as canonicalize
+
+    return canonicalize(tensor)
+
+
+class ScheduleWatch:
+    """What an engine in this process schedules; vLLM's statistics do not say it per step.
+
+    Attributes:
+        requests: requests of the last step that has any.
+        steps_since_prompt: steps scheduled since the last one with prompt tokens.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.requests = self.steps_since_prompt = 0
+        self._prefilling: set[str] = set()
+        self._known = scheduler.requests
+        schedule = scheduler.schedule
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            if output.total_num_scheduled_tokens:
+                self._note(output)
+            return output
+
+        scheduler.schedule = watched
+
+    def _note(self, output: Any) -> None:
+        self.requests = len(output.num_scheduled_tokens)
+        # a resumed request feeds its prompt again
+        self._prefilling.update(output.scheduled_cached_reqs.resumed_req_ids)
+        self._prefilling.update(new.req_id for new in output.scheduled_new_reqs)
+        self.steps_since_prompt = 0 if self._prefilling else self.steps_since_prompt + 1
+        self._prefilling = {
+            name
+            for name in self._prefilling
+            if name in self._known and self._known[name].is_prefill_chunk
+        }

@@ -1,0 +1,118 @@
+"""Counts of what decoding did: forward passes by kind, rows fed, tokens delivered."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import prometheus_client
+import torch
+
+from vllm_refusion.decoding.state import Counter, Field, Phase
+
+logger = logging.getLogger("vllm.refusion")
+
+DECODING_PASSES = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
+SIZES = ("objects", "device_bytes")  # of refusion_held
+PASSES = (*DECODING_PASSES, Counter.REPLAY, Counter.IDLE)
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker, so that ``collective_rpc`` reaches the counters on the device."""
+
+    def refusion_counters(self) -> list[int]:
+        """Totals since start, indexed by ``Counter``."""
+        return self.model_runner.model_state.decode_state.counters.tolist()
+
+    def refusion_rows_run(self) -> int:
+        """Decode rows of all steps since start, with those that no request used."""
+        budget = self.model_runner.model_state.row_budget
+        return 0 if budget is None else budget.rows_run
+
+    def refusion_held(self) -> dict[str, int]:
+        """What is kept of requests, by kind: nothing of any while the engine is idle.
+
+        Beside that ``objects`` of Python in this process and ``device_bytes`` in use, which stay
+        the same once the engine is warm. Collects garbage first: for tests.
+        """
+        state = self.model_runner.model_state
+        held = {
+            "request slots": int((state.decode_state.ints[:, Field.PHASE] != Phase.IDLE).sum()),
+            "requests": len(state._slot_of),
+            "suspended requests": len(state._suspended) + len(state._suspended_records),
+            "logprob records": len(state.records),
+            "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),
+        }
+        gc.collect()
+        device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+        return held | {"objects": len(gc.get_objects()), "device_bytes": device_bytes}
+
+    def refusion_recordings(self) -> list[dict[str, Any]]:
+        """What ``trace.Recorder.take`` gives; nothing where the engine does not trace."""
+        recorder = self.model_runner.model_state.recorder
+        return [] if recorder is None else recorder.take()
+
+
+def snapshot(llm: Any) -> dict[str, int]:
+    """Totals since the engine started, from an ``LLM``.
+
+    Returns:
+        ``output_tokens``; ``forward_passes`` (prompt and replay passes excluded), also by kind
+        under the names of ``Counter``; ``rows_fed``. Tokens per forward of some requests that
+        ran alone is the difference of output_tokens over that of forward_passes.
+    """
+    counters = llm.collective_rpc("refusion_counters")[0]
+    counts = {counter.name.lower(): counters[counter] for counter in Counter}
+    counts["forward_passes"] = sum(counters[kind] for kind in DECODING_PASSES)
+    counts["output_tokens"] = counts.pop("tokens")
+    return counts
+
+
+async def report(engine: Any) -> None:
+    """Fetches the counters of an ``AsyncLLM``, updates its metrics and logs what was done since."""
+    if not hasattr(engine, "refusion_figures"):
+        engine.refusion_figures = Figures(engine.model_config.served_model_name)
+    line = engine.refusion_figures.update((await engine.collective_rpc("refusion_counters"))[0])
+    if line:
+        logger.info(line)
+
+
+class Figures:
+    """Prometheus counters that follow the totals of the device.
+
+    ``vllm:refusion_passes_total`` by ``kind``; one counter for every other entry of ``Counter``.
+    The names begin as vLLM's, which drops them with its own when another engine starts.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        labels = {"model_name": model_name}
+        passes = prometheus_client.Counter(
+            "vllm:refusion_passes", "Forward passes of requests.", ["model_name", "kind"]
+        )
+        self._metrics = {kind: passes.labels(**labels, kind=kind.name.lower()) for kind in PASSES}
+        for counter in Counter:
+            if counter not in self._metrics:
+                name = counter.name.lower()
+                self._metrics[counter] = prometheus_client.Counter(
+                    f"vllm:refusion_{name}", f"Total of {name}.", ["model_name"]
+                ).labels(**labels)
+        self._totals = [0] * len(Counter)
+
+    def update(self, totals: Sequence[int]) -> str | None:
+        """Counts up to ``totals``; returns a line about what was done since, None for nothing."""
+        done = [new - old for new, old in zip(totals, self._totals, strict=True)]
+        self._totals = list(totals)
+        for counter, metric in self._metrics.items():
+            metric.inc(done[counter])
+        passes = sum(done[kind] for kind in DECODING_PASSES)
+        if not passes:
+            return None
+        kinds = ", ".join(f"{done[kind]} {kind.name.lower()}" for kind in PASSES if done[kind])
+        accepted = done[Counter.TOKENS_PASSED] / max(1, done[Counter.TOKENS_TESTED])
+        return (
+            f"ReFusion: {done[Counter.TOKENS] / passes:.2f} tokens per forward pass of a request, "
+            f"{done[Counter.ROWS_FED] / passes:.1f} fed; {accepted:.0%} of the tested tokens "
+            f"accepted; passes: {kinds}"
+        )

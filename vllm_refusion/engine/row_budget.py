@@ -1,0 +1,232 @@
+"""How many rows each step feeds, and how many of them riders may take.
+
+The engine's scheduler gives every decoding request as many rows as its next pass could need. This
+takes the place of vLLM's manager for adaptive verification (speculative decoding with a trimmed
+number of drafts), which the model runner asks for the size of a batch and then for its layout on
+the device. Nothing here waits for the step that is running.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+
+from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation
+from vllm_refusion.engine.plugin import CAPTURE_SIZES, fuses_passes
+from vllm_refusion.triton_kernels.allocation_twin import TOTALS
+
+if TYPE_CHECKING:
+    from vllm_refusion.engine.model_state import ReFusionModelState
+
+logger = logging.getLogger("vllm.refusion")
+
+MEASURED_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 1024, 2048)
+REPETITIONS = 3
+
+# The cheapest pass may be exceeded by this much and still count as free.
+FREE_SLACK = 1.15
+# What a request's riders are worth beside its pass itself.
+RIDERS_WORTH = 0.5
+STEPS_REMEMBERED = 64
+ROWS_APART = 256  # sizes of a step beyond those of the graphs
+# Riders are worth a few rows even where rows are all that counts: a saved pass saves its sampling.
+LEAST_PRICE = 4
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Time of a forward pass by its rows, in ms: points in ascending order, straight lines between.
+
+    Attributes:
+        free_rows: the most rows that cost as good as nothing.
+        rows_per_pass: what the fixed cost of a pass is worth in rows.
+    """
+
+    rows: tuple[int, ...]
+    milliseconds: tuple[float, ...]
+
+    @property
+    def free_rows(self) -> int:
+        base = self.milliseconds[0] * FREE_SLACK
+        free = [rows for rows, ms in zip(self.rows, self.milliseconds) if ms <= base]
+        return free[-1]
+
+    @property
+    def rows_per_pass(self) -> float:
+        more_rows = self.rows[-1] - self.free_rows
+        slope = (self.milliseconds[-1] - self.milliseconds[0]) / max(more_rows, 1)
+        return self.milliseconds[0] / slope if slope > 0 else MAX_PRICE
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Milliseconds of passes of so many rows; the last line goes on beyond the last point."""
+        within = np.interp(rows, self.rows, self.milliseconds)
+        slope = self.milliseconds[-1] / self.rows[-1]
+        return within + slope * np.maximum(rows - self.rows[-1], 0)
+
+
+# Where nothing is measured, on a CPU.
+ASSUMED_COST = PassCost((1, 128, 1024), (1.0, 1.0, 3.0))
+
+
+def measure_passes(runner: Any) -> PassCost | None:
+    """Times the forward pass of a model runner; None on a CPU.
+
+    All workers of a tensor parallel group take the first one's times, as they must choose alike.
+    """
+    if runner.device.type != "cuda":
+        return None
+    sizes = [size for size in MEASURED_ROWS if size <= runner.max_num_tokens]
+    fastest = []
+    for size in sizes:
+        times = []
+        for _ in range(REPETITIONS + 1):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            runner._dummy_run(size)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        fastest.append(min(times[1:]))
+    # a disturbance only ever adds: no pass takes longer than a wider one
+    smooth = tuple(float(ms) for ms in np.minimum.accumulate(fastest[::-1])[::-1])
+    cost = get_tp_group().broadcast_object(PassCost(tuple(sizes), smooth), src=0)
+    logger.info(
+        "Forward passes, rows: ms: %s",
+        ", ".join(f"{rows}: {ms:.2f}" for rows, ms in zip(cost.rows, cost.milliseconds)),
+    )
+    return cost
+
+
+class RowBudget:
+    """Chooses the rows of a step on the host and deals them out on the device.
+
+    ``get_num_tokens``, ``compact_batch`` and ``reallocate_drafts`` are called by the runner in this
+    order in each step that decodes, with what the scheduler scheduled. ``speculation`` then says
+    which riders the canvases after this step take.
+
+    Args:
+        sizes: numbers of rows that CUDA graphs were captured for, ascending; empty for none.
+    """
+
+    def __init__(
+        self,
+        model_state: ReFusionModelState,
+        query_start_loc: torch.Tensor,
+        sizes: list[int],
+    ) -> None:
+        self.state = model_state.decode_state
+        self.operations = model_state.operations
+        self.req_states = model_state.req_states
+        self.query_start_loc = query_start_loc
+        self.sizes = sizes or list(CAPTURE_SIZES)
+        self.riders = fuses_passes(model_state.vllm_config)
+        self.cost = model_state.pass_cost or ASSUMED_COST
+        self.speculation = NO_RIDERS
+        device, requests = self.state.device, model_state.max_num_reqs
+        self.scheduled: torch.Tensor | None = None  # [R] int32, most decode rows in this step
+        self.logits_start = torch.zeros(requests + 1, dtype=torch.int32, device=device)
+        self._totals = torch.zeros(TOTALS, dtype=torch.int32, device=device)
+        self._totals_host = torch.zeros(TOTALS, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._decoding = 0  # requests that the totals on the host are of; 0: no totals
+        # Rows that a request needed, without and with riders, in the last steps.
+        self._recent: deque[np.ndarray] = deque(maxlen=STEPS_REMEMBERED)
+        self._step = 0
+        self._rows = 0
+        self.rows_run = 0  # of all steps, with those that nothing used
+
+    def add_request(self, req_index: int) -> None:
+        """Nothing is kept by request."""
+
+    def get_num_tokens(self, num_tokens: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
+        """Rows of the step in all: those of prompts, and the decode rows chosen here."""
+        self._learn()
+        decode = [len(tokens) for tokens in draft_tokens.values()]
+        self._rows = self._choose(len(decode), sum(decode))
+        self.speculation = self._speculate(len(decode)) if self.riders else NO_RIDERS
+        return sum(num_tokens.values()) - sum(decode) + self._rows
+
+    def compact_batch(
+        self, num_draft_tokens: np.ndarray, num_scheduled: np.ndarray, cu_num_logits: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A layout of the same size for the host, which does not know the device's."""
+        prompt_rows = num_scheduled - num_draft_tokens
+        self._dealt = np.stack((num_draft_tokens, prompt_rows)).astype(np.int32)
+        self._num_decoding = int((num_draft_tokens > 0).sum())
+        decode = np.minimum(np.cumsum(num_draft_tokens), self._rows)
+        decode = np.diff(decode, prepend=0)
+        starts = np.zeros_like(cu_num_logits)
+        np.cumsum(decode, out=starts[1:])
+        return (prompt_rows + decode).astype(np.int32), starts
+
+    def reallocate_drafts(
+        self, req_ids: list[str], idx_mapping: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Deals the rows out: cu_num_logits [R+1], query_start_loc, decode rows."""
+        requests, decoding = len(req_ids), self._num_decoding
+        host = torch.from_numpy(self._dealt)
+        if self._copied is not None:
+            host = host.pin_memory()
+        self.scheduled, prompt_rows = host.to(self.state.device, non_blocking=True)
+        logits_start = self.logits_start[: requests + 1]
+        total = int(self._dealt[1].sum()) + self._rows
+        self.query_start_loc[requests + 1 :].fill_(total)
+        self.operations.allocate(
+            self.state,
+            self.req_states.num_computed_tokens.gpu,
+            idx_mapping,
+            self.scheduled,
+            prompt_rows,
+            self.query_start_loc,
+            logits_start,
+            self._totals,
+            decoding,
+            self._rows,
+            self._step % decoding,
+        )
+        self._step += 1
+        self.rows_run += self._rows
+        self._totals_host.copy_(self._totals, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self._decoding = decoding
+        return logits_start, self.query_start_loc, self._rows
+
+    def _learn(self) -> None:
+        """Takes the rows that the last step needed into account.
+
+        That is a fixed step back, so that all workers of a tensor parallel group agree. The copy is
+        queued in front of that step's forward pass: waiting for it costs nothing.
+        """
+        if not self._decoding:
+            return
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._recent.append(self._totals_host.numpy() / self._decoding)
+
+    def _choose(self, decoding: int, scheduled: int) -> int:
+        """Decode rows of a step in which so many requests decode, of so many scheduled rows.
+
+        The size that would have served requests of late best for its time. A request served without
+        its riders counts less than one with them.
+        """
+        if not self._recent or decoding == 0:
+            return scheduled
+        wide = range(self.sizes[-1] + ROWS_APART, scheduled, ROWS_APART)
+        sizes = np.array([*(n for n in (*self.sizes, *wide) if n < scheduled), scheduled])
+        needed, wanted = decoding * np.maximum(np.array(self._recent).T[:, None], 1e-3)
+        served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
+        riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
+        value = (served * (1 + RIDERS_WORTH * riders)).mean(axis=1)
+        cost = self.cost.of(sizes)
+        return int(sizes[np.argmin(cost / np.maximum(value, 1e-9))])
+
+    def _speculate(self, decoding: int) -> Speculation:
+        price = min(max(self.cost.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
+        return Speculation(self.cost.free_rows // max(decoding, 1), int(price))

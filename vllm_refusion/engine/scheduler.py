@@ -1,0 +1,127 @@
+"""Scheduling of ReFusion requests on vLLM's scheduler.
+
+vLLM's scheduler sees a request as prompt + emitted tokens in position order and, every step, as
+many draft tokens as the request's canvas may have rows. The device may have committed tokens ahead
+of a gap; they are emitted once the gap closes, at the latest with their block. The gap's first slot
+may have final tokens that are emitted before it is committed. So whole slots emitted are committed,
+and of a slot emitted in part nothing need be in the KV cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.engine import compat
+from vllm_refusion.engine.plugin import canvas_length, fuses_passes, position_slack, server_defaults
+
+LONGEST_PROMPT_TO_PLAN_WITH = 2048  # tokens in the last chunk
+
+
+class _CanvasScheduling:
+    """What ReFusion adds to both of vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.canvas_length = canvas_length(self.vllm_config)
+        self.fuses_passes = fuses_passes(self.vllm_config)
+        self.decoding_defaults = server_defaults(self.vllm_config.model_config)
+        compat.adapt_scheduler(self, position_slack(self.vllm_config), self._lookahead)
+
+    def canvas_width(self, request: Request) -> int:
+        """Upper bound of the rows the request's next pass may have.
+
+        That is what is left of its block, or more where there is room for riders. With them an
+        operation of an infill may take a slot's rows more (``compose``).
+        """
+        params = self._params(request)
+        emitted = params.whole_slots(request.num_output_tokens)
+        left = params.budget(request.max_tokens) - emitted
+        if not self.scheduler_config.async_scheduling:
+            left = min(params.block_length - emitted % params.block_length, left)
+        # else the pass in flight may finish the block
+        needed = min(params.block_length, left)
+        if not self.fuses_passes:
+            return needed
+        if params.block_length + params.slot_size <= self.canvas_length:
+            needed += params.slot_size
+        share = self.max_num_scheduled_tokens // max(1, len(self.running))
+        return max(needed, min(self.canvas_length, share))
+
+    def _params(self, request: Request) -> DecodingParams:
+        if not hasattr(request, "decoding_params"):
+            extra_args = request.sampling_params.extra_args
+            request.decoding_params = self.decoding_defaults.updated(extra_args)
+        return request.decoding_params
+
+    def _lookahead(self, request: Request, scheduled_end: int) -> int:
+        """KV entries to reserve past ``scheduled_end``, the end of what is scheduled now.
+
+        A prompt is admitted only with room for its first canvas, else requests would evict each
+        other in turn. Without riders a canvas never reaches past the last slot of the response.
+        """
+        if scheduled_end <= request.num_tokens:
+            return self.canvas_width(request)
+        if self.fuses_passes:
+            return 0
+        last = request.num_prompt_tokens + self._params(request).budget(request.max_tokens)
+        return min(0, last - scheduled_end)
+
+    def add_request(self, request: Request) -> None:
+        compat.stop_hashing_output(request)
+        super().add_request(request)
+        compat.count_passes(request, self.canvas_length)
+
+    def _plan_with_prompts(self, scheduled: SchedulerOutput) -> None:
+        """Adds the first canvas to requests whose prompt ends in this step; pages are reserved.
+
+        Not to long prompts: they have attention kernels of their own, and gain little.
+        """
+        for request_id, rows in scheduled.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            prompt = request.num_prompt_tokens
+            canvas = self._params(request).first_block(request.max_tokens)
+            if (
+                rows <= LONGEST_PROMPT_TO_PLAN_WITH
+                and request.num_computed_tokens + rows == prompt == request.num_tokens
+                and not request.num_preemptions
+                and prompt + canvas <= self.vllm_config.model_config.max_model_len
+                and scheduled.total_num_scheduled_tokens + canvas <= self.max_num_scheduled_tokens
+            ):
+                scheduled.num_scheduled_tokens[request_id] += canvas
+                scheduled.total_num_scheduled_tokens += canvas
+                scheduled.scheduled_spec_decode_tokens[request_id] = [-1] * canvas
+                compat.uncount_pass(request)  # it is the prompt's
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        if self.fuses_passes:
+            self._plan_with_prompts(scheduler_output)
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            if not request.is_prefill_chunk:
+                # What the canvas holds is decided on the device: vLLM only needs the number.
+                request.spec_token_ids = [-1] * self.canvas_width(request)
+
+    def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        """Canvas rows are no speculated tokens: vLLM's acceptance figures would mislead."""
+        return spec_decoding_stats
+
+
+class ReFusionScheduler(_CanvasScheduling, Scheduler):
+    """Synchronous scheduling."""
+
+
+class ReFusionAsyncScheduler(_CanvasScheduling, AsyncScheduler):
+    """Schedules a step while the one before it still runs."""
+
+
+def create_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
+    """The value of ``scheduler_cls``: a factory, as async scheduling is settled late."""
+    is_async = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (ReFusionAsyncScheduler if is_async else ReFusionScheduler)(*args, **kwargs)
