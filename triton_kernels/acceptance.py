@@ -141,7 +141,7 @@ def acceptance_stats(
     """Replaces the results of ``token_stats`` for every used row.
 
     Args:
-        row_request: [N] int64, request slot of the row, an index of the per-request tensors.
+        row_request: [N] int64, request index of the row, an index of the per-request tensors.
         row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
             alone.
         row_given: [N] int32, the token of ``given_prob``; -1 for none.

@@ -55,11 +55,11 @@ def _layout_kernel(
     max_response,
     BLOCK: tl.constexpr,
 ):
-    slot = tl.load(idx_mapping_ptr + tl.program_id(0)).to(tl.int64)
+    req = tl.load(idx_mapping_ptr + tl.program_id(0)).to(tl.int64)
     start = tl.load(query_start_loc_ptr + tl.program_id(0))
     length = tl.load(query_start_loc_ptr + tl.program_id(0) + 1) - start
-    context = tl.load(num_computed_ptr + slot)
-    ints = ints_ptr + slot * NUM_FIELDS
+    context = tl.load(num_computed_ptr + req)
+    ints = ints_ptr + req * NUM_FIELDS
     phase = tl.load(ints + F_PHASE)
     prompt_len = tl.load(ints + F_PROMPT_LEN)
     size = tl.maximum(tl.load(ints + F_SLOT_SIZE), 1)
@@ -80,10 +80,10 @@ def _layout_kernel(
             plans = plans & (context + length - prompt_len >= rows)
             used = exists & (entry < tl.where(plans, rows, committed))
             replayed = used & (entry >= 0) & (entry < committed)
-            at = slot * max_response + entry
+            at = req * max_response + entry
             position = tl.load(order_ptr + at, mask=replayed, other=0)
             group = tl.load(group_context_ptr + at, mask=replayed, other=-1)
-            token = tl.load(response_ptr + slot * max_response + position, mask=replayed, other=0)
+            token = tl.load(response_ptr + req * max_response + position, mask=replayed, other=0)
             tl.store(input_ids_ptr + start + row, token, mask=replayed)
             isolated = group >= 0
             context_end = tl.where(isolated, prompt_len + group, 0)
@@ -93,7 +93,7 @@ def _layout_kernel(
             rope = tl.where(replayed, prompt_len + position, kv)
         else:
             used = exists & (row < canvas)
-            at = slot * canvas_length + row
+            at = req * canvas_length + row
             rope = prompt_len + tl.load(row_position_ptr + at, mask=used, other=0)
             run_start = context + tl.load(row_run_start_ptr + at, mask=used, other=0)
             run_end = context + tl.load(row_run_end_ptr + at, mask=used, other=0)
@@ -108,8 +108,8 @@ def _layout_kernel(
         tl.store(sees + 3, tl.where(used, own_start, _UNSEEN), mask=exists)
         unused = exists & (used == 0)
         for group_index in range(num_groups):
-            slots = slot_mappings_ptr + group_index * slot_mappings_stride
-            tl.store(slots + start + row, tl.full([BLOCK], -1, tl.int64), mask=unused)
+            mapping = slot_mappings_ptr + group_index * slot_mappings_stride
+            tl.store(mapping + start + row, tl.full([BLOCK], -1, tl.int64), mask=unused)
 
 
 def layout(

@@ -137,9 +137,9 @@ def _transition_kernel(
     LANES: tl.constexpr,
 ):
     request = tl.program_id(0)
-    slot = tl.load(idx_mapping_ptr + request).to(tl.int64)
+    req = tl.load(idx_mapping_ptr + request).to(tl.int64)
     query_len = tl.load(query_start_loc_ptr + request + 1) - tl.load(query_start_loc_ptr + request)
-    ints = ints_ptr + slot * NUM_FIELDS
+    ints = ints_ptr + req * NUM_FIELDS
     phase = tl.load(ints + F_PHASE)
     if phase == IDLE:
         tl.store(num_sampled_ptr + request, 0)
@@ -158,10 +158,10 @@ def _transition_kernel(
     draw = tl.load(ints + F_DRAW)
     passes_made = tl.load(ints + F_PASSES)
     infill_kept = tl.load(ints + F_KEPT)
-    computed = tl.load(num_computed_ptr + slot)
+    computed = tl.load(num_computed_ptr + req)
 
     p = tl.arange(0, LANES)
-    of_block = slot * CANVAS + p
+    of_block = req * CANVAS + p
     status = tl.load(status_ptr + of_block, mask=p < CANVAS, other=DROPPED)
     token = tl.load(token_ptr + of_block, mask=p < CANVAS, other=0)
     confidence = tl.load(confidence_ptr + of_block, mask=p < CANVAS, other=0.0)
@@ -187,12 +187,12 @@ def _transition_kernel(
     decode_rows = tl.load(logits_start_ptr + request + 1) - first_row
     picks = picked_ptr + first_row
     pick_probs = picked_prob_ptr + first_row
-    slot_threshold = tl.load(slot_threshold_ptr + slot)
+    slot_threshold = tl.load(slot_threshold_ptr + req)
     if phase == PREFILL:
-        kept = tl.minimum(query_len, tl.load(prefill_len_ptr + slot) - computed)
+        kept = tl.minimum(query_len, tl.load(prefill_len_ptr + req) - computed)
         fed = query_len - kept  # the first plan
-        if computed + query_len >= tl.load(prefill_len_ptr + slot):
-            replayed = tl.load(prefill_len_ptr + slot) - prompt_len
+        if computed + query_len >= tl.load(prefill_len_ptr + req):
+            replayed = tl.load(prefill_len_ptr + req) - prompt_len
             next_phase = tl.where(replayed < committed, REPLAY, resume)
     elif phase == REPLAY:
         counter = COUNT_REPLAY
@@ -223,7 +223,7 @@ def _transition_kernel(
             tests = proposed & (origin != p)
             asked = tests & (row > 0)
             given = tl.load(given_prob_ptr + first_row + row - 1, mask=asked, other=-1.0)
-            failed = tests & ((given > tl.load(token_threshold_ptr + slot)) == 0)
+            failed = tests & ((given > tl.load(token_threshold_ptr + req)) == 0)
             good, reached = intact(failed, slot_start)
             tested = tl.sum((tests & reached).to(tl.int32), axis=0)
             passed = tl.sum((tests & good).to(tl.int32), axis=0)
@@ -280,9 +280,9 @@ def _transition_kernel(
         slots = infilled(status)
         rank = tl.where(phase == INFILL, tl.where(slots, rows_of(slots), commits), row)
         now = (slots | (row >= 0)) & (rank < commits)
-        at = slot * max_response + committed + rank
+        at = req * max_response + committed + rank
         group = tl.where(phase == INFILL, committed, -1)
-        tl.store(response_ptr + slot * max_response + block_start + p, token, mask=now)
+        tl.store(response_ptr + req * max_response + block_start + p, token, mask=now)
         tl.store(order_ptr + at, block_start + p, mask=now)
         tl.store(group_context_ptr + at, tl.zeros([LANES], dtype=tl.int32) + group, mask=now)
         committed += commits
@@ -349,16 +349,16 @@ def _transition_kernel(
             status, origin, token, confidence, rounds, p, slot_start, size, next_phase, block_start,
             next_start, limit, draw, infill_kept, tested, passed, mask_token_id, free_rows,
             pass_price, ints,
-            canvas_row_ptr + slot * CANVAS,
-            rider_row_ptr + slot * CANVAS,
-            rider_width_ptr + slot * CANVAS,
-            canvas_token_ptr + slot * canvas_token_stride,
-            row_position_ptr + slot * CANVAS,
-            row_draw_ptr + slot * CANVAS,
-            row_context_ptr + slot * CANVAS,
-            row_run_start_ptr + slot * CANVAS,
-            row_run_end_ptr + slot * CANVAS,
-            row_own_start_ptr + slot * CANVAS,
+            canvas_row_ptr + req * CANVAS,
+            rider_row_ptr + req * CANVAS,
+            rider_width_ptr + req * CANVAS,
+            canvas_token_ptr + req * canvas_token_stride,
+            row_position_ptr + req * CANVAS,
+            row_draw_ptr + req * CANVAS,
+            row_context_ptr + req * CANVAS,
+            row_run_start_ptr + req * CANVAS,
+            row_run_end_ptr + req * CANVAS,
+            row_own_start_ptr + req * CANVAS,
             cost_table_ptr,
             chance_table_ptr,
             CANVAS, LANES,
@@ -373,13 +373,13 @@ def _transition_kernel(
         final = final & (p >= head) & (p < head + size - 1)
         contiguous = tl.minimum(first((p >= head) & (final == 0), p, CANVAS), CANVAS)
         early = (p >= head) & (p < contiguous)
-        tl.store(response_ptr + slot * max_response + block_start + p, token, mask=early)
+        tl.store(response_ptr + req * max_response + block_start + p, token, mask=early)
         end = tl.minimum(block_start + contiguous, limit)
         end = tl.minimum(end, tl.load(ints + F_MAX_TOKENS))
         end = tl.minimum(end, emitted + tl.load(emit_limit_ptr + request))
         count = tl.maximum(end - emitted, 0)
         tl.debug_barrier()  # some of them are committed in this pass
-        source = response_ptr + slot * max_response + emitted
+        source = response_ptr + req * max_response + emitted
         tokens = tl.load(source + p, mask=p < count)
         tl.store(sampled_ptr + request * sampled_stride + p, tokens, mask=p < count)
         tl.atomic_add(counters_ptr + COUNT_TOKENS, count)
@@ -420,8 +420,8 @@ def transition(
     requests = len(idx_mapping)
     for starts in (query_start_loc, logits_start):
         check_starts(starts, requests)
-    for per_slot in (num_computed, prefill_len):
-        check(per_slot, (state.max_requests,), torch.int32)
+    for per_request in (num_computed, prefill_len):
+        check(per_request, (state.max_requests,), torch.int32)
     check(picked, picked.shape, torch.int32)
     for probability in (picked_prob, given_prob):
         check(probability, picked.shape, torch.float32)

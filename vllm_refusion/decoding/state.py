@@ -53,7 +53,7 @@ from vllm_refusion.decoding.params import DecodingParams
 class Phase(IntEnum):
     """What the request's next pass is."""
 
-    IDLE = 0  # no request in this slot
+    IDLE = 0  # no request at this index
     PREFILL = 1
     PLAN = 2
     VERIFY = 3
@@ -124,7 +124,7 @@ MAX_STOP_IDS = 64  # stop token ids that min_tokens can hold back, per request
 
 
 class DecodeState:
-    """State of up to ``max_requests`` requests, indexed by request slot.
+    """State of up to ``max_requests`` requests, by request index.
 
     Attributes (device tensors; R = max_requests, W = canvas_length, P = max_response):
         ints: [R, len(Field)] int32.
@@ -213,7 +213,7 @@ class DecodeState:
 
     def add(
         self,
-        slot: int,
+        req: int,
         prompt_len: int,
         params: DecodingParams,
         max_tokens: int,
@@ -224,7 +224,7 @@ class DecodeState:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Starts a request in ``slot``: its prompt comes next, then (or with it) the first plan.
+        """Starts a request at ``req``: its prompt comes next, then (or with it) the first plan.
 
         Raises:
             ValueError: more stop ids than min_tokens can hold back.
@@ -245,25 +245,25 @@ class DecodeState:
         first = params.first_block(max_tokens)
         ints[Field.ROWS] = ints[Field.CANVAS] = first
         padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
-        self._write("ints", slot, ints)
-        self._write("slot_threshold", slot, params.slot_threshold)
-        self._write("token_threshold", slot, params.token_threshold)
-        self._write("temperature", slot, temperature)
-        self._write("seed", slot, seed)
-        self._write("min_tokens", slot, min_tokens)
-        self._write("stop_ids", slot, padded_stop_ids)
-        self._write("canvas_token", slot, self.mask_token_id)
+        self._write("ints", req, ints)
+        self._write("slot_threshold", req, params.slot_threshold)
+        self._write("token_threshold", req, params.token_threshold)
+        self._write("temperature", req, temperature)
+        self._write("seed", req, seed)
+        self._write("min_tokens", req, min_tokens)
+        self._write("stop_ids", req, padded_stop_ids)
+        self._write("canvas_token", req, self.mask_token_id)
         positions = list(range(first)) + [-1] * (self.canvas_length - first)
-        self._write("row_position", slot, positions)
+        self._write("row_position", req, positions)
         for name in ("row_draw", "row_context", "row_run_start", "row_run_end", "row_own_start"):
-            self._write(name, slot, 0)
+            self._write(name, req, 0)
 
-    def save(self, slot: int) -> dict[str, torch.Tensor]:
-        """A copy of everything about the request in ``slot``, for ``restore``; stays on device."""
-        return {name: tensor[slot].clone() for name, tensor in self._per_request.items()}
+    def save(self, req: int) -> dict[str, torch.Tensor]:
+        """A copy of everything about the request at ``req``, for ``restore``; stays on device."""
+        return {name: tensor[req].clone() for name, tensor in self._per_request.items()}
 
-    def restore(self, slot: int, saved: dict[str, torch.Tensor], emitted: int) -> None:
-        """Continues a preempted request, whose KV is gone, in ``slot``.
+    def restore(self, req: int, saved: dict[str, torch.Tensor], emitted: int) -> None:
+        """Continues a preempted request, whose KV is gone, at ``req``.
 
         The prompt and as many committed tokens as the emitted whole slots have are fed as a
         prefill, the others as REPLAY canvases, all in commit order with the visibility they had;
@@ -274,8 +274,8 @@ class DecodeState:
             emitted: response tokens that the scheduler holds; tokens past them are emitted again.
         """
         for name, tensor in self._per_request.items():
-            tensor[slot].copy_(saved[name])
-        ints = self.ints[slot]
+            tensor[req].copy_(saved[name])
+        ints = self.ints[req]
         phase = saved["ints"][Field.PHASE]
         suspended = (phase == Phase.PREFILL) | (phase == Phase.REPLAY)
         ints[Field.RESUME] = torch.where(suspended, saved["ints"][Field.RESUME], phase)
@@ -283,12 +283,12 @@ class DecodeState:
         ints[Field.EMITTED].fill_(emitted)
         ints[Field.KEPT].fill_(0)
 
-    def remove(self, slot: int) -> None:
-        """Frees ``slot``; its KV is never written again."""
-        self.ints[slot, Field.PHASE].fill_(int(Phase.IDLE))
+    def remove(self, req: int) -> None:
+        """Frees ``req``; its KV is never written again."""
+        self.ints[req, Field.PHASE].fill_(int(Phase.IDLE))
 
-    def _write(self, name: str, slot: int, value: float | list[int]) -> None:
-        target = self._per_request[name][slot]
+    def _write(self, name: str, req: int, value: float | list[int]) -> None:
+        target = self._per_request[name][req]
         if not isinstance(value, list):
             target.fill_(value)  # a kernel argument: no copy from the host
             return
