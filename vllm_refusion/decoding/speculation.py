@@ -8,6 +8,7 @@ it had when it was picked. Chances are in units of 2**-16, their products are su
 from __future__ import annotations
 
 import math
+from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
@@ -37,6 +38,19 @@ class Speculation(NamedTuple):
 
 
 NO_RIDERS = Speculation()
+
+
+class Saving(Enum):
+    """A way to save passes, or rows. Only the twins can be told to do without some."""
+
+    PLAN = "1: verify + next plan"
+    FIRST_PLAN = "2: prompt + first plan"
+    PREDICT = "3: infill verify + next predict"
+    FIRST_PREDICT = "4: failed verify straight on"
+    PIECES = "5: operations piece by piece"
+
+
+ALL_SAVINGS = frozenset(Saving)
 
 
 @cache
