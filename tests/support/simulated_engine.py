@@ -358,15 +358,14 @@ class SimulatedEngine:
             torch.full((len(logits),), torch.nan),
         )
         row_request = idx_mapping.repeat_interleave(torch.tensor(logit_rows))
-        local = torch.cat([torch.arange(count) for count in logit_rows])
-        flat = row_request * state.canvas_length + local
-        following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
+        row = torch.cat([torch.arange(count) for count in logit_rows])
+        following = (row + 1).clamp_max(state.canvas_length - 1)
         return self.operations.token_stats(
             logits,
             row_request,
-            state.row_position.view(-1)[flat],
-            state.canvas_token.view(-1)[following].int(),
-            state.row_draw.view(-1)[flat],
+            state.row_position[row_request, row],
+            state.canvas_token[row_request, following].int(),
+            state.row_draw[row_request, row],
             temperature=state.temperature,
             seed=state.seed,
             min_tokens=state.min_tokens,

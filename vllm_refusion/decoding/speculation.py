@@ -67,12 +67,9 @@ def chance_table() -> list[int]:
 
 
 @cache
-def device_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both tables as int32 tensors."""
-    return (
-        torch.tensor(cost_table(), dtype=torch.int32, device=device),
-        torch.tensor(chance_table(), dtype=torch.int32, device=device),
-    )
+def device_table(device: torch.device) -> torch.Tensor:
+    """[LEVELS + 1 + LARGEST_COST + 1] int32: the cost table, then the chance table."""
+    return torch.tensor([*cost_table(), *chance_table()], dtype=torch.int32, device=device)
 
 
 LARGEST_COST = len(chance_table()) - 1
