@@ -102,7 +102,7 @@ def free_pages(llm: LLM) -> int:
 
 
 def assert_idle(llm, pages):
-    """All KV pages and request slots are free again."""
+    """All KV pages and decoding states are free again."""
     llm.llm_engine.step()  # tells the worker about the last finished requests
     assert free_pages(llm) == pages
     (held,) = llm.collective_rpc("refusion_held")

@@ -61,13 +61,13 @@ class ReFusionModelState(ModelState):
         self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
         self.row_budget: RowBudget | None = None
         self.pass_cost: PassCost | None = None
-        self._slot_of: dict[str, int] = {}
-        # by slot: its prefill repeats committed tokens, which saw what their slots could see
+        self._req_of: dict[str, int] = {}
+        # by request index: its prefill repeats committed tokens, which saw what their slots could see
         self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
         self.limits = PickLimits(self.max_num_reqs, self.model_config.get_vocab_size(), device)
-        self.records: dict[int, Record] = {}  # by request slot: logprobs, of who asks for them
+        self.records: dict[int, Record] = {}  # by request index: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
@@ -89,18 +89,18 @@ class ReFusionModelState(ModelState):
             self.operations = replace(self.operations, transition=transition)
         return CanvasSampler(self), None
 
-    def add_request(self, req_index: int, new_req_data: Any) -> None:
+    def add_request(self, req: int, new_req_data: Any) -> None:
         params = new_req_data.sampling_params
         prompt_len = len(new_req_data.prompt_token_ids)
         room = self.max_model_len - prompt_len
-        self._slot_of[new_req_data.req_id] = req_index
+        self._req_of[new_req_data.req_id] = req
         if self.recorder is not None and (params.extra_args or {}).get("trace"):
-            self.recorder.add(req_index, new_req_data.req_id, new_req_data.prompt_token_ids)
+            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
         decoding = self.defaults.updated(params.extra_args)
         max_tokens = min(params.max_tokens or room, room)  # vLLM's own warm-up sets none
-        self._limit_picks(req_index, params)
+        self._limit_picks(req, params)
         if params.logprobs is not None:
-            self.records[req_index] = self._suspended_records.pop(
+            self.records[req] = self._suspended_records.pop(
                 new_req_data.req_id, None
             ) or Record.empty(
                 decoding.budget(max_tokens),
@@ -109,14 +109,14 @@ class ReFusionModelState(ModelState):
                 self.device,
             )
         saved = self._suspended.pop(new_req_data.req_id, None)
-        self._repeats_tokens[req_index] = saved is not None
+        self._repeats_tokens[req] = saved is not None
         if saved is not None:
             emitted = len(new_req_data.prefill_token_ids) - prompt_len
-            self.req_states.prefill_len.np[req_index] = prompt_len + decoding.whole_slots(emitted)
-            self.decode_state.restore(req_index, saved, emitted)
+            self.req_states.prefill_len.np[req] = prompt_len + decoding.whole_slots(emitted)
+            self.decode_state.restore(req, saved, emitted)
             return
         self.decode_state.add(
-            req_index,
+            req,
             prompt_len,
             decoding,
             max_tokens,
@@ -138,14 +138,14 @@ class ReFusionModelState(ModelState):
         self.row_budget = RowBudget(self, runner.input_buffers.query_start_loc, sizes)
         return self.row_budget
 
-    def _limit_picks(self, slot: int, params: Any) -> None:
+    def _limit_picks(self, req: int, params: Any) -> None:
         bias = bias_row(
             self.limits.vocab,
             params.logit_bias,
             params.allowed_token_ids,
             banned_token_ids(params),
         )
-        self.limits.add(slot, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, bias=bias)
+        self.limits.add(req, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, bias=bias)
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""
@@ -155,18 +155,18 @@ class ReFusionModelState(ModelState):
             self._suspended_records.pop(req_id, None)
 
     def remove_request(self, req_id: str) -> None:
-        slot = self._slot_of.pop(req_id, None)
-        if slot is None:
+        req = self._req_of.pop(req_id, None)
+        if req is None:
             return
         if req_id in self._preempting:
-            self._suspended[req_id] = self.decode_state.save(slot)
-            if slot in self.records:
-                self._suspended_records[req_id] = self.records[slot]
-        self.records.pop(slot, None)
-        self.limits.remove(slot)
-        self.decode_state.remove(slot)
+            self._suspended[req_id] = self.decode_state.save(req)
+            if req in self.records:
+                self._suspended_records[req_id] = self.records[req]
+        self.records.pop(req, None)
+        self.limits.remove(req)
+        self.decode_state.remove(req)
         if self.recorder is not None:
-            self.recorder.remove(slot)
+            self.recorder.remove(req)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         return None

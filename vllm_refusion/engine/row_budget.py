@@ -69,7 +69,7 @@ class RowBudget:
         self._rows = 0
         self.rows_run = 0  # of all steps, with those that nothing used
 
-    def add_request(self, req_index: int) -> None:
+    def add_request(self, req: int) -> None:
         """Nothing is kept by request."""
 
     def get_num_tokens(self, num_tokens: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:

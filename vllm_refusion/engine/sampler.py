@@ -111,12 +111,12 @@ class CanvasSampler:
     ) -> LogprobsTensors | None:
         """Of the requests that ask for them, a canvas's number of rows each."""
         width, start, starts, tables = self.state.canvas_length, 0, [], []
-        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
+        for row, req in enumerate(input_batch.idx_mapping_np.tolist()):
             starts.append(start)
-            if slot in self.records:
-                self.records[slot].take(self.state, slot)
-                first = self.state.ints[slot, Field.EMITTED] - num_sampled[row]
-                tables.append(self.records[slot].emitted(first, width))
+            if req in self.records:
+                self.records[req].take(self.state, req)
+                first = self.state.ints[req, Field.EMITTED] - num_sampled[row]
+                tables.append(self.records[req].emitted(first, width))
                 start += width
         if not tables:
             return None
@@ -184,11 +184,11 @@ class CanvasSampler:
         Which rows a request has is known on the device only; on the host, the most it may have.
         """
         most = input_batch.num_draft_tokens_per_req.tolist()
-        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
-            if slot in self.records and most[row]:
-                self.records[slot].describe(
+        for row, req in enumerate(input_batch.idx_mapping_np.tolist()):
+            if req in self.records and most[row]:
+                self.records[req].describe(
                     self.state,
-                    slot,
+                    req,
                     input_batch.cu_num_logits[row : row + 2],
                     most[row],
                     logits,
