@@ -25,9 +25,9 @@ from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits, bias_row
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
-from vllm_refusion.engine.admission import banned_token_ids, ending_token_ids
 from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.pass_cost import PassCost, measure_passes
+from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.engine.sampler import CanvasSampler
 from vllm_refusion.engine.settings import (
@@ -61,13 +61,13 @@ class ReFusionModelState(ModelState):
         self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
         self.row_budget: RowBudget | None = None
         self.pass_cost: PassCost | None = None
-        self._req_of: dict[str, int] = {}
-        # by request index: its prefill repeats committed tokens, which saw what their slots could see
+        self._req_of: dict[str, int] = {}  # request id -> its index in all tables, a ``req``
+        # by req: its prefill repeats committed tokens, which saw what their slots could see
         self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
         self.limits = PickLimits(self.max_num_reqs, self.model_config.get_vocab_size(), device)
-        self.records: dict[int, Record] = {}  # by request index: logprobs, of who asks for them
+        self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
@@ -90,41 +90,37 @@ class ReFusionModelState(ModelState):
         return CanvasSampler(self), None
 
     def add_request(self, req: int, new_req_data: Any) -> None:
-        params = new_req_data.sampling_params
         prompt_len = len(new_req_data.prompt_token_ids)
-        room = self.max_model_len - prompt_len
+        spec = RequestSpec.of(
+            new_req_data.sampling_params, prompt_len, self.defaults, self.max_model_len
+        )
         self._req_of[new_req_data.req_id] = req
-        if self.recorder is not None and (params.extra_args or {}).get("trace"):
+        if self.recorder is not None and spec.trace:
             self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
-        decoding = self.defaults.updated(params.extra_args)
-        max_tokens = min(params.max_tokens or room, room)  # vLLM's own warm-up sets none
-        self._limit_picks(req, params)
-        if params.logprobs is not None:
+        self._limit_picks(req, spec)
+        if spec.logprobs is not None:
             self.records[req] = self._suspended_records.pop(
                 new_req_data.req_id, None
             ) or Record.empty(
-                decoding.budget(max_tokens),
-                self.decode_state.canvas_length,
-                params.logprobs,
-                self.device,
+                spec.budget, self.decode_state.canvas_length, spec.logprobs, self.device
             )
         saved = self._suspended.pop(new_req_data.req_id, None)
         self._repeats_tokens[req] = saved is not None
         if saved is not None:
             emitted = len(new_req_data.prefill_token_ids) - prompt_len
-            self.req_states.prefill_len.np[req] = prompt_len + decoding.whole_slots(emitted)
+            self.req_states.prefill_len.np[req] = prompt_len + spec.decoding.whole_slots(emitted)
             self.decode_state.restore(req, saved, emitted)
             return
         self.decode_state.add(
             req,
             prompt_len,
-            decoding,
-            max_tokens,
-            params.eos_token_id,
-            min_tokens=params.min_tokens,
-            stop_ids=sorted(ending_token_ids(params)) if params.min_tokens else (),
-            temperature=params.temperature,
-            seed=params.seed or 0,
+            spec.decoding,
+            spec.max_tokens,
+            spec.eos_token_id,
+            min_tokens=spec.min_tokens,
+            stop_ids=spec.held_back,
+            temperature=spec.temperature,
+            seed=spec.seed,
         )
 
     def measure_passes(self, runner: Any) -> None:
@@ -138,14 +134,11 @@ class ReFusionModelState(ModelState):
         self.row_budget = RowBudget(self, runner.input_buffers.query_start_loc, sizes)
         return self.row_budget
 
-    def _limit_picks(self, req: int, params: Any) -> None:
+    def _limit_picks(self, req: int, spec: RequestSpec) -> None:
         bias = bias_row(
-            self.limits.vocab,
-            params.logit_bias,
-            params.allowed_token_ids,
-            banned_token_ids(params),
+            self.limits.vocab, spec.logit_bias, spec.allowed_token_ids, spec.banned_token_ids
         )
-        self.limits.add(req, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, bias=bias)
+        self.limits.add(req, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p, bias=bias)
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.params import DecodingParams, ParameterError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -45,7 +45,7 @@ class RequestSpec:
     top_p: float
     min_p: float
     logit_bias: Mapping[int, float]
-    allowed_token_ids: tuple[int, ...] | None
+    allowed_token_ids: Sequence[int] | None
     banned_token_ids: tuple[int, ...]
     logprobs: int | None
     trace: bool
@@ -57,7 +57,7 @@ class RequestSpec:
         """Resolves ``params`` of a request with a prompt of that many tokens.
 
         Raises:
-            ParameterError: a decoding parameter is unknown or out of range.
+            ParameterError: one of ``extra_args`` is unknown or out of range.
         """
         room = max_model_len - prompt_len
         # Not vLLM's ``all_stop_token_ids``: that one holds EOS even where ``ignore_eos`` makes it
@@ -76,10 +76,10 @@ class RequestSpec:
             top_p=params.top_p,
             min_p=params.min_p,
             logit_bias=params.logit_bias or {},
-            allowed_token_ids=tuple(params.allowed_token_ids) if params.allowed_token_ids else None,
+            allowed_token_ids=params.allowed_token_ids,
             banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ()),
             logprobs=params.logprobs,
-            trace=bool(options.get("trace", False)),
+            trace=_trace(options),
         )
 
     @property
@@ -91,3 +91,10 @@ class RequestSpec:
     def first_block(self) -> int:
         """Positions of the first block."""
         return self.decoding.first_block(self.max_tokens)
+
+
+def _trace(options: Mapping[str, Any]) -> bool:
+    value = options.get("trace", False)
+    if value not in (True, False):
+        raise ParameterError("trace", value, "allowed are true and false")
+    return bool(value)
