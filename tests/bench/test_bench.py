@@ -13,7 +13,7 @@ import torch
 
 from conformance import build_model
 from engine import ON_GPU, engine
-from vllm_refusion.bench import BENCHMARK_ENV, contributions, report
+from vllm_refusion.bench import contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
 from vllm_refusion.bench.contributions import Saving
@@ -28,6 +28,7 @@ from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.acceptance import CONFIG_KEY, Profile, build_tables, seed_of, to_config
 from vllm_refusion.engine.metrics import snapshot
+from vllm_refusion.engine.settings import BENCHMARK_ENV
 
 TINY_SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -378,7 +379,7 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
     options["override_generation_config"] = vars(params[0])
     config = to_config(profiles) | {"refusion_schedule": "plain"}
     with engine(model, **options, additional_config=config) as llm:
-        watch = compat.ScheduleWatch(llm.llm_engine.engine_core.engine_core.scheduler)
+        watch = compat.ScheduleWatch(compat.engine_core_of(llm).scheduler)
         before = snapshot(llm)
         outputs = llm.generate(
             [TokensPrompt(prompt_token_ids=[5, 6, 7])] * len(seeds),

@@ -142,18 +142,13 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
     from vllm_refusion.triton_kernels.dispatch import operations
 
     return CanvasSampler(
-        SimpleNamespace(
-            row_budget=None,
-            vllm_config=SimpleNamespace(additional_config={}),
-            model=Model(),
-            operations=operations(torch.device("cpu")),
-            decode_state=state,
-            limits=PickLimits(max_requests, vocab_size, "cpu"),
-            records={},
-            req_states=SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
-            model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size),
-            dtype=torch.float32,
-        )
+        SimpleNamespace(additional_config={}, model_config=SimpleNamespace(dtype=torch.float32)),
+        Model(),
+        operations(torch.device("cpu")),
+        state,
+        SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
+        PickLimits(max_requests, vocab_size, "cpu"),
+        {},
     )
 
 

@@ -12,7 +12,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from vllm_refusion.bench import BENCHMARK_ENV  # noqa: E402
 from vllm_refusion.engine.acceptance import (  # noqa: E402
     CONFIG_KEY,
     Profile,
@@ -21,6 +20,7 @@ from vllm_refusion.engine.acceptance import (  # noqa: E402
     seed_of,
     to_config,
 )
+from vllm_refusion.engine.settings import BENCHMARK_ENV  # noqa: E402
 from vllm_refusion.triton_kernels.acceptance import acceptance_stats  # noqa: E402
 from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin  # noqa: E402
 

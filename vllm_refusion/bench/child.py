@@ -18,6 +18,7 @@ from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.load import Load, run_load, summarise
 from vllm_refusion.bench.settings import Preset, Settings
 from vllm_refusion.bench.shapes import matrix_parameters
+from vllm_refusion.engine import compat
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
 PROFILED_TOKENS = 32
@@ -80,8 +81,6 @@ class Side:
     def __init__(self, settings: Settings, side: str) -> None:
         from vllm import LLM, envs
 
-        from vllm_refusion.engine import compat
-
         self.settings, self.side = settings, side
         budget = max(8192, max(settings.levels) * settings.canvas_length)
         prompts = Prompts(settings, side)
@@ -101,8 +100,7 @@ class Side:
         self.args = args
         self.watch = None
         if self.in_process:
-            core = self.llm.llm_engine.engine_core.engine_core
-            self.watch = compat.ScheduleWatch(core.scheduler)
+            self.watch = compat.ScheduleWatch(compat.engine_core_of(self.llm).scheduler)
 
     def describe(self) -> dict[str, Any]:
         config = self.llm.llm_engine.vllm_config
@@ -291,7 +289,7 @@ def main(side: str, settings_file: str, result_file: str) -> None:
         partial.write_text(json.dumps(result, default=str))
         partial.replace(target)
         say(line)
-    running.llm.llm_engine.engine_core.shutdown()
+    compat.shut_down(running.llm)
 
 
 if __name__ == "__main__":

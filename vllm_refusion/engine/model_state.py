@@ -8,6 +8,7 @@ Nothing here waits for the device or loops over requests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +27,13 @@ from vllm_refusion.decoding.picking import PickLimits, bias_row
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
 from vllm_refusion.engine.attention import PromptTail
-from vllm_refusion.engine.pass_cost import PassCost, measure_passes
+from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
 from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.engine.sampler import CanvasSampler
 from vllm_refusion.engine.settings import (
     canvas_length,
+    fuses_passes,
     position_slack,
     server_defaults,
     tracing_enabled,
@@ -59,7 +61,6 @@ class ReFusionModelState(ModelState):
         # Addresses captured by CUDA graphs.
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
-        self.row_budget: RowBudget | None = None
         self.pass_cost: PassCost | None = None
         self._req_of: dict[str, int] = {}  # request id -> its index in all tables, a ``req``
         # by req: its prefill repeats committed tokens, which saw what their slots could see
@@ -87,7 +88,16 @@ class ReFusionModelState(ModelState):
             self.recorder = Recorder(self.decode_state)
             transition = self.recorder.around(self.operations.transition)
             self.operations = replace(self.operations, transition=transition)
-        return CanvasSampler(self), None
+        self.sampler = CanvasSampler(
+            self.vllm_config,
+            self.model,
+            self.operations,
+            self.decode_state,
+            self.req_states,
+            self.limits,
+            self.records,
+        )
+        return self.sampler, None
 
     def add_request(self, req: int, new_req_data: Any) -> None:
         prompt_len = len(new_req_data.prompt_token_ids)
@@ -123,16 +133,22 @@ class ReFusionModelState(ModelState):
             seed=spec.seed,
         )
 
-    def measure_passes(self, runner: Any) -> None:
-        """Times forward passes, after the graphs are captured; see ``PassCost``."""
-        self.pass_cost = measure_passes(runner)
+    def measure_passes(self, run: Callable[[int], Any]) -> None:
+        """Times ``run(rows)``, a forward pass, after the graphs are captured; see ``PassCost``."""
+        self.pass_cost = measure_passes(run, self.max_num_tokens, self.device)
 
-    def start_row_budget(self, runner: Any) -> RowBudget:
-        """The row budget, in its beginning."""
-        manager = runner.cudagraph_manager
-        sizes = manager.captured_token_counts() if manager is not None else []
-        self.row_budget = RowBudget(self, runner.input_buffers.query_start_loc, sizes)
-        return self.row_budget
+    def start_row_budget(self, query_start_loc: torch.Tensor, sizes: list[int]) -> RowBudget:
+        """The row budget, in its beginning; see there."""
+        self.sampler.row_budget = RowBudget(
+            self.decode_state,
+            self.operations,
+            self.req_states,
+            query_start_loc,
+            sizes,
+            self.pass_cost or ASSUMED_COST,
+            fuses_passes(self.vllm_config),
+        )
+        return self.sampler.row_budget
 
     def _limit_picks(self, req: int, spec: RequestSpec) -> None:
         bias = bias_row(

@@ -21,7 +21,7 @@ class WorkerExtension:
 
     def refusion_rows_run(self) -> int:
         """Decode rows of all steps since start, with those that no request used."""
-        budget = self.model_runner.model_state.row_budget
+        budget = self.model_runner.model_state.sampler.row_budget
         return 0 if budget is None else budget.rows_run
 
     def refusion_held(self) -> dict[str, int]:
