@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from vllm_refusion.triton_kernels.canvas_attention import canvas_attention
-from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
+from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE
 from vllm_refusion.triton_kernels.token_stats import token_stats
 from vllm_refusion.triton_kernels.write_kv import write_kv
 

@@ -1,7 +1,7 @@
 """Every private part of vLLM that this project uses or patches, with the reason.
 
-Nothing of ours is imported here: what vLLM is to call comes in as ``Hooks``. tests/engine/
-test_compat.py fails once a patch is no longer needed or no longer fits.
+Nothing of ours is imported here: what vLLM is to call comes in as ``Hooks``.
+tests/engine/test_compat.py fails once a patch is no longer needed or no longer fits.
 """
 
 from __future__ import annotations
