@@ -146,13 +146,16 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(found), target
 
 
+def missing_paths(text: str) -> set[str]:
+    """Paths of the repository in ``text`` that lead nowhere; also ones given within the package."""
+    folders = "vllm_refusion|triton_kernels|tests|docs|examples|decoding|engine|training|viewer"
+    paths = set(re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", text))
+    return {p for p in paths if not (ROOT / p).exists() and not (PACKAGE / p).exists()}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_paths_exist(page):
-    """Those of the repository, also where they are given within the package."""
-    folders = "vllm_refusion|triton_kernels|tests|docs|examples|decoding|engine|training|viewer"
-    paths = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", page.read_text())
-    missing = {p for p in paths if not any((base / p).exists() for base in (ROOT, PACKAGE))}
-    assert not missing
+    assert not missing_paths(page.read_text())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -165,6 +168,26 @@ def test_modules_exist(page):
         except ModuleNotFoundError:  # the parent is no package
             found = getattr(importlib.import_module(parent), name, None)
         assert found, dotted
+
+
+def commented() -> list[tuple[str, str]]:
+    """(file, text) of every comment and docstring of the code and its tests, but of this file."""
+    found = []
+    for folder in (PACKAGE, ROOT / "triton_kernels", ROOT / "tests", ROOT / "examples"):
+        for path in sorted(set(folder.rglob("*.py")) - {Path(__file__).resolve()}):
+            with tokenize.open(path) as file:
+                tokens = list(tokenize.generate_tokens(file.readline))
+            found += [
+                (str(path.relative_to(ROOT)), token.string.strip('#" '))
+                for token in tokens
+                if token.type == tokenize.COMMENT or token.string.startswith('"""')
+            ]
+    return found
+
+
+def test_paths_in_comments_exist():
+    found = [(where, missing_paths(text)) for where, text in commented()]
+    assert not [entry for entry in found if entry[1]]
 
 
 NUMBER = r"\d+(?:\.\d+)?"
@@ -180,17 +203,6 @@ def citations(text: str) -> list[str]:
     return re.findall(NUMBER, " ".join(found))
 
 
-def comments(path: Path) -> list[str]:
-    """Comments and docstrings of a Python file."""
-    with tokenize.open(path) as file:
-        tokens = list(tokenize.generate_tokens(file.readline))
-    return [
-        token.string.strip('#" ')
-        for token in tokens
-        if token.type == tokenize.COMMENT or token.string.startswith('"""')
-    ]
-
-
 def test_citations_are_found():
     assert citations("sections 3.1 to\n3.3, and section 5.") == ["3.1", "3.3", "5"]
     assert citations("3.2: slots, from 3.3 if none") == ["3.2", "3.3"]
@@ -202,20 +214,8 @@ def test_cited_sections_exist():
     """docs/algorithm.md has them, whoever cites them: the code, its tests or a document."""
     law = (ROOT / "docs/algorithm.md").read_text()
     sections = set(re.findall(rf"^#+ ({NUMBER})\.? \w", law, re.MULTILINE))
-    folders = (PACKAGE, ROOT / "triton_kernels", ROOT / "tests", ROOT / "examples")
-    cited = {
-        (str(path.relative_to(ROOT)), section)
-        for folder in folders
-        for path in folder.rglob("*.py")
-        if path != Path(__file__)
-        for text in comments(path)
-        for section in citations(text)
-    }
-    cited |= {
-        (str(page.relative_to(ROOT)), section)
-        for page in PAGES
-        for section in citations(page.read_text())
-    }
+    texts = commented() + [(str(page.relative_to(ROOT)), page.read_text()) for page in PAGES]
+    cited = {(where, section) for where, text in texts for section in citations(text)}
     assert ("vllm_refusion/decoding/reference.py", "3.3") in cited
     assert not {(where, section) for where, section in cited if section not in sections}
 
