@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -81,9 +81,11 @@ class Request:
     canvas_row: list[int] = field(default_factory=list)
 
     @classmethod
-    def load(cls, state: DecodeState, slot: int, speculation: Speculation) -> Request:
-        lists = [getattr(state, name)[slot].tolist() for name in LISTS]
-        return cls(state, slot, speculation, *lists, state.confidence[slot].clone())
+    def load(cls, state: DecodeState, slot: int, speculation: Speculation) -> Self:
+        lists = (getattr(state, name)[slot].tolist() for name in LISTS)
+        ints, status, token, rounds, origin = lists
+        confidence = state.confidence[slot].clone()
+        return cls(state, slot, speculation, ints, status, token, rounds, origin, confidence)
 
     def save(self) -> None:
         state, slot = self.state, self.slot
@@ -126,9 +128,9 @@ class Request:
         ):
             getattr(state, name)[slot] = torch.tensor(values, dtype=torch.int32)
         state.row_position[slot] = -1
-        for name, values in zip(_Row._fields, zip(*rows)):
+        for name, column in zip(_Row._fields, zip(*rows)):
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
-            target[slot, : len(rows)] = torch.tensor(values, dtype=target.dtype)
+            target[slot, : len(rows)] = torch.tensor(column, dtype=target.dtype)
 
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]

@@ -101,8 +101,8 @@ class Side:
         self.args = args
         self.watch = None
         if self.in_process:
-            core = self.llm.llm_engine.engine_core.engine_core
-            self.watch = compat.ScheduleWatch(core.scheduler)
+            client: Any = self.llm.llm_engine.engine_core  # of its kinds, the one in this process
+            self.watch = compat.ScheduleWatch(client.engine_core.scheduler)
 
     def describe(self) -> dict[str, Any]:
         config = self.llm.llm_engine.vllm_config
@@ -169,7 +169,7 @@ class Side:
         level = {
             "side": self.side,
             "preset": self.speculation if preset is None else preset.name,
-            "canvas": preset.block_length if canvas else None,
+            "canvas": preset.block_length if preset is not None and canvas else None,
             "acceptance": "-" if preset is None else preset.acceptance,
             "concurrency": concurrency,
             "requests": count,
@@ -199,9 +199,11 @@ class Side:
             return snapshot(self.llm)
         if self.settings.speculative_config is None:
             return {}
+        from vllm.v1.metrics.reader import Counter
+
         drafted = "vllm:spec_decode_num_draft_tokens"
-        found = [metric for metric in self.llm.get_metrics() if metric.name == drafted]
-        return {"drafted_tokens": sum(int(metric.value) for metric in found)}
+        found = [m for m in self.llm.get_metrics() if isinstance(m, Counter) and m.name == drafted]
+        return {"drafted_tokens": sum(metric.value for metric in found)}
 
     def rows_run(self) -> int:
         """Decode rows of all passes so far, with those that no request used."""
