@@ -275,7 +275,9 @@ class Checkpoints(TrainerCallback):
     def __init__(self, run: Path) -> None:
         self._run = run
 
-    def on_save(self, args, state, control, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if args.world_size > 1:
             torch.distributed.barrier()
         if state.is_world_process_zero:
