@@ -37,6 +37,8 @@ RINGS = {
     "backbones": 0,
     "triton_cpu_stub": 0,
     "decoding": 0,
+    "files": 0,
+    "rows": 1,
     "triton_kernels": 1,
     "engine": 2,
     "vllm_refusion": 3,  # registers the engine

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_refusion.decoding.params import PARAMETER_NAMES, PRESETS
 from vllm_refusion.engine import compat
+from vllm_refusion.files import json_object, write_text
 
 HELP = "record how prompts are decoded, pass by pass, as JSON"
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument(
         "--engine",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help="more options of vllm.LLM, for both models",
@@ -71,12 +72,10 @@ def run(args: argparse.Namespace) -> None:
         with _engine(args, args.autoregressive, record.stock(args.autoregressive)) as llm:
             _warm_up(llm, args.prompt[0], sampling, chat)
             record.add_autoregressive(trace, llm, sampling, chat)
-    args.output.write_text(
-        json.dumps(trace, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
-    )
+    write_text(args.output, json.dumps(trace, ensure_ascii=False, separators=(",", ":")))
     print(f"wrote {args.output}")
     if args.page:
-        args.page.write_text(page.html(trace), encoding="utf-8")
+        write_text(args.page, page.html(trace))
         print(f"wrote {args.page}")
     for request in trace["requests"]:
         print(Timeline.of(trace, request).summary())
