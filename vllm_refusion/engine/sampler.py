@@ -148,13 +148,12 @@ class CanvasSampler:
 
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         state = self.state
-        requests = input_batch.expanded_idx_mapping
-        flat = requests * state.canvas_length + input_batch.expanded_local_pos
-        positions = state.row_position.view(-1)[flat]
+        requests, row = input_batch.expanded_idx_mapping, input_batch.expanded_local_pos
+        positions = state.row_position[requests, row]
         # What a row may be asked about is the token of the row after it.
-        following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
-        given = state.canvas_token.view(-1)[following].int()
-        draws = state.row_draw.view(-1)[flat]
+        following = (row + 1).clamp_max(state.canvas_length - 1)
+        given = state.canvas_token[requests, following].int()
+        draws = state.row_draw[requests, row]
         for start in range(0, hidden_states.shape[0], self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
             logits = self.model.row_logits(hidden_states[rows])
