@@ -14,7 +14,7 @@ from device import ON_GPU
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from conformance import Case, build_model, cases, expected
-from vllm_refusion.engine.metrics import SIZES
+from vllm_refusion.engine.worker import SIZES
 
 # A canvas of 32 rows, and server defaults that fit it.
 NARROW = {

@@ -1,6 +1,6 @@
 """Soak: minutes of mixed load on one server of its own, every answer compared with its like alone.
 
-    python tests/soak.py --minutes 5
+    python tests/support/soak.py --minutes 5
 
 Starts ``python -m vllm.entrypoints.openai.api_server`` in a temporary folder and needs nothing but
 what vLLM installs. First each distinct request is sent alone and its answer kept. Then, until the
@@ -199,7 +199,7 @@ class Soak:
         return values
 
     async def held(self) -> dict[str, int]:
-        """What the first worker holds, see ``metrics.WorkerExtension.refusion_held``."""
+        """What the first worker holds, see ``worker.WorkerExtension.refusion_held``."""
         response = await self.client.post("/collective_rpc", json={"method": "refusion_held"})
         response.raise_for_status()
         return response.json()["results"][0]
