@@ -13,17 +13,19 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_refusion.triton_kernels.canvas_attention import canvas_attention
 from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
 from vllm_refusion.triton_kernels.token_stats import token_stats
+from vllm_refusion.triton_kernels.token_stats_twin import allocate_stats
 from vllm_refusion.triton_kernels.write_kv import write_kv
 
 HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 32, 8, 128, 151_936
@@ -63,7 +65,7 @@ class Ceilings:
     flop_per_s: float
 
 
-def time_calls(calls: list[Callable[[], object]]) -> float:
+def time_calls(calls: Sequence[Callable[[], object]]) -> float:
     """Median microseconds of a call when all are captured in one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -277,17 +279,14 @@ def token_stats_call(rows: int, temperature: float) -> Callable[[], object]:
     logits = torch.randn(rows, VOCAB, **_like_served()) * 4
     row_request = torch.arange(rows, device=DEVICE) % requests
     positions, given, draws = integers(rows, 4096), integers(rows, VOCAB), integers(rows, 100)
-    state = dict(
+    state: dict[str, Any] = dict(
         temperature=torch.full((requests,), temperature, device=DEVICE),
         seed=torch.arange(requests, device=DEVICE),
         min_tokens=torch.zeros(requests, dtype=torch.int32, device=DEVICE),
         stop_ids=torch.full((requests, 64), -1, dtype=torch.int32, device=DEVICE),
         mask_token_id=VOCAB - 1,
     )
-    out = tuple(
-        torch.zeros(rows, dtype=dtype, device=DEVICE)
-        for dtype in (torch.int32, torch.float32, torch.float32)
-    )
+    out = allocate_stats(logits)
     return lambda: token_stats(logits, row_request, positions, given, draws, **state, out=out)
 
 
