@@ -168,13 +168,13 @@ class Attention:
         view = torch.tensor([shape.context, 0, 0, shape.context], dtype=torch.int32)
         self.visibility = view.repeat(rows, 1).to(DEVICE)
 
-    def call(self, cache: torch.Tensor, **options) -> Callable[[], None]:
+    def call(self, cache: torch.Tensor, **options: Any) -> Callable[[], None]:
         return lambda: canvas_attention(
             self.query, cache, self.output, self.table, self.starts, self.lengths,
             self.visibility, SCALE, **options,
         )  # fmt: skip
 
-    def time(self, **options) -> float:
+    def time(self, **options: Any) -> float:
         return time_calls([self.call(cache, **options) for cache in self.caches])
 
     def time_flash(self) -> float:
@@ -184,7 +184,7 @@ class Attention:
         """
         return min(self._time_flash(num_splits) for num_splits in (32, 0))
 
-    def flash_call(self, cache: torch.Tensor, **options) -> Callable[[], None]:
+    def flash_call(self, cache: torch.Tensor, **options: Any) -> Callable[[], None]:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
         key, value = cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
@@ -225,7 +225,9 @@ def flash_attention_3_is_installed() -> bool:
     return is_fa_version_supported(3)
 
 
-def measured(name: str, shape: object, us: float, moved: float, flops: float, ceilings: Ceilings):
+def measured(
+    name: str, shape: object, us: float, moved: float, flops: float, ceilings: Ceilings
+) -> Measured:
     floor = max(moved / ceilings.bytes_per_s, flops / ceilings.flop_per_s) * 1e6
     return Measured(name, str(shape), us, moved / us * 1e-3, flops / us * 1e-6, floor / us)
 
