@@ -16,8 +16,9 @@ from typing import Any
 
 from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.load import Load, run_load, summarise
-from vllm_refusion.bench.settings import Preset, Settings
+from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import matrix_parameters
+from vllm_refusion.files import read_json, write_text
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
 PROFILED_TOKENS = 32
@@ -235,9 +236,7 @@ class Prompts:
         self.token_ids: list[list[int]] = []
         self.longest = settings.input_len
         if settings.prompts is not None:
-            lines = Path(settings.prompts).read_text().splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-            self.texts = [row.get("prompt") or row["query"] for row in rows]
+            self.texts = read_prompts(settings.prompts)
 
     def prepare(self, llm: Any) -> None:
         settings = self.settings
@@ -282,16 +281,14 @@ def levels_of(settings: Settings, side: str) -> list[tuple[Preset | None, int]]:
 
 
 def main(side: str, settings_file: str, result_file: str) -> None:
-    settings = Settings.from_json(json.loads(Path(settings_file).read_text()))
+    settings = Settings.from_json(read_json(Path(settings_file)))
     running = Side(settings, side)
     result = running.describe() | {"environment": environment()}
     target = Path(result_file)
     for preset, concurrency in levels_of(settings, side):
         level, line = running.run_level(preset, concurrency)
         result["levels"].append(level)
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(result, default=str))
-        partial.replace(target)
+        write_text(target, json.dumps(result, default=str))
         say(line)
     running.llm.llm_engine.engine_core.shutdown()
 

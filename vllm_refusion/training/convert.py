@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_refusion.backbones import ARCHITECTURES
 from vllm_refusion.decoding.params import DecodingParams, expand_preset
+from vllm_refusion.files import publish, write_text
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|pad|>"
@@ -73,9 +74,9 @@ def convert(
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        write_text(part / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         part.chmod(0o755)
-        part.rename(output)
+        publish(part, output)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,13 @@ from transformers import (
 
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
+from vllm_refusion.files import parse_json, seal, writing
 from vllm_refusion.training.collator import Sequenced, collate
 from vllm_refusion.training.loss import attach, label_counts
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
+SEAL = "complete.json"  # of a checkpoint, see ``files.seal``
+KEPT = 2  # checkpoints of a run
 
 
 class Problem(NamedTuple):
@@ -216,22 +220,22 @@ def is_right(text: str, values: Mapping[str, Any]) -> bool:
     return text.strip() == values["response"].strip()
 
 
-class LogFile(TrainerCallback):
-    """Appends what is logged to a file, one JSON object a line; cut back where a run goes on."""
+class LogFiles(TrainerCallback):
+    """Appends what is logged to log.jsonl; it and samples.jsonl are cut back where a run goes on.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Both have one JSON object with its ``step`` a line.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._log, self._samples = run / "log.jsonl", run / "samples.jsonl"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if state.is_world_process_zero and self._path.exists():
-            kept = [
-                line
-                for line in self._path.read_text().splitlines(keepends=True)
-                if json.loads(line)["step"] <= state.global_step
-            ]
-            self._path.write_text("".join(kept))
+        if state.is_world_process_zero:
+            for path in (self._log, self._samples):
+                if path.exists():
+                    _cut_back(path, state.global_step)
 
     def on_log(
         self,
@@ -242,8 +246,52 @@ class LogFile(TrainerCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero:
-            with open(self._path, "a") as file:
+            with open(self._log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keeps lines up to ``step``. A last line without its end was being written: it is dropped.
+
+    Raises:
+        ValueError: another line has no step; names it.
+    """
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    kept = []
+    for number, line in enumerate(whole.splitlines(keepends=True), 1):
+        try:
+            if parse_json(line.decode())["step"] <= step:
+                kept.append(line.rstrip(b"\n"))
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"no line of this run ({error})"
+            raise ValueError(f"{path}:{number}: {problem}: remove it, and resume again") from error
+    with writing(path, "wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+
+
+class Checkpoints(TrainerCallback):
+    """Seals each checkpoint once every process has written its part; keeps the last two."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            seal(self._run / f"checkpoint-{state.global_step}", SEAL)
+            kept = sealed_checkpoints(self._run)[:KEPT]
+            for path in self._run.glob("checkpoint-*"):
+                if path not in kept:
+                    shutil.rmtree(path)
+
+
+def sealed_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, newest first; a save that was cut off leaves no seal."""
+    found = [path.parent for path in run.glob(f"checkpoint-*/{SEAL}")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 class SaveWhenInterrupted(TrainerCallback):
