@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from device import ON_GPU
 
 from conformance import build_model
-from engine import ON_GPU, engine
+from engine import engine
 from vllm_refusion.bench import contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from

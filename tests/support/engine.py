@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device import ON_GPU
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from conformance import Case, build_model, cases, expected
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.worker import SIZES
 
-ON_GPU = torch.cuda.is_available()
 # A canvas of 32 rows, and server defaults that fit it.
 NARROW = {
     "diffusion_config": {"canvas_length": 32},

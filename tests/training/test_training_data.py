@@ -25,11 +25,6 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_checkpoint):
-    return AutoTokenizer.from_pretrained(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
 def encoder(tokenizer):
     return Encoder(tokenizer, tokenizer.mask_token_id)
 
