@@ -197,7 +197,21 @@ def test_view_refuses(trace_file, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": "vllm-refusion trace", "version": 9}'])
+TRACE = '{"format": "vllm-refusion trace", "version": 1'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"format": "vllm-refusion trace", "version": 9}',
+        TRACE + "}",
+        TRACE + ', "requests": 3}',
+        TRACE + ', "requests": [{"passes": [1]}]}',
+    ],
+)
 def test_not_a_trace(tmp_path, content, capsys):
     path = tmp_path / "trace.json"
     path.write_text(content)
