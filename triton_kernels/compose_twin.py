@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -91,9 +91,13 @@ class Request:
         req: int,
         speculation: Speculation,
         savings: Collection[Saving],
-    ) -> Request:
-        lists = [getattr(state, name)[req].tolist() for name in LISTS]
-        return cls(state, req, speculation, savings, *lists, state.confidence[req].clone())
+    ) -> Self:
+        lists = (getattr(state, name)[req].tolist() for name in LISTS)
+        ints, status, token, rounds, origin = lists
+        confidence = state.confidence[req].clone()
+        return cls(
+            state, req, speculation, savings, ints, status, token, rounds, origin, confidence
+        )
 
     def save(self) -> None:
         state, req = self.state, self.req
@@ -137,9 +141,9 @@ class Request:
         ):
             getattr(state, name)[req] = torch.tensor(values, dtype=torch.int32)
         state.row_position[req] = -1
-        for name, values in zip(_Row._fields, zip(*rows)):
+        for name, column in zip(_Row._fields, zip(*rows)):
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
-            target[req, : len(rows)] = torch.tensor(values, dtype=target.dtype)
+            target[req, : len(rows)] = torch.tensor(column, dtype=target.dtype)
 
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]

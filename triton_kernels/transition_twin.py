@@ -8,7 +8,7 @@ The state and its fields are described in ``vllm_refusion.decoding.state``.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -99,9 +99,9 @@ class _Step(Request):
     fed: int = 0
     computed: int = 0
     prefill_len: int = 0
-    picked: list[int] | None = None
-    picked_prob: torch.Tensor | None = None
-    given_prob: torch.Tensor | None = None
+    picked: list[int] = field(default_factory=list)
+    picked_prob: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    given_prob: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     passed: int = 0  # of the tokens tested
     tested: int = 0
 

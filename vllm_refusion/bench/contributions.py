@@ -127,7 +127,7 @@ def _statistics(
 
 def table(max_tokens: int, requests: int, presets: Collection[str] = PRESETS) -> str:
     """A column per preset and concurrency: tokens per pass, rows per token, share of passes."""
-    schedules = {saving.value: {saving} for saving in Saving}
+    schedules: dict[str, Collection[Saving]] = {saving.value: {saving} for saving in Saving}
     schedules |= {"1 to 4": RIDERS, "1 to 5, the default": ALL_SAVINGS}
     head = ["schedule", *(f"{name}, {level}" for name in presets for level in CONCURRENCY)]
     lines: dict[str, list[str]] = {}
@@ -143,8 +143,8 @@ def table(max_tokens: int, requests: int, presets: Collection[str] = PRESETS) ->
             for schedule, savings in schedules.items():
                 column[schedule] = decode(params, chances, speculation, savings, **size).figures
             column["1 to 4, every rider that fits"] = every
-            for schedule, (tokens, rows) in column.items():
-                cell = f"{tokens:.2f}, {rows:.1f}, {plain[0] / tokens:.2f}"
+            for schedule, (tokens, fed) in column.items():
+                cell = f"{tokens:.2f}, {fed:.1f}, {plain[0] / tokens:.2f}"
                 lines.setdefault(schedule, [schedule]).append(cell)
     rows = [head, ["---"] * len(head), *lines.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
