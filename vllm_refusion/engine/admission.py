@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +56,7 @@ HONOURED = {
     "_bad_words_token_ids",
 }
 INT64_MAX = 2**63 - 1
+MAX_BIAS = 1e30  # float32 holds it, with logits added and divided by the lowest temperature
 
 
 def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
@@ -76,6 +76,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             raise ParameterError("pooling_params", "...", "ReFusion only generates text")
         if request.resumable:
             raise ParameterError("resumable", True, "ReFusion does not take streamed input")
+        _check_integers(request)
         _resolve_eos(params, vllm_config)  # EOS counts among the stop tokens checked next
         _check_sampling_params(params)
         _check_picks(params, vllm_config)
@@ -89,6 +90,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         ) from error
     room = vllm_config.model_config.max_model_len - len(request.prompt_token_ids)
     params.max_tokens = min(params.max_tokens or room, room)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
     if params.temperature > 0 and params.seed is None:
         params.seed = secrets.randbits(62)
 
@@ -113,14 +115,37 @@ def _check_sampling_params(params: SamplingParams) -> None:
         value, allowed = getattr(params, name), getattr(defaults, name)
         if type(value) is not type(allowed) or value != allowed:
             raise ParameterError(name, value, f"ReFusion allows only {allowed!r}")
-    if params.seed is not None and not -INT64_MAX <= params.seed <= INT64_MAX:
-        raise ParameterError("seed", params.seed, "allowed is a 64-bit integer")
+    last = INT64_MAX - (params.n - 1)  # vLLM gives the i-th of n answers seed + i
+    if params.seed is not None and not -INT64_MAX <= params.seed <= last:
+        raise ParameterError("seed", params.seed, f"allowed is an integer in [-2**63 + 1, {last}]")
     if params.min_tokens and len(ending_token_ids(params)) > MAX_STOP_IDS:
         raise ParameterError(
             "stop_token_ids",
             len(ending_token_ids(params)),
             f"with min_tokens allowed are at most {MAX_STOP_IDS} stop tokens, EOS included",
         )
+
+
+def _check_integers(value: Any, name: str = "") -> None:
+    """Whatever a request holds travels to the engine as integers of 64 bits at most.
+
+    Raises:
+        ParameterError: one is larger; names the field of the request or its parameters.
+    """
+    if isinstance(value, int):
+        if not -INT64_MAX - 1 <= value <= INT64_MAX:
+            raise ParameterError(name, value, "allowed is a 64-bit integer")
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            _check_integers(key, name)
+            _check_integers(one, name)
+    elif isinstance(value, list | tuple | set):
+        for one in value:
+            _check_integers(one, name)
+    elif names := getattr(value, "__struct_fields__", getattr(value, "__dataclass_fields__", ())):
+        for field in names:
+            if field != "prompt_token_ids":  # checked with the prompt
+                _check_integers(getattr(value, field), field)
 
 
 def banned_token_ids(params: SamplingParams) -> list[int]:
@@ -136,8 +161,9 @@ def _check_picks(params: SamplingParams, vllm_config: VllmConfig) -> None:
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
         raise ParameterError("logprobs", params.logprobs, f"allowed is 0 to {MAX_LOGPROBS}")
     for token, bias in (params.logit_bias or {}).items():
-        if not math.isfinite(bias):
-            raise ParameterError("logit_bias", {token: bias}, "allowed are finite numbers")
+        if not abs(bias) <= MAX_BIAS:
+            allowed = f"allowed are numbers in [{-MAX_BIAS:g}, {MAX_BIAS:g}]"
+            raise ParameterError("logit_bias", {token: bias}, allowed)
     if params.bad_words and params.bad_words_token_ids is None:
         raise ParameterError("bad_words", params.bad_words, "it needs a tokenizer: none is allowed")
     if any(len(token_ids) > 1 for token_ids in params.bad_words_token_ids or ()):

@@ -62,7 +62,8 @@ def measure_passes(runner: Any) -> PassCost | None:
     """
     if runner.device.type != "cuda":
         return None
-    sizes = [size for size in MEASURED_ROWS if size <= runner.max_num_tokens]
+    widest = runner.max_num_tokens
+    sizes = [size for size in MEASURED_ROWS if size <= widest] or [widest]
     fastest = []
     for size in sizes:
         times = []
