@@ -48,7 +48,7 @@ def values(hint: Any) -> list[Any]:
     if origin is dict:
         keys = [{key: 1} for key in values(arguments[0])]
         return keys + [{5: value} for value in values(arguments[1])]
-    if is_dataclass(hint):
+    if is_dataclass(hint) and hint.__module__.startswith("vllm"):
         hints = typing.get_type_hints(hint)
         made = []
         for field in fields(hint):
