@@ -65,8 +65,8 @@ def _allocate_kernel(
     request = tl.where(request < num_decoding, request, request - num_decoding)
     exists = lane < num_decoding
     scheduled = tl.load(scheduled_ptr + request, mask=exists, other=0)
-    slot = tl.load(idx_mapping_ptr + request, mask=exists, other=0)
-    ints = ints_ptr + slot * NUM_FIELDS
+    req = tl.load(idx_mapping_ptr + request, mask=exists, other=0)
+    ints = ints_ptr + req * NUM_FIELDS
     phase = tl.load(ints + F_PHASE, mask=exists, other=IDLE)
     committed = tl.load(ints + F_COMMITTED, mask=exists, other=0)
     # pages are reserved behind the whole slots that have been delivered
@@ -77,7 +77,7 @@ def _allocate_kernel(
     needed = tl.load(ints + F_ROWS, mask=exists, other=0)
     canvas = tl.load(ints + F_CANVAS, mask=exists, other=0)
     prompt_len = tl.load(ints + F_PROMPT_LEN, mask=exists, other=0)
-    replayed = tl.load(num_computed_ptr + slot, mask=exists, other=0) - prompt_len
+    replayed = tl.load(num_computed_ptr + req, mask=exists, other=0) - prompt_len
     replaying = phase == REPLAY
     idle = (phase == IDLE) | (phase == DONE)
     fresh = tl.load(ints + F_RESUME, mask=exists, other=IDLE) == START

@@ -2,50 +2,68 @@
 
 One program moves one request. It thinks in block positions p = 0 .. canvas_length - 1, one lane
 each; what the twin in ``transition_twin`` finds by walking over rows is found by scans
-(``decisions.py``).
+(``lanes.py``). Steps that both have are functions of the same names, here and in ``decisions.py``.
 
 The grid and the shapes never depend on values, and nothing is read back.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation, device_tables
+from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation, device_table
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
-from vllm_refusion.triton_kernels.compose import (
+from vllm_refusion.triton_kernels.compose import compose
+from vllm_refusion.triton_kernels.decisions import (
+    Decision,
+    decide,
+    pick,
+    plan,
+    takes_test,
+    waiting,
+)
+from vllm_refusion.triton_kernels.lanes import (
+    NOWHERE,
     at_lane,
-    compose,
+    count,
     first,
-    in_slot,
     infilled,
+    lanes_of,
+    opening,
     rows_of,
 )
-from vllm_refusion.triton_kernels.decisions import (
-    accept,
-    block_statuses,
-    choose,
-    drop_after,
-    intact,
-    keepable,
-    take,
-    verify_drafts,
-)
 from vllm_refusion.triton_kernels.layout import check, check_starts
+from vllm_refusion.triton_kernels.packed import (
+    Block,
+    Canvas,
+    Course,
+    Memory,
+    Statistics,
+    Verified,
+    block_length_at,
+    history_of,
+    load_block,
+    load_course,
+    load_placed,
+    store_block,
+    store_course,
+    store_evidence,
+    with_phase,
+    with_rounds,
+    with_status,
+)
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
-    BLANK,
     CHOSEN,
     COMMITTED,
     COUNT_IDLE,
     COUNT_INFILL_ROUNDS,
-    COUNT_INFILL_VERIFY,
     COUNT_INFILLS,
-    COUNT_PLAN,
     COUNT_PLANS_RIDDEN,
-    COUNT_PREDICT,
     COUNT_PREDICTS_RIDDEN,
     COUNT_REPLAY,
     COUNT_RIDER_ROWS_FED,
@@ -53,65 +71,325 @@ from vllm_refusion.triton_kernels.state_codes import (
     COUNT_TOKENS,
     COUNT_TOKENS_PASSED,
     COUNT_TOKENS_TESTED,
-    COUNT_VERIFY,
     DONE,
     DROPPED,
     F_BLOCK_LENGTH,
-    F_BLOCK_START,
     F_CANVAS,
     F_COMMITTED,
-    F_DRAW,
     F_EMITTED,
-    F_EOS,
-    F_KEPT,
-    F_LIMIT,
     F_MAX_TOKENS,
-    F_PASSED,
     F_PASSES,
-    F_PHASE,
     F_PROMPT_LEN,
     F_RESUME,
     F_ROWS,
     F_SLOT_SIZE,
-    F_TESTED,
+    F_TEST_BLOCK,
+    FLOAT_SLOT_THRESHOLD,
     IDLE,
     INFILL,
     MASKED,
     NUM_FIELDS,
+    NUM_FLOAT_FIELDS,
+    NUM_HISTORY_FIELDS,
+    NUM_POSITION_FIELDS,
+    NUM_ROW_FIELDS,
     PLAN,
     PREFILL,
     REPLAY,
     START,
     VERIFY,
 )
+from vllm_refusion.triton_kernels.worth import prices_of
 
 LANES_PER_WARP = 128
 _ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
 
 
+class Fed(NamedTuple):
+    """What the pass fed: query rows, those of them with statistics, and KV entries.
+
+    ``computed``, ``prefill_len``: entries before the pass, entries that are prefill.
+    """
+
+    rows: tl.tensor
+    decode_rows: tl.tensor
+    computed: tl.tensor
+    prefill_len: tl.tensor
+
+
+class Before(NamedTuple):
+    """Of ``ints``, what the pass found."""
+
+    emitted: tl.tensor
+    committed: tl.tensor
+    rows: tl.tensor
+    resume: tl.tensor
+    passes: tl.tensor
+
+
+class Outcome(NamedTuple):
+    """What is left to do after a decision.
+
+    Attributes:
+        commits: tokens to commit. kept: rows whose KV stays. cut: see ``Decision``.
+        fed: rows fed that count. decided: 1 if the pass was one of the request's.
+    """
+
+    commits: tl.tensor
+    kept: tl.tensor
+    cut: tl.tensor
+    fed: tl.tensor
+    decided: tl.tensor
+
+
+@triton.jit
+def _load_before(ints):
+    return Before(
+        tl.load(ints + F_EMITTED),
+        tl.load(ints + F_COMMITTED),
+        tl.load(ints + F_ROWS),
+        tl.load(ints + F_RESUME),
+        tl.load(ints + F_PASSES),
+    )
+
+
+@triton.jit
+def _prefill(ints, fed):
+    """Rows kept, rows fed of the first plan, the next phase."""
+    kept = tl.minimum(fed.rows, fed.prefill_len - fed.computed)
+    next_phase = PREFILL
+    if fed.computed + fed.rows >= fed.prefill_len:
+        replayed = fed.prefill_len - tl.load(ints + F_PROMPT_LEN)
+        ended = replayed >= tl.load(ints + F_COMMITTED)
+        next_phase = tl.where(ended, tl.load(ints + F_RESUME), REPLAY)
+    return kept, fed.rows - kept, next_phase
+
+
+@triton.jit
+def _replay(ints, fed):
+    """Rows kept, the next phase."""
+    left = tl.load(ints + F_COMMITTED) - (fed.computed - tl.load(ints + F_PROMPT_LEN))
+    kept = tl.minimum(fed.rows, left)
+    return kept, tl.where(kept < left, REPLAY, tl.load(ints + F_RESUME))
+
+
+@triton.jit
+def _run(block, row, stats, course, fed, memory, lanes):
+    """What the pass makes of its phase; stores nothing of the state.
+
+    Returns the block, what was under verification, the course, the outcome.
+    """
+    phase = course.phase
+    ints, counters_ptr = memory.ints, memory.counters
+    nothing = tl.zeros_like(lanes.p) - 1
+    verified = Verified(nothing, nothing)
+    counted = 0
+    decided = 0
+    decision = Decision(phase, 0, 0, course.kept, NOWHERE, 0, 0, -1)
+    if phase == PREFILL:
+        kept, counted, next_phase = _prefill(ints, fed)
+        decision = Decision(next_phase, 0, kept, course.kept, NOWHERE, 0, 0, -1)
+    elif phase == REPLAY:
+        kept, next_phase = _replay(ints, fed)
+        counted = kept
+        decision = Decision(next_phase, 0, kept, course.kept, NOWHERE, 0, 0, COUNT_REPLAY)
+    elif (phase == DONE) | (fed.rows < tl.load(ints + F_ROWS)) | (fed.decode_rows < fed.rows):
+        # rows without statistics are of a prefill: delivered tokens that it need not feed
+        decision = Decision(phase, 0, 0, course.kept, NOWHERE, 0, 0, COUNT_IDLE)
+    else:
+        decided = 1
+        counted = tl.minimum(fed.rows, tl.load(ints + F_CANVAS))
+        tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, counted - tl.load(ints + F_ROWS))
+        block, decision, verified = decide(
+            block, row, stats, phase, ints, memory.floats, counters_ptr, lanes
+        )
+    cut, limit = decision.cut, course.limit
+    limit = tl.minimum(limit, tl.where(cut < NOWHERE, course.block_start + cut + 1, limit))
+    tested, passed = _learn(course, decision)
+    course = Course(
+        decision.next_phase,
+        course.block_start,
+        course.next_start,
+        limit,
+        course.draw + (phase == PLAN).to(tl.int32) * decided,
+        decision.infill_kept,
+        tested,
+        passed,
+    )
+    if decision.counter >= 0:
+        tl.atomic_add(counters_ptr + decision.counter, 1)
+        tl.atomic_add(counters_ptr + COUNT_ROWS_FED, counted)
+        tl.atomic_add(counters_ptr + COUNT_TOKENS_TESTED, decision.tested)
+        tl.atomic_add(counters_ptr + COUNT_TOKENS_PASSED, decision.passed)
+    outcome = Outcome(decision.commits, decision.kept, cut, counted, decided)
+    return block, verified, course, outcome
+
+
+@triton.jit
+def _learn(course, decision):
+    """Tokens tested and passed of late."""
+    tested = course.tested + decision.tested
+    passed = course.passed + decision.passed
+    halves = (tested >= _ACCEPTANCE_WINDOW).to(tl.int32)
+    return tested >> halves, passed >> halves
+
+
+@triton.jit
+def _commit(block, row, course, commits, phase, committed, memory, lanes):
+    """Commits tokens, in the order of their KV.
+
+    Returns the block, the course: a plan, START of the next block, or DONE follows; the lane where
+    the last slot committed begins.
+    """
+    history = memory.history
+    slots = infilled(block.status)
+    in_infill = phase == INFILL
+    rank = tl.where(in_infill, tl.where(slots, rows_of(slots), commits), row)
+    now = (slots | (row >= 0)) & (rank < commits)
+    position = course.block_start + lanes.p
+    entry = committed + rank
+    group = tl.zeros_like(lanes.p) + tl.where(in_infill, committed, -1)
+    tl.store(history.response + position, block.token, mask=now)
+    tl.store(history.order + entry, position, mask=now)
+    tl.store(history.group_context + entry, group, mask=now)
+    block = with_status(block, tl.where(now, COMMITTED, block.status))
+
+    rounds = tl.where(in_infill, tl.max(tl.where(now, block.rounds, 0), axis=0), 0)
+    tl.atomic_add(memory.counters + COUNT_INFILLS, in_infill.to(tl.int32))
+    tl.atomic_add(memory.counters + COUNT_INFILL_ROUNDS, rounds)
+    following = tl.where(course.next_start >= course.limit, DONE, START)
+    course = Course(
+        tl.where(count(block.status == MASKED) > 0, PLAN, following),
+        course.block_start,
+        course.next_start,
+        course.limit,
+        course.draw + rounds,
+        0,
+        course.tested,
+        course.passed,
+    )
+    return block, course, tl.max(tl.where(now, lanes.slot_start, -1), axis=0)
+
+
+@triton.jit
+def _start_block(block, course, start, ints, lanes):
+    """A block that starts now at response position ``start``."""
+    block = Block(
+        tl.where(lanes.p < block_length_at(start, ints), MASKED, DROPPED),
+        tl.zeros_like(lanes.p),
+        block.confidence,
+        block.rounds,
+        block.origin,
+        block.pick_row,
+    )
+    course = Course(
+        PLAN,
+        start,
+        start + tl.load(ints + F_BLOCK_LENGTH),
+        course.limit,
+        course.draw,
+        course.kept,
+        course.tested,
+        course.passed,
+    )
+    return block, course
+
+
+@triton.jit
+def _ride_predicts(block, placed, rows, counted, stats, counters_ptr, lanes):
+    """Takes the proposals for slots whose rider is in the canvas."""
+    waits = waiting(block, lanes)
+    begin = opening(waits, lanes)
+    at_begin = tl.minimum(begin, lanes.last)
+    rider = tl.gather(placed.rider_row, at_begin, axis=0)
+    width = tl.gather(placed.rider_width, at_begin, axis=0)
+    rides = waits & (rider >= 0) & (rider + width <= counted)
+    ridden = count(rides & (lanes.p == begin) & (rider >= rows))
+    tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
+    # an operation that goes on is counted already
+    block = with_rounds(block, block.rounds + (rides & (block.origin == begin)).to(tl.int32))
+    return pick(block, rides & (lanes.p - begin < width), rider + lanes.p - begin, stats)
+
+
+@triton.jit
+def _ride(block, course, placed, last_slot, rows, counted, stats, memory, lanes):
+    """Does at once what comes next, where its rows were in the canvas.
+
+    ``last_slot``: the lane where the last slot committed begins, -1 for the prompt's end.
+    """
+    if (course.phase == PLAN) & (last_slot < NOWHERE):
+        masked = block.status == MASKED
+        rider = tl.where(last_slot < 0, 0, at_lane(placed.rider_row + 1, lanes, last_slot) - 1)
+        if (rider >= 0) & (rider + count(masked) <= counted):
+            threshold = tl.load(memory.floats + FLOAT_SLOT_THRESHOLD)
+            row = rider + rows_of(masked)
+            block = plan(block, row, stats, threshold, memory.counters, lanes)
+            course = with_phase(course, VERIFY, course.draw + 1)
+            tl.atomic_add(memory.counters + COUNT_PLANS_RIDDEN, 1)
+    elif course.phase == INFILL:
+        block = _ride_predicts(block, placed, rows, counted, stats, memory.counters, lanes)
+    return block, course
+
+
+@triton.jit
+def _go_on(block, course, placed, verified, outcome, phase, before, stats, memory, lanes):
+    """Commits and does what comes next.
+
+    Returns the block, the course, which tokens under verification stay, and whether there is a new
+    canvas to compose.
+    """
+    composes = outcome.decided
+    # after the prompt the first block starts; its plan may have been fed with the prompt
+    with_prompt = (phase == PREFILL) & (course.phase == START) & (outcome.fed >= before.rows)
+    last_slot = tl.where(with_prompt, -1, NOWHERE)
+    next_start = 0
+    if outcome.commits > 0:
+        next_start = course.next_start
+        block, course, last_slot = _commit(
+            block, placed.row, course, outcome.commits, phase, before.committed, memory, lanes
+        )
+    stays = (verified.token >= 0) & ((block.status == ACCEPTED) | (block.status == COMMITTED))
+    if course.phase == START:
+        composes = 1
+        block, course = _start_block(block, course, next_start, memory.ints, lanes)
+    if composes == 1:
+        last_slot = tl.where(outcome.cut < NOWHERE, NOWHERE, last_slot)
+        block, course = _ride(
+            block, course, placed, last_slot, before.rows, outcome.fed, stats, memory, lanes
+        )
+    elif (course.phase == INFILL) & (phase != INFILL):
+        composes = 1  # resumed: no accepted token is kept any more
+    return block, course, stays, composes
+
+
+@triton.jit
+def _emit(block, course, most, emitted, history, sampled, lanes):
+    """Hands out tokens newly final in position order, before position ``most``; their number.
+
+    Also those of the first slot not committed that will not change any more. Its last one waits:
+    whole slots delivered are slots committed.
+    """
+    p, start = lanes.p, course.block_start
+    head = first(block.status != COMMITTED, lanes)
+    untested = (block.status == CHOSEN) & (takes_test(block, lanes) == 0)
+    final = ((block.status == ACCEPTED) | untested) & (p < head + lanes.size - 1)
+    end = tl.minimum(first((p >= head) & (final == 0), lanes), lanes.last + 1)
+    tl.store(history.response + start + p, block.token, mask=(p >= head) & (p < end))
+    number = tl.maximum(tl.minimum(start + end, most) - emitted, 0)
+    tl.debug_barrier()  # some of them are committed in this pass
+    tokens = tl.load(history.response + emitted + p, mask=p < number)
+    tl.store(sampled + p, tokens, mask=p < number)
+    return number
+
+
 @triton.jit(do_not_specialize=["free_rows", "pass_price"])
 def _transition_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
-    slot_threshold_ptr,  # [max_reqs] float32
-    token_threshold_ptr,  # [max_reqs] float32
-    status_ptr,  # [max_reqs, W] int32
-    token_ptr,  # [max_reqs, W] int32
-    confidence_ptr,  # [max_reqs, W] float32
-    rounds_ptr,  # [max_reqs, W] int32
-    origin_ptr,  # [max_reqs, W] int32
-    canvas_row_ptr,  # [max_reqs, W] int32
-    rider_row_ptr,  # [max_reqs, W] int32
-    rider_width_ptr,  # [max_reqs, W] int32
+    floats_ptr,  # [max_reqs, NUM_FLOAT_FIELDS] float32
+    by_position_ptr,  # [max_reqs, NUM_POSITION_FIELDS, W] int32
+    by_row_ptr,  # [max_reqs, NUM_ROW_FIELDS, W] int32
+    history_ptr,  # [max_reqs, NUM_HISTORY_FIELDS, P] int32
     canvas_token_ptr,  # [max_reqs, W] int64
-    row_position_ptr,  # [max_reqs, W] int32
-    row_draw_ptr,  # [max_reqs, W] int32
-    row_context_ptr,  # [max_reqs, W] int32
-    row_run_start_ptr,  # [max_reqs, W] int32
-    row_run_end_ptr,  # [max_reqs, W] int32
-    row_own_start_ptr,  # [max_reqs, W] int32
-    response_ptr,  # [max_reqs, P] int32
-    order_ptr,  # [max_reqs, P] int32
-    group_context_ptr,  # [max_reqs, P] int32
     counters_ptr,  # [NUM_COUNTERS] int64
     idx_mapping_ptr,  # [R] int64
     query_start_loc_ptr,  # [R+1] int32
@@ -125,10 +403,7 @@ def _transition_kernel(
     sampled_ptr,  # [R, W] int32
     num_sampled_ptr,  # [R] int32
     num_rejected_ptr,  # [R] int32
-    cost_table_ptr,  # [LEVELS+1] int32
-    chance_table_ptr,  # [LARGEST_COST+1] int32
-    canvas_token_stride,
-    sampled_stride,
+    table_ptr,  # see device_table
     max_response,
     mask_token_id,
     free_rows,
@@ -136,268 +411,72 @@ def _transition_kernel(
     CANVAS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    request = tl.program_id(0)
-    slot = tl.load(idx_mapping_ptr + request).to(tl.int64)
-    query_len = tl.load(query_start_loc_ptr + request + 1) - tl.load(query_start_loc_ptr + request)
-    ints = ints_ptr + slot * NUM_FIELDS
-    phase = tl.load(ints + F_PHASE)
+    index = tl.program_id(0)
+    req = tl.load(idx_mapping_ptr + index).to(tl.int64)
+    query_len = tl.load(query_start_loc_ptr + index + 1) - tl.load(query_start_loc_ptr + index)
+    ints = ints_ptr + req * NUM_FIELDS
+    course = load_course(ints)
+    phase = course.phase
     if phase == IDLE:
-        tl.store(num_sampled_ptr + request, 0)
-        tl.store(num_rejected_ptr + request, query_len)
+        tl.store(num_sampled_ptr + index, 0)
+        tl.store(num_rejected_ptr + index, query_len)
         return
 
-    prompt_len = tl.load(ints + F_PROMPT_LEN)
-    size = tl.load(ints + F_SLOT_SIZE)
-    block_start = tl.load(ints + F_BLOCK_START)
-    limit = tl.load(ints + F_LIMIT)
-    emitted = tl.load(ints + F_EMITTED)
-    committed = tl.load(ints + F_COMMITTED)
-    rows = tl.load(ints + F_ROWS)
-    canvas = tl.load(ints + F_CANVAS)
-    resume = tl.load(ints + F_RESUME)
-    draw = tl.load(ints + F_DRAW)
-    passes_made = tl.load(ints + F_PASSES)
-    infill_kept = tl.load(ints + F_KEPT)
-    computed = tl.load(num_computed_ptr + slot)
-
-    p = tl.arange(0, LANES)
-    of_block = slot * CANVAS + p
-    status = tl.load(status_ptr + of_block, mask=p < CANVAS, other=DROPPED)
-    token = tl.load(token_ptr + of_block, mask=p < CANVAS, other=0)
-    confidence = tl.load(confidence_ptr + of_block, mask=p < CANVAS, other=0.0)
-    rounds = tl.load(rounds_ptr + of_block, mask=p < CANVAS, other=0)
-    origin = tl.load(origin_ptr + of_block, mask=p < CANVAS, other=0)
-    row = tl.load(canvas_row_ptr + of_block, mask=p < CANVAS, other=-1)
-    rider_row = tl.load(rider_row_ptr + of_block, mask=p < CANVAS, other=-1)
-    rider_width = tl.load(rider_width_ptr + of_block, mask=p < CANVAS, other=0)
-    slot_start = p - p % size
-
-    # Decide. What follows a commit is either a plan, or START of the block at next_start, or DONE.
-    next_phase = phase
-    next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
-    kept = 0
-    commits = 0  # tokens
-    decided = 0
-    counter = -1
-    fed = 0
-    tested = 0  # tokens
-    passed = 0
-    cut = LANES
-    first_row = tl.load(logits_start_ptr + request).to(tl.int64)
-    decode_rows = tl.load(logits_start_ptr + request + 1) - first_row
-    picks = picked_ptr + first_row
-    pick_probs = picked_prob_ptr + first_row
-    slot_threshold = tl.load(slot_threshold_ptr + slot)
-    if phase == PREFILL:
-        kept = tl.minimum(query_len, tl.load(prefill_len_ptr + slot) - computed)
-        fed = query_len - kept  # the first plan
-        if computed + query_len >= tl.load(prefill_len_ptr + slot):
-            replayed = tl.load(prefill_len_ptr + slot) - prompt_len
-            next_phase = tl.where(replayed < committed, REPLAY, resume)
-    elif phase == REPLAY:
-        counter = COUNT_REPLAY
-        replayed = computed - prompt_len
-        kept = tl.minimum(query_len, committed - replayed)
-        fed = kept
-        next_phase = tl.where(replayed + kept < committed, REPLAY, resume)
-    elif (phase == DONE) | (query_len < rows) | (decode_rows < query_len):
-        # rows without statistics are of a prefill: delivered tokens that it need not feed
-        counter = COUNT_IDLE
-    else:
-        decided = 1
-        fed = tl.minimum(query_len, canvas)
-        tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - rows)
-        passes_made += 1
-        if phase == PLAN:
-            counter = COUNT_PLAN
-            draw += 1
-            status, origin, token, confidence = choose(
-                status, origin, token, confidence, row, p, slot_start, picks, pick_probs,
-                slot_threshold, counters_ptr, LANES,
-            )  # fmt: skip
-            next_phase = VERIFY
-        else:
-            # the row before gives this row's token its probability
-            member = row >= 0
-            proposed = member & (status == CHOSEN)
-            tests = proposed & (origin != p)
-            asked = tests & (row > 0)
-            given = tl.load(given_prob_ptr + first_row + row - 1, mask=asked, other=-1.0)
-            failed = tests & ((given > tl.load(token_threshold_ptr + slot)) == 0)
-            good, reached = intact(failed, slot_start)
-            tested = tl.sum((tests & reached).to(tl.int32), axis=0)
-            passed = tl.sum((tests & good).to(tl.int32), axis=0)
-            eos = tl.load(ints + F_EOS)
-            if phase == VERIFY:
-                counter = COUNT_VERIFY
-                rounds = tl.where(status == CHOSEN, 0, rounds)
-                status, origin, commits, cut = verify_drafts(
-                    status, origin, token, row, proposed, failed, good, p, slot_start, size, eos,
-                    LANES,
-                )  # fmt: skip
-                kept = commits
-                if commits == 0:
-                    kept = keepable(status, origin, row, p, slot_start, size, 0, LANES)
-                    infill_kept = kept
-            else:
-                blank = status == BLANK
-                lacking = blank & (in_slot(status == CHOSEN, slot_start, size, LANES) == 0)
-                any_lacking = tl.max(lacking.to(tl.int32), axis=0) > 0
-                counter = tl.where(any_lacking, COUNT_PREDICT, COUNT_INFILL_VERIFY)
-                takes = blank & member
-                begins = in_slot(takes, slot_start, size, LANES) > 0
-                status, origin = accept(
-                    status, origin, proposed, failed, good, slot_start, size, LANES
-                )
-                token, confidence = take(takes, row, token, confidence, picks, pick_probs)
-                rounds += (blank & begins).to(tl.int32)
-                status = tl.where(takes, CHOSEN, status)
-                cut = first((status == ACCEPTED) & (token == eos), p, LANES)
-                status = drop_after(status, p, cut)
-                kept = keepable(status, origin, row, p, slot_start, size, infill_kept, LANES)
-                infill_kept += kept
-                total = tl.sum(infilled(status).to(tl.int32), axis=0)
-                commits = tl.where(infill_kept >= total, total, 0)
-            limit = tl.minimum(limit, tl.where(cut < LANES, block_start + cut + 1, limit))
-            next_phase = INFILL
+    memory = Memory(
+        ints,
+        floats_ptr + req * NUM_FLOAT_FIELDS,
+        history_of(history_ptr + req * NUM_HISTORY_FIELDS * max_response, max_response),
+        counters_ptr,
+    )
+    canvas = Canvas(
+        by_position_ptr + req * NUM_POSITION_FIELDS * CANVAS,
+        by_row_ptr + req * NUM_ROW_FIELDS * CANVAS,
+        canvas_token_ptr + req * CANVAS,
+        CANVAS,
+    )
+    first_row = tl.load(logits_start_ptr + index).to(tl.int64)
+    decode_rows = tl.load(logits_start_ptr + index + 1) - first_row
+    stats = Statistics(
+        picked_ptr + first_row, picked_prob_ptr + first_row, given_prob_ptr + first_row
+    )
+    lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
+    block = load_block(canvas, lanes)
+    placed = load_placed(canvas, lanes)
+    before = _load_before(ints)
+    fed = Fed(
+        query_len, decode_rows, tl.load(num_computed_ptr + req), tl.load(prefill_len_ptr + req)
+    )
+    block, verified, course, outcome = _run(block, placed.row, stats, course, fed, memory, lanes)
 
     # Every load of the old state comes before every store of the new one: the threads of a
     # program share the state of its request.
     tl.debug_barrier()
 
-    if counter >= 0:
-        tl.atomic_add(counters_ptr + counter, 1)
-        tl.atomic_add(counters_ptr + COUNT_ROWS_FED, fed)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS_TESTED, tested)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS_PASSED, passed)
-    tested += tl.load(ints + F_TESTED)
-    passed += tl.load(ints + F_PASSED)
-    halves = (tested >= _ACCEPTANCE_WINDOW).to(tl.int32)
-    tested = tested >> halves
-    passed = passed >> halves
+    tl.store(ints + F_PASSES, before.passes + outcome.decided)
+    tl.store(ints + F_TEST_BLOCK, course.block_start)
+    tl.store(ints + F_COMMITTED, before.committed + outcome.commits)
+    block, course, stays, composes = _go_on(
+        block, course, placed, verified, outcome, phase, before, stats, memory, lanes
+    )
+    store_evidence(verified, stays, block.pick_row, canvas, lanes)
+    if composes == 1:
+        store_block(block, canvas, lanes)
+        prices = prices_of(course, table_ptr, free_rows, pass_price)
+        rows, end = compose(block, course, ints, canvas, prices, mask_token_id, lanes)
+        tl.store(ints + F_ROWS, rows)
+        tl.store(ints + F_CANVAS, end)
 
-    if commits > 0:
-        slots = infilled(status)
-        rank = tl.where(phase == INFILL, tl.where(slots, rows_of(slots), commits), row)
-        now = (slots | (row >= 0)) & (rank < commits)
-        at = slot * max_response + committed + rank
-        group = tl.where(phase == INFILL, committed, -1)
-        tl.store(response_ptr + slot * max_response + block_start + p, token, mask=now)
-        tl.store(order_ptr + at, block_start + p, mask=now)
-        tl.store(group_context_ptr + at, tl.zeros([LANES], dtype=tl.int32) + group, mask=now)
-        committed += commits
-        infill_kept = 0
-        if phase == INFILL:
-            most = tl.max(tl.where(now, rounds, 0), axis=0)
-            draw += most
-            tl.atomic_add(counters_ptr + COUNT_INFILLS, 1)
-            tl.atomic_add(counters_ptr + COUNT_INFILL_ROUNDS, most)
-        last_slot = tl.max(tl.where(now, slot_start, -1), axis=0)
-        status = tl.where(now, COMMITTED, status)
-        following = tl.where(next_start >= limit, DONE, START)
-        masked = tl.sum((status == MASKED).to(tl.int32), axis=0)
-        next_phase = tl.where(masked > 0, PLAN, following)
-    else:
-        # after the prompt the first block starts; its plan may have been fed with the prompt
-        last_slot = tl.where((next_phase == START) & (phase == PREFILL) & (fed >= rows), -1, LANES)
-        next_start = tl.where(next_phase == START, 0, next_start)
-
-    if next_phase == START:
-        decided = 1
-        next_phase = PLAN
-        block_start = next_start
-        next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
-        status = block_statuses(p, block_start, ints)
-        token = tl.zeros([LANES], dtype=tl.int32)
-
-    # What comes next is done at once where its rows were in this canvas.
-    if (next_phase == PLAN) & (last_slot < LANES) & (cut == LANES):
-        masked = status == MASKED
-        rider = tl.where(phase == PREFILL, 0, at_lane(rider_row + 1, p, last_slot) - 1)
-        if (rider >= 0) & (rider + tl.sum(masked.to(tl.int32), axis=0) <= fed):
-            draw += 1
-            status, origin, token, confidence = choose(
-                status, origin, token, confidence, rider + rows_of(masked), p, slot_start, picks,
-                pick_probs, slot_threshold, counters_ptr, LANES,
-            )  # fmt: skip
-            next_phase = VERIFY
-            tl.atomic_add(counters_ptr + COUNT_PLANS_RIDDEN, 1)
-    if (next_phase == INFILL) & (decided == 0) & (phase != INFILL):
-        decided = 1  # resumed: no accepted token is kept any more
-    elif (next_phase == INFILL) & (decided == 1):
-        blank = status == BLANK
-        blank = blank & (in_slot(status == CHOSEN, slot_start, size, LANES) == 0)
-        opening = slot_start + size - in_slot(blank, slot_start, size, LANES)
-        at_opening = tl.minimum(opening, LANES - 1)
-        rider = tl.gather(rider_row, at_opening, axis=0)
-        width = tl.gather(rider_width, at_opening, axis=0)
-        rides = blank & (rider >= 0) & (rider + width <= fed)
-        takes = rides & (p - opening < width)
-        token, confidence = take(takes, rider + p - opening, token, confidence, picks, pick_probs)
-        status = tl.where(takes, CHOSEN, status)
-        rounds += (rides & (origin == opening)).to(tl.int32)
-        ridden = tl.sum((rides & (p == opening) & (rider >= rows)).to(tl.int32), axis=0)
-        tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
-
-    if decided == 1:
-        tl.store(status_ptr + of_block, status, mask=p < CANVAS)
-        tl.store(token_ptr + of_block, token, mask=p < CANVAS)
-        tl.store(confidence_ptr + of_block, confidence, mask=p < CANVAS)
-        tl.store(rounds_ptr + of_block, rounds, mask=p < CANVAS)
-        tl.store(origin_ptr + of_block, origin, mask=p < CANVAS)
-        rows, canvas = compose(
-            status, origin, token, confidence, rounds, p, slot_start, size, next_phase, block_start,
-            next_start, limit, draw, infill_kept, tested, passed, mask_token_id, free_rows,
-            pass_price, ints,
-            canvas_row_ptr + slot * CANVAS,
-            rider_row_ptr + slot * CANVAS,
-            rider_width_ptr + slot * CANVAS,
-            canvas_token_ptr + slot * canvas_token_stride,
-            row_position_ptr + slot * CANVAS,
-            row_draw_ptr + slot * CANVAS,
-            row_context_ptr + slot * CANVAS,
-            row_run_start_ptr + slot * CANVAS,
-            row_run_end_ptr + slot * CANVAS,
-            row_own_start_ptr + slot * CANVAS,
-            cost_table_ptr,
-            chance_table_ptr,
-            CANVAS, LANES,
-        )  # fmt: skip
-
-    # Tokens newly final in position order: also those of the first slot not committed that will
-    # not change any more. Its last one waits: whole slots delivered are slots committed.
-    count = 0
-    if (phase != PREFILL) | ((resume == START) & (next_phase == VERIFY)):
-        head = tl.minimum(first(status != COMMITTED, p, CANVAS), CANVAS)
-        final = (status == ACCEPTED) | ((status == CHOSEN) & (origin == p))
-        final = final & (p >= head) & (p < head + size - 1)
-        contiguous = tl.minimum(first((p >= head) & (final == 0), p, CANVAS), CANVAS)
-        early = (p >= head) & (p < contiguous)
-        tl.store(response_ptr + slot * max_response + block_start + p, token, mask=early)
-        end = tl.minimum(block_start + contiguous, limit)
-        end = tl.minimum(end, tl.load(ints + F_MAX_TOKENS))
-        end = tl.minimum(end, emitted + tl.load(emit_limit_ptr + request))
-        count = tl.maximum(end - emitted, 0)
-        tl.debug_barrier()  # some of them are committed in this pass
-        source = response_ptr + slot * max_response + emitted
-        tokens = tl.load(source + p, mask=p < count)
-        tl.store(sampled_ptr + request * sampled_stride + p, tokens, mask=p < count)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS, count)
-
-    tl.store(num_sampled_ptr + request, count)
-    tl.store(num_rejected_ptr + request, query_len - kept)
-    tl.store(ints + F_PHASE, next_phase)
-    tl.store(ints + F_BLOCK_START, block_start)
-    tl.store(ints + F_LIMIT, limit)
-    tl.store(ints + F_EMITTED, emitted + count)
-    tl.store(ints + F_COMMITTED, committed)
-    tl.store(ints + F_ROWS, rows)
-    tl.store(ints + F_CANVAS, canvas)
-    tl.store(ints + F_DRAW, draw)
-    tl.store(ints + F_PASSES, passes_made)
-    tl.store(ints + F_KEPT, infill_kept)
-    tl.store(ints + F_TESTED, tested)
-    tl.store(ints + F_PASSED, passed)
+    number = 0
+    if (phase != PREFILL) | ((before.resume == START) & (course.phase == VERIFY)):
+        most = tl.minimum(course.limit, tl.load(ints + F_MAX_TOKENS))
+        most = tl.minimum(most, before.emitted + tl.load(emit_limit_ptr + index))
+        sampled = sampled_ptr + index * CANVAS
+        number = _emit(block, course, most, before.emitted, memory.history, sampled, lanes)
+        tl.store(ints + F_EMITTED, before.emitted + number)
+        tl.atomic_add(counters_ptr + COUNT_TOKENS, number)
+    tl.store(num_sampled_ptr + index, number)
+    tl.store(num_rejected_ptr + index, query_len - outcome.kept)
+    store_course(course, ints)
 
 
 def transition(
@@ -420,39 +499,24 @@ def transition(
     requests = len(idx_mapping)
     for starts in (query_start_loc, logits_start):
         check_starts(starts, requests)
-    for per_slot in (num_computed, prefill_len):
-        check(per_slot, (state.max_requests,), torch.int32)
+    for per_request in (num_computed, prefill_len):
+        check(per_request, (state.max_requests,), torch.int32)
     check(picked, picked.shape, torch.int32)
     for probability in (picked_prob, given_prob):
         check(probability, picked.shape, torch.float32)
-    for count in (emit_limit, num_sampled, num_rejected):
-        check(count, (requests,), torch.int32)
-    assert idx_mapping.is_contiguous() and state.canvas_token.stride(1) == 1
-    assert sampled.shape == (requests, state.canvas_length) and sampled.stride(1) == 1
+    for number in (emit_limit, num_sampled, num_rejected):
+        check(number, (requests,), torch.int32)
+    check(sampled, (requests, state.canvas_length), torch.int32)
+    assert idx_mapping.is_contiguous()
     assert 0 <= speculation.pass_price <= MAX_PRICE, speculation
     lanes = triton.next_power_of_2(state.canvas_length)
     _transition_kernel[(requests,)](
         state.ints,
-        state.slot_threshold,
-        state.token_threshold,
-        state.status,
-        state.token,
-        state.confidence,
-        state.rounds,
-        state.origin,
-        state.canvas_row,
-        state.rider_row,
-        state.rider_width,
+        state.floats,
+        state.by_position,
+        state.by_row,
+        state.history,
         state.canvas_token,
-        state.row_position,
-        state.row_draw,
-        state.row_context,
-        state.row_run_start,
-        state.row_run_end,
-        state.row_own_start,
-        state.response,
-        state.order,
-        state.group_context,
         state.counters,
         idx_mapping,
         query_start_loc,
@@ -466,9 +530,7 @@ def transition(
         sampled,
         num_sampled,
         num_rejected,
-        *device_tables(state.device),
-        state.canvas_token.stride(0),
-        sampled.stride(0),
+        device_table(state.device),
         state.max_response,
         state.mask_token_id,
         speculation.free_rows,

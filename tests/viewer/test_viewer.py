@@ -6,19 +6,16 @@ import copy
 import io
 import json
 import re
-from importlib.resources import files
 
 import jsonschema
 import pytest
 from PIL import Image
 from rich.console import Console
-from synthetic_trace import synthetic_trace
+from synthetic_trace import SCHEMA, synthetic_trace
 
 from vllm_refusion.cli import main
 from vllm_refusion.viewer import image, page, terminal
 from vllm_refusion.viewer.timeline import Event, Timeline
-
-SCHEMA = json.loads((files("vllm_refusion.viewer") / "trace.schema.json").read_text())
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.load import Load, run_load, summarise
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import matrix_parameters
+from vllm_refusion.engine import compat
 from vllm_refusion.files import read_json, write_text
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
@@ -81,8 +82,6 @@ class Side:
     def __init__(self, settings: Settings, side: str) -> None:
         from vllm import LLM, envs
 
-        from vllm_refusion.engine import compat
-
         self.settings, self.side = settings, side
         budget = max(8192, max(settings.levels) * settings.canvas_length)
         prompts = Prompts(settings, side)
@@ -102,8 +101,7 @@ class Side:
         self.args = args
         self.watch = None
         if self.in_process:
-            core = self.llm.llm_engine.engine_core.engine_core
-            self.watch = compat.ScheduleWatch(core.scheduler)
+            self.watch = compat.ScheduleWatch(compat.engine_core_of(self.llm).scheduler)
 
     def describe(self) -> dict[str, Any]:
         config = self.llm.llm_engine.vllm_config
@@ -170,7 +168,7 @@ class Side:
         level = {
             "side": self.side,
             "preset": self.speculation if preset is None else preset.name,
-            "canvas": preset.block_length if canvas else None,
+            "canvas": preset.block_length if preset is not None and canvas else None,
             "acceptance": "-" if preset is None else preset.acceptance,
             "concurrency": concurrency,
             "requests": count,
@@ -200,9 +198,11 @@ class Side:
             return snapshot(self.llm)
         if self.settings.speculative_config is None:
             return {}
+        from vllm.v1.metrics.reader import Counter
+
         drafted = "vllm:spec_decode_num_draft_tokens"
-        found = [metric for metric in self.llm.get_metrics() if metric.name == drafted]
-        return {"drafted_tokens": sum(int(metric.value) for metric in found)}
+        found = [m for m in self.llm.get_metrics() if isinstance(m, Counter) and m.name == drafted]
+        return {"drafted_tokens": sum(metric.value for metric in found)}
 
     def rows_run(self) -> int:
         """Decode rows of all passes so far, with those that no request used."""
@@ -288,7 +288,7 @@ def main(side: str, settings_file: str, result_file: str) -> None:
         result["levels"].append(level)
         write_text(target, json.dumps(result, default=str))
         say(line)
-    running.llm.llm_engine.engine_core.shutdown()
+    compat.shut_down(running.llm)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every private part of vLLM that this project uses or patches, with the reason.
 
-tests/test_compat.py fails once a patch is no longer needed or no longer fits.
+Nothing of ours is imported here: what vLLM is to call comes in as ``Hooks``.
+tests/engine/test_compat.py fails once a patch is no longer needed or no longer fits.
 """
 
 from __future__ import annotations
@@ -11,13 +12,36 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from vllm import LLM
     from vllm.v1.core.sched.scheduler import Scheduler
 
 _PATCHED = "_vllm_refusion_patched"
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What of ours vLLM is to call.
+
+    Attributes:
+        architectures: of stock backbones, each with the one that serves it as ReFusion.
+        config_hook: vLLM's per-architecture configuration hook for the latter.
+        is_ours: whether a ``ModelConfig`` is of a ReFusion model.
+        admit: checks a request under a ``VllmConfig``; raises VLLMValidationError.
+        report: reports the figures of an ``AsyncLLM``.
+    """
+
+    architectures: Mapping[str, str]
+    config_hook: type
+    is_ours: Callable[[Any], bool]
+    admit: Callable[[Any, Any], None]
+    report: Callable[[Any], Awaitable[None]]
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -42,27 +66,28 @@ def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
     return install
 
 
-def install(architectures: Mapping[str, str], config_hook: type) -> None:
+def install(hooks: Hooks) -> None:
     """Routes checkpoints with a mask token to us and applies the process-wide patches, once."""
     import triton
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for architecture in architectures.values():
-        MODELS_CONFIG_MAP[architecture] = config_hook
-    _route_checkpoints(architectures)
-    _validate_requests()
-    _validate_before_streams()
-    _refuse_beam_search()
-    _refuse_sleep()
-    _report_figures()
+    for architecture in hooks.architectures.values():
+        MODELS_CONFIG_MAP[architecture] = hooks.config_hook
+    _route_checkpoints(hooks)
+    _validate_requests(hooks)
+    _validate_before_streams(hooks)
+    _refuse_beam_search(hooks)
+    _refuse_sleep(hooks)
+    _report_figures(hooks)
     _report_passes_of_requests()
     _tell_preempted_from_finished()
+    _settle_rows_before_each_step()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
-        _keep_stock_models_off_the_interpreter()
+        _keep_stock_models_off_the_interpreter(hooks)
 
 
-def _route_checkpoints(architectures: Mapping[str, str]) -> None:
+def _route_checkpoints(hooks: Hooks) -> None:
     """The published checkpoints say e.g. ``Qwen3ForCausalLM`` and differ only in mask_token_id.
 
     vLLM offers no hook between reading config.json and choosing the model class other than the
@@ -81,7 +106,7 @@ def _route_checkpoints(architectures: Mapping[str, str]) -> None:
             config_dict, config = super().parse(*args, **kwargs)
             overrides = kwargs.get("hf_overrides") or {}
             if _mask_token_id(config, overrides) is not None:
-                config.architectures = _routed(config, overrides, architectures)
+                config.architectures = _routed(config, overrides, hooks.architectures)
             return config_dict, config
 
     setattr(ReFusionConfigParser, _PATCHED, True)
@@ -101,9 +126,9 @@ def _routed(config: Any, overrides: Any, architectures: Mapping[str, str]) -> li
     Raises:
         ValueError: the mask token comes from ``--hf-overrides``, and the model is none of ours.
     """
-    from vllm.transformers_utils.config import MODEL_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    names = config.architectures or [MODEL_MAPPING_NAMES.get(config.model_type)]
+    names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
     routed = [architectures.get(name, name) for name in names if name]
     ours = set(routed) & set(architectures.values())
     chosen = isinstance(overrides, dict) and "architectures" in overrides
@@ -115,7 +140,7 @@ def _routed(config: Any, overrides: Any, architectures: Mapping[str, str]) -> li
     return routed
 
 
-def _validate_requests() -> None:
+def _validate_requests(hooks: Hooks) -> None:
     """Admission checks that need the engine's configuration and the prompt.
 
     vLLM's own hook (``LogitsProcessor.validate_params``) is a class method that sees neither. Every
@@ -126,16 +151,13 @@ def _validate_requests() -> None:
 
     @_patch(InputProcessor, "process_inputs")
     def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_refusion.backbones import is_refusion
-        from vllm_refusion.engine.admission import admit
-
         request = original(self, *args, **kwargs)
-        if is_refusion(self.model_config):
-            admit(request, self.vllm_config)
+        if hooks.is_ours(self.model_config):
+            hooks.admit(request, self.vllm_config)
         return request
 
 
-def _validate_before_streams() -> None:
+def _validate_before_streams(hooks: Hooks) -> None:
     """A request that streams is refused like any other: with HTTP 400, in its endpoint's format.
 
     vLLM checks a request when its first output is waited for. A stream has begun by then:
@@ -147,21 +169,20 @@ def _validate_before_streams() -> None:
     def generate(
         original: Any, self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        _validate_now(self, prompt, sampling_params)
+        if hooks.is_ours(self.model_config):
+            _validate_now(self, prompt, sampling_params)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
 
 def _validate_now(engine: Any, prompt: Any, sampling_params: Any) -> None:
     """Raises what ``process_inputs`` of an ``AsyncLLM`` would raise later; keeps the parameters."""
-    from vllm_refusion.backbones import is_refusion
-
-    if is_refusion(engine.model_config) and isinstance(prompt, dict) and "type" in prompt:
+    if isinstance(prompt, dict) and "type" in prompt:  # rendered, as the server does it
         params = copy.copy(sampling_params)
         params.skip_clone = False
         engine.input_processor.process_inputs("", prompt, params, supported_tasks=("generate",))
 
 
-def _refuse_sleep() -> None:
+def _refuse_sleep(hooks: Hooks) -> None:
     """Without sleep mode, which is refused at start, a sleeping engine would not wake up whole.
 
     vLLM does not look: it stops scheduling, so that the next request waits for ever.
@@ -170,9 +191,7 @@ def _refuse_sleep() -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     def refuse(engine: Any, parameter: str, value: Any, allowed: str) -> None:
-        from vllm_refusion.backbones import is_refusion
-
-        if is_refusion(engine.model_config):
+        if hooks.is_ours(engine.model_config):
             raise _unsupported(parameter, value, allowed)
 
     for owner in (AsyncLLM, LLMEngine):
@@ -200,7 +219,7 @@ def _unsupported(parameter: str, value: Any, allowed: str) -> Exception:
     )
 
 
-def _refuse_beam_search() -> None:
+def _refuse_beam_search(hooks: Hooks) -> None:
     """vLLM's beam search sends requests of one token each, which look like any other.
 
     The one method of the engine that it calls with its own parameters, on every front end, is
@@ -212,9 +231,7 @@ def _refuse_beam_search() -> None:
     def resolve_watermarking(original: Any, self: Any, params: Any) -> bool:
         from vllm.sampling_params import BeamSearchParams
 
-        from vllm_refusion.backbones import is_refusion
-
-        if isinstance(params, BeamSearchParams) and is_refusion(self.model_config):
+        if isinstance(params, BeamSearchParams) and hooks.is_ours(self.model_config):
             allowed = "is False: ReFusion does not extend texts token by token"
             raise _unsupported("use_beam_search", True, allowed)
         return original(self, params)
@@ -291,7 +308,7 @@ def _validate_responses_before_streams() -> None:
         return original(self, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
 
 
-def _report_figures() -> None:
+def _report_figures(hooks: Hooks) -> None:
     """Counters of the device in the server's log and among its Prometheus metrics.
 
     A stat logger plugin would see vLLM's own figures only: what the worker counts reaches the front
@@ -302,14 +319,10 @@ def _report_figures() -> None:
 
     @_patch(AsyncLLM, "do_log_stats")
     async def do_log_stats(original: Any, self: Any) -> None:
-        from vllm_refusion.backbones import is_refusion
-
         # of several front ends one reports
         first = getattr(self.engine_core, "client_index", 0) == 0
-        if first and self.logger_manager and is_refusion(self.model_config) and not self.errored:
-            from vllm_refusion.engine.metrics import report
-
-            await report(self)
+        if first and self.logger_manager and hooks.is_ours(self.model_config) and not self.errored:
+            await hooks.report(self)
         await original(self)
 
 
@@ -365,7 +378,7 @@ def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_toke
     return shown
 
 
-def _keep_stock_models_off_the_interpreter() -> None:
+def _keep_stock_models_off_the_interpreter(hooks: Hooks) -> None:
     """On the CPU build Triton is there for ReFusion only: stock models run as without it.
 
     Two kernels do not run in the interpreter, and that ends the engine: top-k/top-p sampling
@@ -376,13 +389,11 @@ def _keep_stock_models_off_the_interpreter() -> None:
     from vllm.config import VllmConfig
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from vllm_refusion.backbones import is_refusion
-
     topk_topp_sampler.HAS_TRITON = False
 
     @_patch(VllmConfig, "use_v2_model_runner")
     def use_v2_model_runner(original: Any, self: Any) -> bool:
-        ours = self.model_config is not None and is_refusion(self.model_config)
+        ours = self.model_config is not None and hooks.is_ours(self.model_config)
         if ours or envs.VLLM_USE_V2_MODEL_RUNNER is not None:  # the user's choice
             return original(self)
         return False
@@ -391,9 +402,7 @@ def _keep_stock_models_off_the_interpreter() -> None:
 def _tell_preempted_from_finished() -> None:
     """``ModelState.remove_request`` is not told why a request leaves.
 
-    A preempted one comes back and must go on exactly where it was, so its state is kept. The same
-    call, first in every step, puts our row budget where vLLM's manager for adaptive verification
-    would be: that one exists for speculative decoding only, and wants graphs of its own.
+    A preempted one comes back and must go on exactly where it was, so its state is kept.
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -402,20 +411,88 @@ def _tell_preempted_from_finished() -> None:
         leaving = getattr(self.model_state, "requests_leaving", None)
         if leaving is not None:
             leaving(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set())
-            if self.adaptive_verification is None:
-                self.adaptive_verification = self.model_state.start_row_budget(self)
         original(self, scheduler_output)
 
 
+def _settle_rows_before_each_step() -> None:
+    """Puts our row budget where vLLM's manager for adaptive verification would be.
+
+    That one exists for speculative decoding only, and wants graphs of its own; the runner asks it
+    how many rows a step has, and whose. ``add_requests`` is the first call of a step that would use
+    it; vLLM's warm-up drops what it finds at its end, so that serving starts with a new one.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "add_requests")
+    def add_requests(original: Any, self: Any, scheduler_output: Any) -> None:
+        start = getattr(self.model_state, "start_row_budget", None)
+        if start is not None and self.adaptive_verification is None:
+            graphs = self.cudagraph_manager
+            sizes = [] if graphs is None else graphs.captured_token_counts()
+            budget = start(self.input_buffers.query_start_loc, sizes)
+            self.adaptive_verification = RowManager(budget)
+        original(self, scheduler_output)
+
+
+class RowManager:
+    """vLLM's ``AdaptiveVerificationManager``, as far as the runner calls it, on our row budget.
+
+    In each step that decodes the runner calls ``get_num_tokens``, ``compact_batch`` and
+    ``reallocate_drafts``, in this order.
+
+    Args:
+        budget: see ``row_budget.RowBudget``, which says how many rows there are, and whose.
+    """
+
+    def __init__(self, budget: Any) -> None:
+        self._budget = budget
+
+    def add_request(self, req_idx: int) -> None:
+        """Nothing is kept by request."""
+
+    def get_num_tokens(
+        self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]
+    ) -> int:
+        """Rows of the step in all: those of prompts, and the decode rows."""
+        scheduled = [len(tokens) for tokens in draft_tokens.values()]
+        rows = self._budget.settle(len(scheduled), sum(scheduled))
+        return sum(num_tokens_per_req.values()) - sum(scheduled) + rows
+
+    def compact_batch(
+        self,
+        num_draft_tokens_per_req: np.ndarray,
+        num_scheduled_tokens: np.ndarray,
+        cu_num_logits_np: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A layout of the same size for the host: rows [R], starts of the decode rows [R+1]."""
+        prompt_rows = num_scheduled_tokens - num_draft_tokens_per_req
+        return self._budget.assume(num_draft_tokens_per_req, prompt_rows)
+
+    def reallocate_drafts(self, req_ids: list[str], idx_mapping: torch.Tensor) -> tuple[Any, ...]:
+        """The device's layout: cu_num_logits [R+1], query_start_loc, decode rows.
+
+        vLLM 0.33 takes the admitted drafts of each request besides. Only batch-sharded sampling,
+        which is refused, reads them.
+        """
+        from vllm.v1.worker.gpu.input_batch import InputBatch
+
+        layout = self._budget.deal(idx_mapping)
+        takes_drafts = "num_admitted_draft_tokens" in InputBatch.__dataclass_fields__
+        return (*layout, None) if takes_drafts else layout
+
+
 def _measure_passes_once_captured() -> None:
-    """How long passes of various sizes take, measured where vLLM calibrates its own cost models."""
+    """How long passes of various sizes take, measured where vLLM calibrates its own cost models.
+
+    Its own way to run a pass of so many made-up tokens is the runner's ``_dummy_run``.
+    """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     @_patch(GPUModelRunner, "capture_model")
     def capture_model(original: Any, self: Any, *, profile_only: bool = False) -> int:
         captured = original(self, profile_only=profile_only)
         if not profile_only and hasattr(self.model_state, "measure_passes"):
-            self.model_state.measure_passes(self)
+            self.model_state.measure_passes(self._dummy_run)
         return captured
 
 
@@ -512,6 +589,19 @@ def canonicalize_singleton_dim_strides(tensor: Any) -> Any:
     from vllm.utils.torch_utils import canonicalize_singleton_dim_strides as canonicalize
 
     return canonicalize(tensor)
+
+
+def engine_core_of(llm: LLM) -> Any:
+    """The engine core, with its scheduler and its workers, of an LLM that runs it in this process.
+
+    For what looks at single steps, the benchmark and tests: vLLM's statistics do not.
+    """
+    return llm.llm_engine.engine_core.engine_core
+
+
+def shut_down(llm: LLM) -> None:
+    """Ends an LLM's engine now, so that another finds its memory free; LLM has no method for it."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 class ScheduleWatch:

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import prometheus_client
-
 from vllm_refusion.decoding.state import Counter
 
 logger = logging.getLogger("vllm.refusion")
@@ -40,11 +38,13 @@ async def report(engine: Any) -> None:
         logger.info(line)
 
 
-def _counter(name: str, documentation: str, *labels: str) -> prometheus_client.Counter:
+def _counter(name: str, documentation: str, *labels: str) -> Any:
     """The process's counter of that name; its engines have labels of their own.
 
     Made anew where vLLM has dropped it.
     """
+    import prometheus_client
+
     name = f"vllm:refusion_{name}"
     try:
         _counters[name] = prometheus_client.Counter(name, documentation, ["model_name", *labels])
@@ -54,7 +54,7 @@ def _counter(name: str, documentation: str, *labels: str) -> prometheus_client.C
     return _counters[name]
 
 
-_counters: dict[str, prometheus_client.Counter] = {}
+_counters: dict[str, Any] = {}
 
 
 class Figures:

@@ -135,7 +135,7 @@ def _check_config(source: str, config: Any) -> None:
     if mask is not None:
         raise ValueError(f"{source} is a ReFusion checkpoint already: its mask_token_id is {mask}")
     # GGUF files name no architecture; what transformers would load is what counts there.
-    stock = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    stock: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     names = config.architectures or ([stock.__name__] if stock else [])
     if not set(names) & set(ARCHITECTURES):
         raise ValueError(

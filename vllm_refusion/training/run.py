@@ -168,7 +168,6 @@ def train(
         recipe.seed,
         recipe.slot_sizes,
         mask,
-        recipe.objective,
         recipe.batch_size,
         store.lengths,
         recipe.block_share,
@@ -296,8 +295,8 @@ def _write_data(
         return tqdm(rows, desc="tokenising", unit=" rows", disable=not progress)
 
     key = encoder.key(data, max_length) if all(path.is_file() for path in data) else None
-    report = stored(folder, key) if key else None
-    report = report or write_store(read_rows(data), encoder, folder, max_length, bar, key)
+    known = stored(folder, key) if key else None
+    report = known or write_store(read_rows(data), encoder, folder, max_length, bar, key)
     print(report, file=sys.stderr)
 
 

@@ -7,12 +7,19 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
@@ -57,6 +64,9 @@ class ReFusionTrainer(Trainer):
     figures of decoding it.
     """
 
+    model: Any
+    processing_class: Any
+
     def __init__(
         self,
         *,
@@ -96,7 +106,7 @@ class ReFusionTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         self._steps += 1
-        counts = sum(label_counts(batch).to(device) for batch in batch_samples)
+        counts = reduce(torch.add, (label_counts(batch).to(device) for batch in batch_samples))
         return self.accelerator.gather(counts[None]).sum(0)
 
     def compute_loss(
@@ -104,7 +114,7 @@ class ReFusionTrainer(Trainer):
         model: Any,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         losses = model(batch=inputs, counts=num_items_in_batch)
         self._losses += losses.detach()
@@ -133,10 +143,11 @@ class ReFusionTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Every process decodes all problems, since sharded models need all for a pass."""
+        assert self._dev is not None  # else there is no dataset to evaluate on
         began, model = time.monotonic(), self.model
         training = model.training
         model.eval()
-        metrics = self._dev_losses(model) | self._decode(model)
+        metrics = self._dev_losses(model, self._dev) | self._decode(model, self._dev)
         model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -146,16 +157,16 @@ class ReFusionTrainer(Trainer):
         self._since += time.monotonic() - began
         return metrics
 
-    def _dev_losses(self, model: Any) -> dict[str, float]:
-        rows, size = [p.row for p in self._dev.problems], self.args.per_device_eval_batch_size
+    def _dev_losses(self, model: Any, dev: Dev) -> dict[str, float]:
+        rows, size = [p.row for p in dev.problems], self.args.per_device_eval_batch_size
         batches = [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-        counts = sum(label_counts(batch) for batch in batches).to(self.args.device)
-        batches = (self._prepare_inputs(batch) for batch in batches)
-        losses = sum(model(batch=batch, counts=counts) for batch in batches)
+        counts = reduce(torch.add, map(label_counts, batches)).to(self.args.device)
+        prepared = (self._prepare_inputs(batch) for batch in batches)
+        losses = reduce(torch.add, (model(batch=batch, counts=counts) for batch in prepared))
         return {"loss": (losses * self._loss_weights).sum().item(), **self._named(losses)}
 
-    def _decode(self, model: Any) -> dict[str, float]:
-        dev, tokenizer, outcomes = self._dev, self.processing_class, []
+    def _decode(self, model: Any, dev: Dev) -> dict[str, float]:
+        tokenizer, outcomes = self.processing_class, []
         for problem in dev.problems[: dev.decoded]:
             tokens, passes = decode_one(model, tokenizer, problem.prompt, dev)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -218,13 +229,22 @@ class LogFiles(TrainerCallback):
     def __init__(self, run: Path) -> None:
         self._log, self._samples = run / "log.jsonl", run / "samples.jsonl"
 
-    def on_train_begin(self, args, state, control, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if state.is_world_process_zero:
             for path in (self._log, self._samples):
                 if path.exists():
                     _cut_back(path, state.global_step)
 
-    def on_log(self, args, state, control, logs: dict | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **_: Any,
+    ) -> None:
         if state.is_world_process_zero:
             with open(self._log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
@@ -255,7 +275,9 @@ class Checkpoints(TrainerCallback):
     def __init__(self, run: Path) -> None:
         self._run = run
 
-    def on_save(self, args, state, control, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if args.world_size > 1:
             torch.distributed.barrier()
         if state.is_world_process_zero:
@@ -287,7 +309,9 @@ class SaveWhenInterrupted(TrainerCallback):
         self.interrupted = True
         signal.signal(number, self._handlers[number])
 
-    def on_step_end(self, args, state, control, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if args.world_size > 1:  # all stop after the same step
             flag = torch.tensor(self.interrupted, dtype=torch.int32, device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)

@@ -51,7 +51,7 @@ class Style:
         red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
         return round(255 * red), round(255 * green), round(255 * blue)
 
-    def load(self, size: int) -> ImageFont.FreeTypeFont:
+    def load(self, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         if self.font is not None:
             return ImageFont.truetype(str(self.font), size)
         for name in TEXT_FONTS:
@@ -157,7 +157,7 @@ class _Drawer:
         for index, one in enumerate(passes[:number]):
             x = MARGIN + index * step
             count = len(one.committed)
-            colour = style.mask
+            colour: str | tuple[int, int, int] = style.mask
             if count:
                 colour = style.of_round(self._timeline.positions[one.committed[0]].round)
             height = max(2, tall * count / most)
