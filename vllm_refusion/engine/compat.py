@@ -170,12 +170,25 @@ def _validate_before_streams(hooks: Hooks) -> None:
         original: Any, self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if hooks.is_ours(self.model_config):
-            _validate_now(self, prompt, sampling_params)
+            _validate_now(self, prompt, sampling_params, kwargs)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
 
-def _validate_now(engine: Any, prompt: Any, sampling_params: Any) -> None:
-    """Raises what ``process_inputs`` of an ``AsyncLLM`` would raise later; keeps the parameters."""
+def _validate_now(
+    engine: Any, prompt: Any, sampling_params: Any, others: Mapping[str, Any]
+) -> None:
+    """Raises what ``process_inputs`` of an ``AsyncLLM`` would raise later; keeps the parameters.
+
+    ``others`` join the request behind it, and must fit the message to the engine.
+    """
+    import msgspec
+
+    for name, value in others.items():
+        if isinstance(value, dict):
+            try:
+                msgspec.msgpack.encode(value, enc_hook=str)
+            except OverflowError as error:
+                raise _unsupported(name, value, "are 64-bit integers") from error
     if isinstance(prompt, dict) and "type" in prompt:  # rendered, as the server does it
         params = copy.copy(sampling_params)
         params.skip_clone = False
@@ -304,7 +317,7 @@ def _validate_responses_before_streams() -> None:
     def generate(
         original: Any, self: Any, *, engine_input: Any, sampling_params: Any, **kwargs: Any
     ) -> Any:
-        _validate_now(self.engine_client, engine_input, sampling_params)
+        _validate_now(self.engine_client, engine_input, sampling_params, kwargs)
         return original(self, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
 
 
