@@ -140,6 +140,15 @@ def test_wide_blocks_are_refused_and_harm_nobody(checkpoints):
         checkpoint.run(llm, [0])
 
 
+def test_sleep_is_refused_and_the_engine_goes_on(checkpoints):
+    checkpoint = checkpoints()
+    with engine(checkpoint.path) as llm:
+        for ask in (llm.sleep, lambda: llm.sleep(2), llm.release_kv_cache_memory):
+            with pytest.raises(VLLMValidationError, match="no sleep mode"):
+                ask()
+        checkpoint.run(llm, [0])
+
+
 @pytest.mark.skipif(ON_GPU, reason="there the kernels run anyway")
 def test_triton_kernels_in_the_interpreter(checkpoints, monkeypatch):
     """Part of the set end to end through the Triton kernels."""

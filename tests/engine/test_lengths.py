@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import ON_GPU
 from vllm import SamplingParams, TokensPrompt
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from conformance import Case, build_model, expected
-from engine import ON_GPU, engine, model_state_of
+from engine import engine, model_state_of
 
 NAME = "qwen3-gqa2"
 BASE = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 2, "block_size": 16}
