@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+
+MODES = ("parallel", "serial")
+SLOT_STARTS = ("mask", "next")
 
 
 class ParameterError(ValueError):
@@ -30,26 +34,38 @@ def _check_threshold(name: str, value: Any) -> float:
     return float(value)
 
 
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ParameterError(name, value, f"allowed are {' and '.join(map(repr, choices))}")
+
+
 @dataclass(frozen=True)
 class DecodingParams:
     """How one request is decoded (algorithm section 2). The defaults are the paper's GSM8K preset.
 
     Attributes:
+        mode: "parallel" (section 3) or "serial" (section 7: token by token, drafted by masks).
         slot_size: tokens per slot (the published checkpoint is trained with 4, 8, 16 and 32).
         block_length: tokens per block, a multiple of ``slot_size``; blocks go left to right.
         slot_threshold: a slot is chosen when the probability of its first token exceeds this.
         token_threshold: a drafted token is accepted when its probability exceeds this.
+        slot_start: where serial decoding picks a slot's first token: in the row of a "mask", or in
+            that of the token before it, as any "next" token. Said by the checkpoint.
 
     Raises:
         ParameterError: a value has the wrong type or lies outside its range.
     """
 
+    mode: str = field(default="parallel", kw_only=True)
     slot_size: int = 32
     block_length: int = 128
     slot_threshold: float = 0.9
     token_threshold: float = 0.4
+    slot_start: str = field(default="mask", kw_only=True)
 
     def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("slot_start", self.slot_start, SLOT_STARTS)
         _check_count("slot_size", self.slot_size)
         _check_count("block_length", self.block_length)
         for name in ("slot_threshold", "token_threshold"):
@@ -102,7 +118,7 @@ class DecodingParams:
         return min(self.block_length, self.budget(max_tokens))
 
 
-PARAMETER_NAMES = tuple(field.name for field in fields(DecodingParams))
+PARAMETER_NAMES = tuple(entry.name for entry in fields(DecodingParams))
 OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
 
 # The published settings (algorithm section 2).
