@@ -10,8 +10,9 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from vllm_refusion import backbones
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.engine import plugin
+from vllm_refusion.engine import plugin, settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -49,14 +50,14 @@ def vllm_config(model, **options):
 def test_checkpoints_with_a_mask_token_are_ours(checkpoint, architecture, model_type):
     model = checkpoint(architectures=[architecture], model_type=model_type)
     config = vllm_config(model)
-    assert config.model_config.architecture == plugin.ARCHITECTURES[architecture]
-    assert plugin.is_refusion(config.model_config)
+    assert config.model_config.architecture == backbones.ARCHITECTURES[architecture]
+    assert backbones.is_refusion(config.model_config)
 
 
 def test_checkpoints_without_a_mask_token_stay_stock(checkpoint):
     config = vllm_config(checkpoint(mask_token_id=None))
     assert config.model_config.architecture == "Qwen3ForCausalLM"
-    assert not plugin.is_refusion(config.model_config)
+    assert not backbones.is_refusion(config.model_config)
     assert config.diffusion_config is None
     assert config.scheduler_config.scheduler_cls is None
 
@@ -69,8 +70,8 @@ def test_unusable_mask_token(checkpoint, mask):
 
 def test_defaults(checkpoint):
     config = vllm_config(checkpoint())
-    assert plugin.server_defaults(config.model_config) == DecodingParams(32, 128, 0.9, 0.4)
-    assert plugin.canvas_length(config) == 256
+    assert settings.server_defaults(config.model_config) == DecodingParams(32, 128, 0.9, 0.4)
+    assert settings.canvas_length(config) == 256
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.0}
 
 
@@ -86,7 +87,7 @@ def test_defaults_of_the_generation_config_and_overrides(checkpoint):
         }
     )
     config = vllm_config(model, override_generation_config={"token_threshold": 0.7})
-    assert plugin.server_defaults(config.model_config) == DecodingParams(8, 32, 0.9, 0.7)
+    assert settings.server_defaults(config.model_config) == DecodingParams(8, 32, 0.9, 0.7)
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5, "top_k": 20}
 
 
@@ -95,7 +96,7 @@ def test_presets_as_defaults(checkpoint):
 
     def defaults(generation_config, **override):
         config = vllm_config(checkpoint(generation_config), override_generation_config=override)
-        return plugin.server_defaults(config.model_config)
+        return settings.server_defaults(config.model_config)
 
     assert defaults({}, preset="gpqa") == DecodingParams(8, 16, 0.8, 0.2)
     assert defaults({"slot_size": 4}, preset="gpqa") == DecodingParams(8, 16, 0.8, 0.2)
@@ -106,9 +107,9 @@ def test_presets_as_defaults(checkpoint):
 
 def test_trace_option(checkpoint):
     model = checkpoint()
-    assert not plugin.tracing_enabled(vllm_config(model))
+    assert not settings.tracing_enabled(vllm_config(model))
     options = {"additional_config": {"refusion_trace": True}}
-    assert plugin.tracing_enabled(vllm_config(model, **options))
+    assert settings.tracing_enabled(vllm_config(model, **options))
     with pytest.raises(ValueError, match="refusion_trace='yes'"):
         vllm_config(model, additional_config={"refusion_trace": "yes"})
 
@@ -117,7 +118,7 @@ def test_schedule(checkpoint):
     model = checkpoint()
     for choice, fuses in ((None, True), ("fused", True), ("plain", False)):
         options = {} if choice is None else {"refusion_schedule": choice}
-        assert plugin.fuses_passes(vllm_config(model, additional_config=options)) is fuses
+        assert settings.fuses_passes(vllm_config(model, additional_config=options)) is fuses
     with pytest.raises(ValueError, match="refusion_schedule='slow'.*'fused' and 'plain'"):
         vllm_config(model, additional_config={"refusion_schedule": "slow"})
 
@@ -129,7 +130,7 @@ def test_bad_server_default(checkpoint):
 
 def test_canvas(checkpoint):
     model = checkpoint({"slot_size": 8, "block_length": 512})
-    assert plugin.canvas_length(vllm_config(model)) == 512
+    assert settings.canvas_length(vllm_config(model)) == 512
     with pytest.raises(ValueError, match="block_length=512"):
         vllm_config(model, diffusion_config={"canvas_length": 256})
 

@@ -12,7 +12,7 @@ from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.compat import count_passes
-from vllm_refusion.engine.model_state import LOGITS_CHUNK_BYTES, CanvasSampler
+from vllm_refusion.engine.sampler import LOGITS_CHUNK_BYTES, CanvasSampler
 from vllm_refusion.engine.scheduler import ReFusionScheduler
 
 

@@ -13,7 +13,7 @@ import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from conformance import Case, build_model, cases, expected
-from vllm_refusion.engine.metrics import SIZES
+from vllm_refusion.engine.worker import SIZES
 
 ON_GPU = torch.cuda.is_available()
 # A canvas of 32 rows, and server defaults that fit it.

@@ -199,7 +199,7 @@ class Soak:
         return values
 
     async def held(self) -> dict[str, int]:
-        """What the first worker holds, see ``metrics.WorkerExtension.refusion_held``."""
+        """What the first worker holds, see ``worker.WorkerExtension.refusion_held``."""
         response = await self.client.post("/collective_rpc", json={"method": "refusion_held"})
         response.raise_for_status()
         return response.json()["results"][0]

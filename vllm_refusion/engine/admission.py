@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_refusion.decoding.logprobs import MAX_LOGPROBS
 from vllm_refusion.decoding.params import ParameterError
 from vllm_refusion.decoding.state import MAX_STOP_IDS
-from vllm_refusion.engine.plugin import (
+from vllm_refusion.engine.settings import (
     TRACE_OPTION,
     canvas_length,
     server_defaults,

@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_refusion.engine import compat
-from vllm_refusion.engine.plugin import position_slack
+from vllm_refusion.engine.settings import position_slack
 from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE, operations
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)

@@ -96,8 +96,8 @@ def _validate_requests() -> None:
 
     @_patch(InputProcessor, "process_inputs")
     def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_refusion.backbones import is_refusion
         from vllm_refusion.engine.admission import admit
-        from vllm_refusion.engine.plugin import is_refusion
 
         request = original(self, *args, **kwargs)
         if is_refusion(self.model_config):
@@ -118,7 +118,7 @@ def _refuse_beam_search() -> None:
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import BeamSearchParams
 
-        from vllm_refusion.engine.plugin import is_refusion
+        from vllm_refusion.backbones import is_refusion
 
         if isinstance(params, BeamSearchParams) and is_refusion(self.model_config):
             raise VLLMValidationError(
@@ -189,7 +189,7 @@ def _report_figures() -> None:
 
     @_patch(AsyncLLM, "do_log_stats")
     async def do_log_stats(original: Any, self: Any) -> None:
-        from vllm_refusion.engine.plugin import is_refusion
+        from vllm_refusion.backbones import is_refusion
 
         # of several front ends one reports
         first = getattr(self.engine_core, "client_index", 0) == 0
@@ -263,7 +263,7 @@ def _keep_stock_models_off_the_interpreter() -> None:
     from vllm.config import VllmConfig
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from vllm_refusion.engine.plugin import is_refusion
+    from vllm_refusion.backbones import is_refusion
 
     topk_topp_sampler.HAS_TRITON = False
 

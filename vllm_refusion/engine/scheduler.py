@@ -18,7 +18,12 @@ from vllm.v1.request import Request
 
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.engine import compat
-from vllm_refusion.engine.plugin import canvas_length, fuses_passes, position_slack, server_defaults
+from vllm_refusion.engine.settings import (
+    canvas_length,
+    fuses_passes,
+    position_slack,
+    server_defaults,
+)
 
 LONGEST_PROMPT_TO_PLAN_WITH = 2048  # tokens in the last chunk
 

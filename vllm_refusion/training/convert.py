@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from vllm_refusion.backbones import ARCHITECTURES
 from vllm_refusion.decoding.params import DecodingParams, expand_preset
-from vllm_refusion.engine.plugin import ARCHITECTURES
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|pad|>"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_refusion.engine.plugin import TRACE_OPTION
+from vllm_refusion.engine.settings import TRACE_OPTION
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

@@ -1,0 +1,20 @@
+"""The backbones that ReFusion models are built on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+# Stock vLLM architecture of the backbone -> our class. A published checkpoint names the former.
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": "ReFusionQwen3ForCausalLM",
+    "Qwen2ForCausalLM": "ReFusionQwen2ForCausalLM",
+    "LlamaForCausalLM": "ReFusionLlamaForCausalLM",
+}
+
+
+def is_refusion(model_config: ModelConfig) -> bool:
+    """Whether a model is served by this plugin."""
+    return any(name in ARCHITECTURES.values() for name in model_config.architectures)

@@ -1,0 +1,198 @@
+"""The sampler that vLLM's model runner drives: statistics of the rows, transition, output."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_refusion.decoding.speculation import NO_RIDERS
+from vllm_refusion.decoding.state import Field
+from vllm_refusion.engine.acceptance import acceptance_tables
+
+if TYPE_CHECKING:
+    from vllm_refusion.engine.model_state import ReFusionModelState
+
+# Logits of one step are computed and read in chunks of rows of about this size.
+LOGITS_CHUNK_BYTES = 512 * 2**20
+
+
+class CanvasSampler:
+    """Takes the place of vLLM's sampler: hidden states of canvas rows in, ordered tokens out."""
+
+    # The runner keeps counts for penalties there; ReFusion has none.
+    penalties_state = SimpleNamespace(output_bin_counts=None)
+
+    def __init__(self, model_state: ReFusionModelState) -> None:
+        self.model_state = model_state
+        self.model = model_state.model
+        self.operations = model_state.operations  # records, where the engine is to trace
+        self.state = model_state.decode_state
+        self.req_states = model_state.req_states
+        self.limits = model_state.limits
+        self.records = model_state.records
+        state = self.state
+        rows = state.max_requests * state.canvas_length
+        vocab_size = model_state.model_config.get_vocab_size()
+        row_bytes = vocab_size * model_state.dtype.itemsize
+        self.chunk_rows = max(1, min(rows, LOGITS_CHUNK_BYTES // row_bytes))
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=state.device)
+
+        self.picked = buffer(rows)
+        self.picked_prob = buffer(rows, dtype=torch.float32)
+        self.given_prob = buffer(rows, dtype=torch.float32)
+        self.replay = acceptance_tables(model_state.vllm_config, state.device)  # benchmarks only
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """The model state holds the parameters."""
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def __call__(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """Args: hidden_states: [canvas rows of the batch, hidden], see ``compute_logits``."""
+        num_reqs, rows = input_batch.num_reqs, hidden_states.shape[0]
+        budget = self.model_state.row_budget
+        if rows and not input_batch.num_draft_tokens:
+            # Memory profiling: pay for the widest chunk a step can have.
+            self.model.row_logits(hidden_states[:1].expand(self.chunk_rows, -1).contiguous())
+        elif rows:
+            self._row_statistics(hidden_states, input_batch)
+
+        def output_buffer(*shape: int) -> torch.Tensor:
+            # a new one each step: the runner copies it while the next step already runs
+            return torch.empty(*shape, dtype=torch.int32, device=self.state.device)
+
+        output = SamplerOutput(
+            sampled_token_ids=output_buffer(num_reqs, self.state.canvas_length),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=output_buffer(num_reqs),
+            num_rejected=output_buffer(num_reqs),
+        )
+        self.operations.transition(
+            self.state,
+            input_batch.idx_mapping[:num_reqs],
+            input_batch.query_start_loc,
+            input_batch.cu_num_logits,
+            self.req_states.num_computed_tokens.gpu,
+            self.req_states.prefill_len.gpu,
+            self.picked,
+            self.picked_prob,
+            self.given_prob,
+            self._emit_limit(input_batch),
+            output.sampled_token_ids,
+            output.num_sampled,
+            output.num_rejected,
+            budget.speculation if budget else NO_RIDERS,
+        )
+        if self.records:
+            output.logprobs_tensors = self._emitted_logprobs(input_batch, output.num_sampled)
+        return output
+
+    def _emit_limit(self, input_batch: InputBatch) -> torch.Tensor:
+        """The most tokens [R] int32 that the scheduler takes from each request."""
+        budget, requests = self.model_state.row_budget, input_batch.num_reqs
+        if not input_batch.num_draft_tokens:
+            return torch.zeros(requests, dtype=torch.int32, device=self.state.device)
+        if budget is not None:
+            return budget.scheduled
+        return input_batch.query_start_loc[: requests + 1].diff()
+
+    def _emitted_logprobs(
+        self, input_batch: InputBatch, num_sampled: torch.Tensor
+    ) -> LogprobsTensors | None:
+        """Of the requests that ask for them, a canvas's number of rows each."""
+        width, start, starts, tables = self.state.canvas_length, 0, [], []
+        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
+            starts.append(start)
+            if slot in self.records:
+                self.records[slot].take(self.state, slot)
+                first = self.state.ints[slot, Field.EMITTED] - num_sampled[row]
+                tables.append(self.records[slot].emitted(first, width))
+                start += width
+        if not tables:
+            return None
+        columns = max(table.ids.shape[1] for table in tables)
+
+        def joined(parts: list[torch.Tensor], fill: float) -> torch.Tensor:
+            return torch.cat(
+                [functional.pad(p, (0, columns - p.shape[1]), value=fill) for p in parts]
+            )
+
+        return LogprobsTensors(
+            joined([table.ids for table in tables], 0),
+            joined([table.logprobs for table in tables], -torch.inf),
+            torch.cat([table.rank for table in tables]),
+            starts,
+        )
+
+    def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
+        state = self.state
+        requests = input_batch.expanded_idx_mapping
+        flat = requests * state.canvas_length + input_batch.expanded_local_pos
+        positions = state.row_position.view(-1)[flat]
+        # What a row may be asked about is the token of the row after it.
+        following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
+        given = state.canvas_token.view(-1)[following].int()
+        draws = state.row_draw.view(-1)[flat]
+        for start in range(0, hidden_states.shape[0], self.chunk_rows):
+            rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
+            logits = self.model.row_logits(hidden_states[rows])
+            self.operations.token_stats(
+                logits,
+                requests[rows],
+                positions[rows],
+                given[rows],
+                draws[rows],
+                temperature=state.temperature,
+                seed=state.seed,
+                min_tokens=state.min_tokens,
+                stop_ids=state.stop_ids,
+                mask_token_id=state.mask_token_id,
+                limits=self.limits.used,
+                out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
+            )
+            if self.records:
+                self._describe_rows(input_batch, logits, rows.start, given)
+        if self.replay is not None:
+            rows = slice(0, hidden_states.shape[0])
+            self.operations.acceptance_stats(
+                requests,
+                positions,
+                given,
+                draws,
+                seed=state.seed,
+                slot_size=state.ints[:, Field.SLOT_SIZE],
+                slot_threshold=state.slot_threshold,
+                tables=self.replay,
+                out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
+            )
+
+    def _describe_rows(
+        self, input_batch: InputBatch, logits: torch.Tensor, start: int, given: torch.Tensor
+    ) -> None:
+        """Hands ``logits``, of the rows from ``start`` on, to the requests that want logprobs.
+
+        Which rows a request has is known on the device only; on the host, the most it may have.
+        """
+        most = input_batch.num_draft_tokens_per_req.tolist()
+        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
+            if slot in self.records and most[row]:
+                self.records[slot].describe(
+                    self.state,
+                    slot,
+                    input_batch.cu_num_logits[row : row + 2],
+                    most[row],
+                    logits,
+                    start,
+                    self.picked,
+                    given,
+                )

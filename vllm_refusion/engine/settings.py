@@ -1,0 +1,83 @@
+"""What the engine's configuration says about decoding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_refusion.decoding.params import DecodingParams, expand_preset
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+# in vLLM's additional_config
+TRACE_OPTION = "refusion_trace"
+SCHEDULE_OPTION = "refusion_schedule"
+
+
+def resolve_defaults(model_config: ModelConfig) -> DecodingParams:
+    """Decoding parameters of requests that do not set them.
+
+    From ``--override-generation-config``, else the checkpoint's generation config, else the
+    defaults of ``DecodingParams``; a preset in one of them stands for its four values there. Reads
+    files: done once, at start.
+
+    Raises:
+        ParameterError: one of them is out of range.
+    """
+    values: dict[str, Any] = {}
+    if model_config.generation_config != "vllm":
+        values.update(expand_preset(model_config.try_get_generation_config()))
+    values.update(expand_preset(model_config.override_generation_config))
+    return DecodingParams().updated(values)
+
+
+def server_defaults(model_config: ModelConfig) -> DecodingParams:
+    """What ``resolve_defaults`` found at start; travels to all processes with the config."""
+    return DecodingParams(**model_config.hf_text_config.refusion_defaults)
+
+
+def _additional_option(vllm_config: VllmConfig, name: str, default: Any) -> Any:
+    """An entry of vLLM's additional_config, which other platforms use and which may be no dict."""
+    options = vllm_config.additional_config
+    return options.get(name, default) if isinstance(options, dict) else default
+
+
+def tracing_enabled(vllm_config: VllmConfig) -> bool:
+    """Whether the engine was started to record traces of the requests that ask for one.
+
+    Raises:
+        ValueError: the engine option is neither True nor False.
+    """
+    value = _additional_option(vllm_config, TRACE_OPTION, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"additional_config has {TRACE_OPTION}={value!r}: allowed is a boolean.")
+    return value
+
+
+def canvas_length(vllm_config: VllmConfig) -> int:
+    """Rows that a request may feed in one pass; no block may be longer."""
+    assert vllm_config.diffusion_config is not None
+    return vllm_config.diffusion_config.canvas_length
+
+
+def position_slack(vllm_config: VllmConfig) -> int:
+    """Positions past max_model_len that a request may use.
+
+    The last slot may end past max_tokens, and a pass that is scheduled while another is still in
+    flight counts one more canvas.
+    """
+    return 2 * canvas_length(vllm_config)
+
+
+def fuses_passes(vllm_config: VllmConfig) -> bool:
+    """Whether passes may carry riders: yes, unless the engine was started with "plain".
+
+    Raises:
+        ValueError: another value of ``refusion_schedule``.
+    """
+    choice = _additional_option(vllm_config, SCHEDULE_OPTION, "fused")
+    if choice not in ("fused", "plain"):
+        raise ValueError(
+            f"additional_config has {SCHEDULE_OPTION}={choice!r}: allowed are 'fused' and 'plain'."
+        )
+    return choice == "fused"

@@ -1,0 +1,48 @@
+"""What the front end may ask of the worker that holds the decoding state."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from vllm_refusion.decoding.state import Field, Phase
+
+SIZES = ("objects", "device_bytes")  # of refusion_held
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker, so that ``collective_rpc`` reaches the counters on the device."""
+
+    def refusion_counters(self) -> list[int]:
+        """Totals since start, indexed by ``Counter``."""
+        return self.model_runner.model_state.decode_state.counters.tolist()
+
+    def refusion_rows_run(self) -> int:
+        """Decode rows of all steps since start, with those that no request used."""
+        budget = self.model_runner.model_state.row_budget
+        return 0 if budget is None else budget.rows_run
+
+    def refusion_held(self) -> dict[str, int]:
+        """What is kept of requests, by kind: nothing of any while the engine is idle.
+
+        Beside that ``objects`` of Python in this process and ``device_bytes`` in use, which stay
+        the same once the engine is warm. Collects garbage first: for tests.
+        """
+        state = self.model_runner.model_state
+        held = {
+            "request slots": int((state.decode_state.ints[:, Field.PHASE] != Phase.IDLE).sum()),
+            "requests": len(state._slot_of),
+            "suspended requests": len(state._suspended) + len(state._suspended_records),
+            "logprob records": len(state.records),
+            "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),
+        }
+        gc.collect()
+        device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+        return held | {"objects": len(gc.get_objects()), "device_bytes": device_bytes}
+
+    def refusion_recordings(self) -> list[dict[str, Any]]:
+        """What ``trace.Recorder.take`` gives; nothing where the engine does not trace."""
+        recorder = self.model_runner.model_state.recorder
+        return [] if recorder is None else recorder.take()
