@@ -47,14 +47,16 @@ def allocate_twin(
             replayed = int(num_computed[slots[request]]) - int(ints[Field.PROMPT_LEN])
             needed[request] = canvas[request] = min(committed - replayed, most[request])
         elif phase == Phase.PREFILL:
-            if ints[Field.RESUME] == Phase.START and ints[Field.ROWS] <= most[request]:
-                needed[request] = canvas[request] = int(ints[Field.ROWS])
+            begins = ints[Field.RESUME] in (Phase.START, Phase.SERIAL) and not ints[Field.EMITTED]
+            if begins and ints[Field.ROWS] <= most[request]:
+                needed[request] = int(ints[Field.ROWS])
+                canvas[request] = min(int(ints[Field.CANVAS]), most[request])
         elif phase not in (Phase.IDLE, Phase.DONE):
             # pages are reserved behind the whole slots that have been delivered
             delivered = int(ints[Field.EMITTED])
             delivered -= delivered % int(ints[Field.SLOT_SIZE])
             undelivered = committed + int(ints[Field.KEPT]) - delivered
-            room = most[request] - undelivered
+            room = most[request] - (0 if phase == Phase.SERIAL else undelivered)
             if ints[Field.ROWS] <= room:
                 needed[request] = int(ints[Field.ROWS])
                 canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])

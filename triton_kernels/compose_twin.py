@@ -16,7 +16,6 @@ from vllm_refusion.decoding.speculation import (
     LARGEST_COST,
     LEVELS,
     MAX_RIDERS,
-    NO_RIDERS,
     PRIOR_PASSED,
     PRIOR_TESTED,
     Speculation,
@@ -110,9 +109,9 @@ class Request:
             if len(rows) + len(rider.positions) <= most:
                 add(rider)
         ints[Field.ROWS] = len(rows)
-        candidates = self._riders() if self.speculation != NO_RIDERS else []
+        candidates = self._riders() if self.speculation.rides else []
         candidates.sort(key=lambda rider: (-rider.score, rider.at))
-        free, price = self.speculation
+        free, price, _ = self.speculation
         for rider in candidates[:MAX_RIDERS]:
             width, end = len(rider.positions), len(rows) + len(rider.positions)
             pays = end <= free or rider.chance * (width + price) > width * CERTAIN
@@ -125,10 +124,11 @@ class Request:
             ("canvas_row", self.canvas_row),
         ):
             getattr(state, name)[slot] = torch.tensor(values, dtype=torch.int32)
-        state.row_position[slot] = -1
+        state.row_position[slot] = state.row_target[slot] = -1
         for name, values in zip(_Row._fields, zip(*rows)):
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
             target[slot, : len(rows)] = torch.tensor(values, dtype=target.dtype)
+        state.row_target[slot, : len(rows)] = state.row_position[slot, : len(rows)]
 
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]
@@ -201,7 +201,7 @@ class Request:
 
     def _worth_testing(self, proposals: list[int]) -> list[int]:
         """The first of a slot's proposals, up to one that is hardly reached."""
-        if self.speculation == NO_RIDERS:
+        if not self.speculation.rides:
             return proposals
         cost = 0
         for count, p in enumerate(proposals):
@@ -222,7 +222,7 @@ class Request:
         """The most masks of a predict."""
         size = self.ints[Field.SLOT_SIZE]
         fits = self.ints[Field.BLOCK_LENGTH] + size <= self.state.canvas_length
-        if self.speculation == NO_RIDERS or not fits:
+        if not self.speculation.rides or not fits:
             return size
         width, each = 1, cost_table()[self._acceptance()]
         while width < size and self._worth_feeding(_chance(each * (width - 1)), width):

@@ -40,13 +40,18 @@ def layout_twin(
         kv = torch.arange(context, context + length, dtype=torch.int32)
         see = torch.zeros(length, 4, dtype=torch.int32)
         if phase in (Phase.PREFILL, Phase.REPLAY):
-            entry = (kv - prompt_len).long()
+            serial = ints[Field.RESUME] == Phase.SERIAL
+            # serial decoding feeds its known tokens, but for the last one, as prompt
+            prefill = prompt_len + (max(ints[Field.EMITTED] - 1, 0) if serial else 0)
+            entry = (kv - prefill).long()
             replayed = entry >= 0
-            # the first plan may be fed with the end of the prompt
-            plans = phase == Phase.PREFILL and ints[Field.RESUME] == Phase.START
-            plans &= context + length - prompt_len >= ints[Field.ROWS]
-            used = entry < (ints[Field.ROWS] if plans else ints[Field.COMMITTED])
+            # the first canvas may be fed with the end of the prompt
+            rides = phase == Phase.PREFILL and ints[Field.RESUME] in (Phase.START, Phase.SERIAL)
+            rides &= ints[Field.EMITTED] == 0
+            rides &= context + length - prefill >= ints[Field.ROWS]
+            used = entry < (ints[Field.CANVAS] if rides else ints[Field.COMMITTED])
             used |= ~replayed
+            ridden = replayed & used & rides
             replayed &= entry < ints[Field.COMMITTED]
             entry = entry.clamp(0, state.max_response - 1)
             position = torch.where(replayed, state.order[slot, entry], kv - prompt_len)
@@ -55,6 +60,9 @@ def layout_twin(
             isolated = group >= 0
             see[:, 0] = torch.where(isolated, prompt_len + group, 0)
             see[:, 3] = torch.where(isolated, kv - in_slot, 0)
+            row = entry.clamp(0, state.canvas_length - 1)
+            position = torch.where(ridden, state.row_position[slot, row], position)
+            see = torch.where(ridden[:, None], prefill + _sees(state, slot)[row], see)
             tokens = state.response[slot, position.clamp_min(0).long()]
             rewrite = replayed & used
             input_ids[start:end][rewrite] = tokens[rewrite].to(input_ids.dtype)
@@ -65,11 +73,14 @@ def layout_twin(
             if phase not in (Phase.IDLE, Phase.DONE) and length >= ints[Field.ROWS]:
                 position[:width] = state.row_position[slot, :width]
                 used[: ints[Field.CANVAS]] = True
-            see[:width, 0] = context + state.row_context[slot, :width]
-            see[:width, 1] = context + state.row_run_start[slot, :width]
-            see[:width, 2] = context + state.row_run_end[slot, :width]
-            see[:width, 3] = context + state.row_own_start[slot, :width]
+            see[:width] = context + _sees(state, slot)[:width]
         see[~used] = torch.tensor([0, 0, 0, UNSEEN], dtype=torch.int32)
         positions[start:end] = torch.where(used, prompt_len + position, 0)
         visibility[start:end] = see
         slot_mappings[:, start:end].masked_fill_(~used, -1)
+
+
+def _sees(state: DecodeState, slot: int) -> torch.Tensor:
+    """[W, 4] int32: what the canvas rows see, counted from the canvas."""
+    columns = (state.row_context, state.row_run_start, state.row_run_end, state.row_own_start)
+    return torch.stack([column[slot] for column in columns], dim=1)

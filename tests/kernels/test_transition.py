@@ -23,12 +23,13 @@ from vllm_refusion.decoding.speculation import Speculation
 from vllm_refusion.decoding.state import Counter, DecodeState, Phase
 from vllm_refusion.triton_kernels.layout import layout
 from vllm_refusion.triton_kernels.layout_twin import layout_twin
+from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin
 from vllm_refusion.triton_kernels.transition import transition
 from vllm_refusion.triton_kernels.transition_twin import transition_twin
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TWINS = Operations(layout_twin, token_stats_twin, transition_twin)
+TWINS = Operations(layout_twin, token_stats_twin, transition_twin, serial_transition_twin)
 
 # slot_size, block_length, slot_threshold, token_threshold; then what differs from the defaults
 REQUESTS: dict[str, tuple[tuple, dict[str, Any]]] = {
@@ -310,7 +311,12 @@ def assert_same(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
-BOTH = Operations(same(layout_twin, layout), token_stats_twin, same(transition_twin, transition))
+BOTH = Operations(
+    same(layout_twin, layout),
+    token_stats_twin,
+    same(transition_twin, transition),
+    serial_transition_twin,
+)
 BRANCHY = dict.fromkeys(
     ("slots_of_three", "partial_prefixes", "noise_and_eos", "eos_in_infill", "eos_held_back")
 )

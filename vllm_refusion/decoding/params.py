@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-
 MODES = ("parallel", "serial")
 SLOT_STARTS = ("mask", "next")
 

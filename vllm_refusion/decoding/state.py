@@ -61,6 +61,7 @@ class Phase(IntEnum):
     REPLAY = 5
     DONE = 6
     START = 7  # only as RESUME: begin the first block once the prompt is in
+    SERIAL = 8  # serial decoding (section 7); its RESUME is this, too, throughout
 
 
 class Status(IntEnum):
@@ -96,6 +97,12 @@ class Field(IntEnum):
     KEPT = 16  # accepted tokens of the present infill whose KV is final: the first in commit order
     TESTED = 17  # tokens tested of late
     PASSED = 18  # of TESTED
+    # of serial decoding
+    MASKED_STARTS = 19  # whether a slot's first token is picked in the row of a mask
+    DRAFTS = 20  # drafts at hand
+    TESTS = 21  # of them, those in the present canvas
+    MOST_TESTS = 22  # more are never fed at once
+    EXPECTED = 23  # tokens that the present canvas is expected to bring, in 1/256
 
 
 class Counter(IntEnum):
@@ -117,9 +124,13 @@ class Counter(IntEnum):
     TOKENS_PASSED = 13  # of TOKENS_TESTED
     INFILLS = 14  # completed
     INFILL_ROUNDS = 15  # of completed infills: the most predicts that one of its slots took
+    SERIAL = 16  # passes of serial decoding
+    DRAFTS_TESTED = 17  # of serial decoding, up to the first that was refused
+    DRAFTS_PASSED = 18  # of DRAFTS_TESTED
 
 
 ACCEPTANCE_WINDOW = 128  # TESTED and PASSED are halved when so many have been tested
+FIRST_MASKS = 8  # of serial decoding, fed with the end of a prompt
 MAX_STOP_IDS = 64  # stop token ids that min_tokens can hold back, per request
 
 
@@ -142,6 +153,8 @@ class DecodeState:
             slot if that is the first position not accepted.
         canvas_token: [R, W] int64, by canvas row.
         row_position: [R, W] int32, by canvas row: response position, -1 for an unused row.
+        row_target: [R, W] int32, by canvas row: the response position that it picks a token for,
+            -1 for an unused row. A mask's is its own, a token's in serial decoding the next one.
         row_draw: [R, W] int32, by canvas row: operations before the one that the row is of.
         row_context, row_run_start, row_run_end, row_own_start: [R, W] int32, by canvas row: it sees
             the context up to row_context, the canvas rows [row_run_start, row_run_end) and those
@@ -196,6 +209,7 @@ class DecodeState:
         self.rider_row = zeros(*shape)
         self.rider_width = zeros(*shape)
         self.row_position = zeros(*shape)
+        self.row_target = zeros(*shape)
         self.row_draw = zeros(*shape)
         self.row_context = zeros(*shape)
         self.row_run_start = zeros(*shape)
@@ -255,8 +269,79 @@ class DecodeState:
         self._write("canvas_token", slot, self.mask_token_id)
         positions = list(range(first)) + [-1] * (self.canvas_length - first)
         self._write("row_position", slot, positions)
+        self._write("row_target", slot, positions)
         for name in ("row_draw", "row_context", "row_run_start", "row_run_end", "row_own_start"):
             self._write(name, slot, 0)
+
+    def add_serial(
+        self,
+        slot: int,
+        prompt_len: int,
+        params: DecodingParams,
+        max_tokens: int,
+        eos_token_id: int | None,
+        *,
+        last_token: int,
+        known: int = 0,
+        most_tests: int | None = None,
+        min_tokens: int = 0,
+        stop_ids: Sequence[int] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Starts or resumes a request in serial mode: its prompt comes next.
+
+        Args:
+            last_token: of the prompt and the ``known`` response tokens. The prefill is all of them,
+                but for the last one where a response token is known: the canvas begins with that.
+            most_tests: drafts that are fed at once at most.
+        """
+        self.add(
+            slot,
+            prompt_len,
+            params,
+            max_tokens,
+            eos_token_id,
+            min_tokens=min_tokens,
+            stop_ids=stop_ids,
+            temperature=temperature,
+            seed=seed,
+        )
+        masked_starts = params.slot_start == "mask"
+        masks = min(FIRST_MASKS, max_tokens - known)
+        tokens = 1 if known or not masked_starts else 0
+        width = tokens + masks
+        most = self.canvas_length // 2 - 1
+        for field, value in {
+            Field.RESUME: Phase.SERIAL,
+            Field.EMITTED: known,
+            Field.MASKED_STARTS: int(masked_starts),
+            Field.MOST_TESTS: most if most_tests is None else min(most, most_tests),
+            Field.ROWS: 2 if tokens and masked_starts and known % params.slot_size == 0 else 1,
+            Field.CANVAS: width,
+        }.items():
+            self.ints[slot, field].fill_(int(value))
+        before = [known - 1] * tokens
+        pad = [-1] * (self.canvas_length - width)
+        self._write("row_position", slot, [*before, *range(known, known + masks), *pad])
+        self._write("row_target", slot, [known] * tokens + [*range(known, known + masks)] + pad)
+        # a prompt's last token is in the context already: fed again, it does not see itself there
+        self._write(
+            "canvas_token",
+            slot,
+            [last_token] * tokens + [self.mask_token_id] * (self.canvas_length - tokens),
+        )
+        again = tokens if not known else 0
+        self._write("row_context", slot, [-again] * tokens + [0] * (self.canvas_length - tokens))
+        self._write(
+            "row_run_end", slot, [0] * tokens + [tokens - again] * (self.canvas_length - tokens)
+        )
+        self._write("row_own_start", slot, [0] * tokens + [tokens] * (self.canvas_length - tokens))
+        self._write("rider_row", slot, [tokens] + [-1] * (self.canvas_length - 1))
+        self._write("rider_width", slot, [masks] + [0] * (self.canvas_length - 1))
+        self._write("response", slot, 0)
+        if known:
+            self.response[slot, known - 1].fill_(last_token)
 
     def save(self, slot: int) -> dict[str, torch.Tensor]:
         """A copy of everything about the request in ``slot``, for ``restore``; stays on device."""
