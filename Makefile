@@ -1,15 +1,21 @@
-# `make demo` and `make test` build what they need: an environment in $(VENV) with vLLM's GPU build
-# where nvidia-smi answers, its CPU build elsewhere, and this package in editable form.
+# `make demo`, `make lint` and `make test` build what they need: an environment in $(VENV) with
+# vLLM's GPU build where nvidia-smi answers, its CPU build elsewhere, and this package in editable
+# form.
 
 PYTHON ?= python3
 VENV ?= .venv
 STACK := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
 PIP = $(VENV)/bin/python -m pip install
 
-.PHONY: demo test
+.PHONY: demo lint test
 
 demo: $(VENV)/.package
 	$(VENV)/bin/python examples/offline.py
+
+lint: $(VENV)/.package
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # Not `python -m pytest`: that puts this folder on sys.path, and with it a top-level triton_kernels.
 test: $(VENV)/.package

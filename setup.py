@@ -43,6 +43,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "matplotlib>=3.8",
+            "mypy==2.4.*",
             "rich>=13",
             "ruff==0.17.*",
         ],

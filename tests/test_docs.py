@@ -1,4 +1,6 @@
-"""Every command in the documentation is run: here, or by the test named here.
+"""The documentation holds: links, paths and cited sections exist; every command is run.
+
+A command is run here, or by the test named here.
 
 ``python tests/test_docs.py`` lists the commands and what runs them.
 """
@@ -6,12 +8,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,8 @@ import pytest
 from vllm_refusion.cli import build_parser
 from vllm_refusion.decoding.params import PRESETS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vllm_refusion"
 DOCUMENTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -28,6 +33,9 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
 ]
+# What is said there is checked as well; its commands train for hours.
+PAGES = [*DOCUMENTS, ROOT / "examples/controlled_comparison/README.md"]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PUBLISHED = "GSAI-ML/ReFusion"  # tests put the bundled checkpoint in its place
 
 RUN, SLOW = "test_command", "test_slow_command"
@@ -43,15 +51,15 @@ RUN_BY = {
     "vllm-refusion bench --base-url": "test_benchmark_of_a_server",
     "vllm-refusion bench --stock-base-url": "test_benchmark_commands_parse",
     "vllm-refusion bench-report": "test_benchmark_commands_parse",
-    "vllm-refusion convert": "test_training_commands_parse",  # tests/test_convert.py runs it
-    "vllm-refusion train": "test_training_commands_parse",  # hours on a GPU; tests/test_train.py
+    "vllm-refusion convert": "test_training_commands_parse",  # test_convert.py runs it
+    "vllm-refusion train": "test_training_commands_parse",  # hours on a GPU; test_train.py
     "accelerate launch": "test_training_commands_parse",
     "vllm-refusion view": RUN,
     "vllm-refusion trace": SLOW,
     "python examples/evaluate.py": "test_measurement",
     "python -m vllm_refusion.bench.contributions": "test_measurement",
     "python examples/": SLOW,
-    "python tests/soak.py": "test_soak",
+    "python tests/support/soak.py": "test_soak",
     "ruff": RUN,
     "pytest -m slow": "test_make",
 }
@@ -121,18 +129,102 @@ def test_no_command_hides_in_another_kind_of_block():
             assert language in ("sh", "python", "text", "json"), f"{document}: {language!r}"
 
 
-def test_links_lead_somewhere():
-    for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
-            if "://" not in target:
-                path = (document.parent / target).resolve()
-                assert path.exists(), (document, target)
+def anchors(document: Path) -> set[str]:
+    """What a link to a heading of ``document`` may say behind ``#``."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def missing_paths(text: str) -> set[str]:
+    """Paths of the repository in ``text`` that lead nowhere; also ones given within the package."""
+    folders = "vllm_refusion|triton_kernels|tests|docs|examples|decoding|engine|training|viewer"
+    paths = set(re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", text))
+    return {p for p in paths if not (ROOT / p).exists() and not (PACKAGE / p).exists()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_paths_exist(page):
+    assert not missing_paths(page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_modules_exist(page):
+    """Dotted names, of modules or of what is in them."""
+    for dotted in re.findall(r"\bvllm_refusion(?:\.\w+)+", page.read_text()):
+        parent, _, name = dotted.rpartition(".")
+        try:
+            found = importlib.util.find_spec(dotted)
+        except ModuleNotFoundError:  # the parent is no package
+            found = getattr(importlib.import_module(parent), name, None)
+        assert found, dotted
+
+
+def commented() -> list[tuple[str, str]]:
+    """(file, text) of every comment and docstring of the code and its tests, but of this file."""
+    found = []
+    for folder in (PACKAGE, ROOT / "triton_kernels", ROOT / "tests", ROOT / "examples"):
+        for path in sorted(set(folder.rglob("*.py")) - {Path(__file__).resolve()}):
+            with tokenize.open(path) as file:
+                tokens = list(tokenize.generate_tokens(file.readline))
+            found += [
+                (str(path.relative_to(ROOT)), token.string.strip('#" '))
+                for token in tokens
+                if token.type == tokenize.COMMENT or token.string.startswith('"""')
+            ]
+    return found
+
+
+def test_paths_in_comments_exist():
+    found = [(where, missing_paths(text)) for where, text in commented()]
+    assert not [entry for entry in found if entry[1]]
+
+
+NUMBER = r"\d+(?:\.\d+)?"
+CITED = (
+    re.compile(rf"\b[Ss]ections? ({NUMBER}(?:(?:, | and | to |-)[1-9](?:\.\d+)?(?![\d/]))*)"),
+    re.compile(r"^([1-9]\.[1-9])\b(?!\.)|\bfrom ([1-9]\.[1-9])\b(?!\.)"),  # without the word
+)
+
+
+def citations(text: str) -> list[str]:
+    """The numbers of the algorithm's sections that a comment, docstring or paragraph cites."""
+    found = [match[0] for pattern in CITED for match in pattern.finditer(" ".join(text.split()))]
+    return re.findall(NUMBER, " ".join(found))
+
+
+def test_citations_are_found():
+    assert citations("sections 3.1 to\n3.3, and section 5.") == ["3.1", "3.3", "5"]
+    assert citations("3.2: slots, from 3.3 if none") == ["3.2", "3.3"]
+    assert citations("algorithm section 12, 40 problems at 8/32") == ["12"]
+    assert not citations("2.4.1 is of 0.5, takes 1.3 times as long; 8/32/0.9/0.4")
+
+
+def test_cited_sections_exist():
+    """docs/algorithm.md has them, whoever cites them: the code, its tests or a document."""
+    law = (ROOT / "docs/algorithm.md").read_text()
+    sections = set(re.findall(rf"^#+ ({NUMBER})\.? \w", law, re.MULTILINE))
+    texts = commented() + [(str(page.relative_to(ROOT)), page.read_text()) for page in PAGES]
+    cited = {(where, section) for where, text in texts for section in citations(text)}
+    assert ("vllm_refusion/decoding/reference.py", "3.3") in cited
+    assert not {(where, section) for where, section in cited if section not in sections}
 
 
 def test_presets_are_documented():
     rows = (ROOT / "docs/parameters.md").read_text()
+    columns = re.search(r"^\| preset \| (.*) \|$", rows, re.MULTILINE)[1].split(" | ")
     for name, preset in PRESETS.items():
-        values = " | ".join(str(value) for value in vars(preset).values())
+        values = " | ".join(str(getattr(preset, column)) for column in columns)
         assert f"| `{name}` | {values} |" in rows
         assert f"`{name}`" in (ROOT / "README.md").read_text()
 
@@ -230,7 +322,7 @@ def test_installation():
 
 
 def test_benchmark_commands_parse():
-    """The command line takes them; tests/test_bench.py runs the command itself on tiny models."""
+    """The command line takes them; test_bench.py runs the command itself on tiny models."""
     parser = build_parser()
     for _, command in documented("sh"):
         if command.startswith("vllm-refusion bench"):

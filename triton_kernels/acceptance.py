@@ -1,4 +1,4 @@
-"""Acceptance replay: what decoding decides is drawn from a seed, so that dummy weights will do.
+"""Drawn acceptance: what decoding decides is drawn from a seed, so that dummy weights will do.
 
 Only for benchmarks. It runs after ``token_stats`` and replaces its three results; the passes, the
 kernels and the copies stay as they are. With s the request's seed, x a response position, t a
@@ -72,14 +72,14 @@ def _outcome(quantiles_ptr, profile, seed, token, position, used):
         "given_prob_ptr",
     ],
 )
-def _replay_kernel(
+def _acceptance_kernel(
     row_request_ptr,  # [N] int64
     row_position_ptr,  # [N] int32
     row_given_ptr,  # [N] int32
     row_draw_ptr,  # [N] int32
     seed_ptr,  # [max_reqs] int64
     slot_size_ptr,  # [max_reqs] int32, strided
-    slot_threshold_ptr,  # [max_reqs] float32
+    slot_threshold_ptr,  # [max_reqs] float32, strided
     quantiles_ptr,  # [F, QUANTILES] float32
     slot_chance_ptr,  # [F] float32
     first_chance_ptr,  # [F] float32
@@ -88,6 +88,7 @@ def _replay_kernel(
     given_prob_ptr,  # [N] float32
     rows,
     slot_size_stride,
+    slot_threshold_stride,
     num_profiles,
     ordinary,
     excluded_low,
@@ -103,7 +104,8 @@ def _replay_kernel(
     given = tl.load(row_given_ptr + row, mask=used, other=-1)
     seed = tl.load(seed_ptr + request, mask=used, other=0)
     size = tl.load(slot_size_ptr + request * slot_size_stride, mask=used, other=1)
-    threshold = tl.load(slot_threshold_ptr + request, mask=used, other=0.0)
+    of_request = slot_threshold_ptr + request * slot_threshold_stride
+    threshold = tl.load(of_request, mask=used, other=0.0)
     profile = tl.minimum((seed >> 32) & 0xFFFFFFFF, num_profiles - 1)
 
     zero = tl.zeros_like(position)
@@ -141,13 +143,13 @@ def acceptance_stats(
     """Replaces the results of ``token_stats`` for every used row.
 
     Args:
-        row_request: [N] int64, request slot of the row, an index of the per-request tensors.
+        row_request: [N] int64, request index of the row, an index of the per-request tensors.
         row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
             alone.
         row_given: [N] int32, the token of ``given_prob``; -1 for none.
         row_draw: [N] int32, the draw that the row's token is picked for.
         seed: [max_reqs] int64. slot_size: [max_reqs] int32, any stride.
-        slot_threshold: [max_reqs] float32; below 1, else no slot is ever certain.
+        slot_threshold: [max_reqs] float32, any stride; below 1, else no slot is ever certain.
         tables: on the same device.
         out: picked [N] int32, picked_prob and given_prob [N] float32.
     """
@@ -159,7 +161,7 @@ def acceptance_stats(
         check(tensor, (rows,), dtype)
     check(seed, (requests,), torch.int64)
     assert slot_size.shape == (requests,) and slot_size.dtype == torch.int32
-    check(slot_threshold, (requests,), torch.float32)
+    assert slot_threshold.shape == (requests,) and slot_threshold.dtype == torch.float32
     check(tables.quantiles, (profiles, QUANTILES), torch.float32)
     check(tables.slot_chance, (profiles,), torch.float32)
     check(tables.first_chance, (profiles,), torch.float32)
@@ -168,7 +170,7 @@ def acceptance_stats(
     if rows == 0:
         return
     block = GPU_ROWS if row_request.is_cuda else CPU_ROWS
-    _replay_kernel[(triton.cdiv(rows, block),)](
+    _acceptance_kernel[(triton.cdiv(rows, block),)](
         row_request,
         row_position,
         row_given,
@@ -182,6 +184,7 @@ def acceptance_stats(
         *out,
         rows,
         slot_size.stride(0),
+        slot_threshold.stride(0),
         profiles,
         tables.vocab - (low < tables.vocab) - (high < tables.vocab),
         low,

@@ -33,6 +33,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     NUM_FIELDS,
     PREFILL,
     REPLAY,
+    SERIAL,
     START,
 )
 
@@ -65,26 +66,28 @@ def _allocate_kernel(
     request = tl.where(request < num_decoding, request, request - num_decoding)
     exists = lane < num_decoding
     scheduled = tl.load(scheduled_ptr + request, mask=exists, other=0)
-    slot = tl.load(idx_mapping_ptr + request, mask=exists, other=0)
-    ints = ints_ptr + slot * NUM_FIELDS
+    req = tl.load(idx_mapping_ptr + request, mask=exists, other=0)
+    ints = ints_ptr + req * NUM_FIELDS
     phase = tl.load(ints + F_PHASE, mask=exists, other=IDLE)
     committed = tl.load(ints + F_COMMITTED, mask=exists, other=0)
     # pages are reserved behind the whole slots that have been delivered
     kept = tl.load(ints + F_KEPT, mask=exists, other=0)
-    delivered = tl.load(ints + F_EMITTED, mask=exists, other=0)
-    delivered -= delivered % tl.maximum(tl.load(ints + F_SLOT_SIZE, mask=exists, other=1), 1)
-    room = scheduled - (committed + kept - delivered)
+    emitted = tl.load(ints + F_EMITTED, mask=exists, other=0)
+    delivered = emitted - emitted % tl.maximum(tl.load(ints + F_SLOT_SIZE, mask=exists, other=1), 1)
+    room = scheduled - tl.where(phase == SERIAL, 0, committed + kept - delivered)
     needed = tl.load(ints + F_ROWS, mask=exists, other=0)
     canvas = tl.load(ints + F_CANVAS, mask=exists, other=0)
     prompt_len = tl.load(ints + F_PROMPT_LEN, mask=exists, other=0)
-    replayed = tl.load(num_computed_ptr + slot, mask=exists, other=0) - prompt_len
+    replayed = tl.load(num_computed_ptr + req, mask=exists, other=0) - prompt_len
     replaying = phase == REPLAY
     idle = (phase == IDLE) | (phase == DONE)
-    fresh = tl.load(ints + F_RESUME, mask=exists, other=IDLE) == START
+    resume = tl.load(ints + F_RESUME, mask=exists, other=IDLE)
+    fresh = ((resume == START) | (resume == SERIAL)) & (emitted == 0)
     idle = idle | ((phase == PREFILL) & (fresh == 0))
+    room = tl.where(phase == PREFILL, scheduled, room)
     needed = tl.where(replaying, tl.minimum(committed - replayed, scheduled), needed)
     needed = tl.where(idle | ((replaying == 0) & (needed > room)), 0, needed)
-    whole = replaying | idle | (phase == PREFILL) | (needed == 0)
+    whole = replaying | idle | (needed == 0)
     canvas = tl.where(whole, needed, tl.maximum(tl.minimum(canvas, room), needed))
 
     through = tl.cumsum(needed, axis=0)

@@ -28,7 +28,7 @@ def allocate_twin(
 
     Args:
         num_computed: [max_requests] int32, KV entries of each request before this pass.
-        idx_mapping: [R] int64, request slot of each batch row.
+        idx_mapping: [R] int64, request index of each batch row.
         scheduled: [R] int32, the most decode rows of each request.
         prompt_rows: [R] int32, rows of a request that feed its prompt, before the others.
         query_start_loc: [>= R+1] int32, out: where each request's query rows start.
@@ -38,13 +38,13 @@ def allocate_twin(
         first: the request that is first in line.
     """
     order = [(first + i) % num_decoding for i in range(num_decoding)]
-    most, slots = scheduled.tolist(), idx_mapping.tolist()
+    most, reqs = scheduled.tolist(), idx_mapping.tolist()
     needed, canvas = [0] * num_decoding, [0] * num_decoding
     for request in order:
-        ints = state.ints[slots[request]]
+        ints = state.ints[reqs[request]]
         phase, committed = int(ints[Field.PHASE]), int(ints[Field.COMMITTED])
         if phase == Phase.REPLAY:
-            replayed = int(num_computed[slots[request]]) - int(ints[Field.PROMPT_LEN])
+            replayed = int(num_computed[reqs[request]]) - int(ints[Field.PROMPT_LEN])
             needed[request] = canvas[request] = min(committed - replayed, most[request])
         elif phase == Phase.PREFILL:
             begins = ints[Field.RESUME] in (Phase.START, Phase.SERIAL) and not ints[Field.EMITTED]
@@ -76,7 +76,7 @@ def allocate_twin(
             given[request] += more
             left -= more
 
-    decode_lengths = given + [0] * (len(slots) - num_decoding)
+    decode_lengths = given + [0] * (len(reqs) - num_decoding)
     lengths = [a + b for a, b in zip(decode_lengths, prompt_rows.tolist())]
     for starts, values in ((query_start_loc, lengths), (logits_start, decode_lengths)):
         starts[0] = 0

@@ -5,19 +5,22 @@ The state and its fields are described in ``vllm_refusion.decoding.state``.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
 from vllm_refusion.decoding.speculation import (
+    ALL_SAVINGS,
     CERTAIN,
     LARGEST_COST,
     LEVELS,
     MAX_RIDERS,
     PRIOR_PASSED,
     PRIOR_TESTED,
+    Saving,
     Speculation,
     chance_table,
     cost_table,
@@ -29,9 +32,9 @@ OPEN = (Status.CHOSEN, Status.BLANK)
 LISTS = ("ints", "status", "token", "rounds", "origin")
 
 
-def compose_twin(state: DecodeState, slot: int, speculation: Speculation) -> None:
+def compose_twin(state: DecodeState, req: int, speculation: Speculation) -> None:
     """Writes the canvas of one request, whose other fields are set, and ROWS and CANVAS."""
-    request = Request.load(state, slot, speculation)
+    request = Request.load(state, req, speculation, ALL_SAVINGS)
     request.compose()
     request.save()
 
@@ -69,8 +72,9 @@ class Request:
     """One request, its fields as lists that are updated in place and written back by ``save``."""
 
     state: DecodeState
-    slot: int
+    req: int
     speculation: Speculation
+    savings: Collection[Saving]
     ints: list[int]
     status: list[int]
     token: list[int]
@@ -80,19 +84,29 @@ class Request:
     canvas_row: list[int] = field(default_factory=list)
 
     @classmethod
-    def load(cls, state: DecodeState, slot: int, speculation: Speculation) -> Request:
-        lists = [getattr(state, name)[slot].tolist() for name in LISTS]
-        return cls(state, slot, speculation, *lists, state.confidence[slot].clone())
+    def load(
+        cls,
+        state: DecodeState,
+        req: int,
+        speculation: Speculation,
+        savings: Collection[Saving],
+    ) -> Self:
+        lists = (getattr(state, name)[req].tolist() for name in LISTS)
+        ints, status, token, rounds, origin = lists
+        confidence = state.confidence[req].clone()
+        return cls(
+            state, req, speculation, savings, ints, status, token, rounds, origin, confidence
+        )
 
     def save(self) -> None:
-        state, slot = self.state, self.slot
+        state, req = self.state, self.req
         for name in LISTS:
-            getattr(state, name)[slot] = torch.tensor(getattr(self, name), dtype=torch.int32)
-        state.confidence[slot] = self.confidence
+            getattr(state, name)[req] = torch.tensor(getattr(self, name), dtype=torch.int32)
+        state.confidence[req] = self.confidence
 
     def compose(self) -> None:
         """Writes the next canvas: the rows that the phase needs, then riders while they pay."""
-        ints, state, slot = self.ints, self.state, self.slot
+        ints, state, req = self.ints, self.state, self.req
         rows = self._phase_rows()
         rider_row, rider_width = [-1] * state.canvas_length, [0] * state.canvas_length
 
@@ -110,6 +124,7 @@ class Request:
                 add(rider)
         ints[Field.ROWS] = len(rows)
         candidates = self._riders() if self.speculation.rides else []
+        candidates = [rider for rider in candidates if self._saving(rider) in self.savings]
         candidates.sort(key=lambda rider: (-rider.score, rider.at))
         free, price, _ = self.speculation
         for rider in candidates[:MAX_RIDERS]:
@@ -123,12 +138,12 @@ class Request:
             ("rider_width", rider_width),
             ("canvas_row", self.canvas_row),
         ):
-            getattr(state, name)[slot] = torch.tensor(values, dtype=torch.int32)
-        state.row_position[slot] = state.row_target[slot] = -1
-        for name, values in zip(_Row._fields, zip(*rows)):
+            getattr(state, name)[req] = torch.tensor(values, dtype=torch.int32)
+        state.row_position[req] = -1
+        for name, column in zip(_Row._fields, zip(*rows)):
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
-            target[slot, : len(rows)] = torch.tensor(values, dtype=target.dtype)
-        state.row_target[slot, : len(rows)] = state.row_position[slot, : len(rows)]
+            target[req, : len(rows)] = torch.tensor(column, dtype=target.dtype)
+        state.row_target[req] = state.row_position[req]
 
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]
@@ -199,9 +214,12 @@ class Request:
 
     # How much of an operation is fed at once
 
+    def _cuts_operations(self) -> bool:
+        return self.speculation.rides and Saving.PIECES in self.savings
+
     def _worth_testing(self, proposals: list[int]) -> list[int]:
         """The first of a slot's proposals, up to one that is hardly reached."""
-        if not self.speculation.rides:
+        if not self._cuts_operations():
             return proposals
         cost = 0
         for count, p in enumerate(proposals):
@@ -222,7 +240,7 @@ class Request:
         """The most masks of a predict."""
         size = self.ints[Field.SLOT_SIZE]
         fits = self.ints[Field.BLOCK_LENGTH] + size <= self.state.canvas_length
-        if not self.speculation.rides or not fits:
+        if not self._cuts_operations() or not fits:
             return size
         width, each = 1, cost_table()[self._acceptance()]
         while width < size and self._worth_feeding(_chance(each * (width - 1)), width):
@@ -324,6 +342,12 @@ class Request:
             last_slot = slots[-1] - slots[-1] % size
             riders.append(self._plan_rider(last_slot, _chance(sums[-1]), len(fed), draw))
         return [rider for rider in riders if rider.positions]
+
+    def _saving(self, rider: _Rider) -> Saving:
+        if rider.at % self.ints[Field.SLOT_SIZE] == 0:
+            return Saving.PLAN
+        verifies = self.ints[Field.PHASE] == Phase.VERIFY
+        return Saving.FIRST_PREDICT if verifies else Saving.PREDICT
 
     def _test_cost(self, position: int) -> int:
         """See ``speculation.py``; nothing where a proposal is accepted without a test."""

@@ -1,23 +1,21 @@
 """What a pass decides: sections 3.1 to 3.3 of the algorithm, as parts of the transition's kernel.
 
-Vectors are [LANES], one lane for each position p of the block, as in ``transition.py``:
+The rules are ``choose_slots``, ``accepted_run``, ``until_eos`` and ``committed_prefix``, as in
+``vllm_refusion/decoding/rules.py``; around them stands what they do to the statuses of a block.
+Vectors are [LANES], one lane for each position p of the block:
 
     fails(p)  = failed tests among the positions <= p
-    intact(p) = fails(p) - fails(before p's slot) == 0    p and all before it in its slot passed
+    good(p)   = fails(p) - fails(before p's slot) == 0    p and all before it in its slot passed
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from vllm_refusion.triton_kernels.compose import (
-    block_length_at,
-    first,
-    in_slot,
-    infilled,
-    rows_of,
-)
+from vllm_refusion.triton_kernels.lanes import NOWHERE, count, first, in_slot, infilled, rows_of
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
     BLANK,
@@ -29,101 +27,189 @@ from vllm_refusion.triton_kernels.state_codes import (
 )
 
 
-@triton.jit
-def intact(failed, slot_start):
-    """Whether none of a slot's positions failed up to this one, and before it; [LANES] each."""
-    failed = failed.to(tl.int32)
-    fails = tl.cumsum(failed, axis=0)
-    of_others = tl.gather(fails - failed, slot_start, axis=0)
-    return fails == of_others, fails - failed == of_others
+class Block(NamedTuple):
+    """What is known of the positions of a block, see ``PositionField``; confidence is float32."""
+
+    status: tl.tensor
+    token: tl.tensor
+    confidence: tl.tensor
+    rounds: tl.tensor
+    origin: tl.tensor
+
+
+class Statistics(NamedTuple):
+    """Pointers to the statistics of a request's rows (``token_stats``)."""
+
+    picked: tl.tensor
+    picked_prob: tl.tensor
+    given_prob: tl.tensor
+
+
+class Tests(NamedTuple):
+    """How the proposals in a canvas fare.
+
+    Attributes:
+        proposed: they are in the canvas. tested: of them, those that take a test. failed: of those.
+        good: neither the position nor one before it in its slot failed.
+        reached: none before it did.
+    """
+
+    proposed: tl.tensor
+    tested: tl.tensor
+    failed: tl.tensor
+    good: tl.tensor
+    reached: tl.tensor
 
 
 @triton.jit
-def keepable(status, origin, canvas_row, p, slot_start, size, kept, LANES: tl.constexpr):
-    """How many leading canvas rows hold accepted tokens that are the next in commit order."""
-    slots = infilled(status)
-    order = rows_of(slots) - kept
-    behind = tl.minimum(p + 1, LANES - 1)
-    status_behind = tl.gather(status, behind, axis=0)
-    # a row that will be asked about the token behind it is fed again
-    asked = (p + 1 < slot_start + size) & (tl.gather(origin, behind, axis=0) != p + 1)
-    asked = asked & ((status_behind == CHOSEN) | (status_behind == BLANK))
-    final = (status == ACCEPTED) & (canvas_row == order) & (asked == 0)
-    left = slots & (order >= 0)
-    first_other = tl.min(tl.where(left & (final == 0), order, LANES), axis=0)
-    return tl.sum((left & (order < first_other)).to(tl.int32), axis=0)
-
-
-@triton.jit
-def drop_after(status, p, cut):
-    """EOS at ``cut``: what lies after it and is not committed is dropped."""
-    return tl.where((p > cut) & (status != COMMITTED), DROPPED, status)
-
-
-@triton.jit
-def take(takes, row, token, confidence, picked_ptr, picked_prob_ptr):
-    """Where ``takes`` [LANES], the token picked in ``row`` and its probability."""
-    token = tl.where(takes, tl.load(picked_ptr + row, mask=takes, other=0), token)
-    probability = tl.load(picked_prob_ptr + row, mask=takes, other=0.0)
-    return token, tl.where(takes, probability, confidence)
-
-
-@triton.jit
-def choose(
-    status, origin, token, confidence, row, p, slot_start, picked_ptr, picked_prob_ptr, threshold,
-    counters_ptr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Section 3.1: chooses slots; their drafts become the tokens."""
-    masked = status == MASKED
-    opens = masked & (p == slot_start)
-    certainty = tl.load(picked_prob_ptr + row, mask=opens, other=-1.0)
+def choose_slots(certainty, opens, threshold, lanes):
+    """Rule 3.1: which of the slots that begin where ``opens`` are chosen; [LANES] int32."""
     # below every probability, also for NaN: then the first slot is chosen and decoding goes on
-    certainty = tl.where(certainty >= 0, certainty, -1.0)
+    certainty = tl.where(opens & (certainty >= 0), certainty, -1.0)
     largest = tl.max(certainty, axis=0)
     sure = opens & (certainty > threshold)
-    best = p == first(opens & (certainty == largest), p, LANES)
-    opens_chosen = tl.where(largest > threshold, sure.to(tl.int32), best.to(tl.int32))
-    tl.atomic_add(counters_ptr + COUNT_SLOTS_CHOSEN, tl.sum(opens_chosen, axis=0))
-    chosen = masked & (tl.gather(opens_chosen, slot_start, axis=0) == 1)
-    token, confidence = take(chosen, row, token, confidence, picked_ptr, picked_prob_ptr)
-    origin = tl.where(chosen, slot_start, origin)
-    return tl.where(chosen, CHOSEN, status), origin, token, confidence
+    best = lanes.p == first(opens & (certainty == largest), lanes)
+    return tl.where(largest > threshold, sure.to(tl.int32), best.to(tl.int32))
 
 
 @triton.jit
-def accept(status, origin, fed, failed, good, slot_start, size, LANES: tl.constexpr):
-    """Accepts proposals [LANES] up to the first failure of their slot, where an operation starts.
-
-    ``fed``, ``failed``, ``good``: in the canvas; failed its test; neither it nor one before failed.
-    """
-    open_ = (status == CHOSEN) | (status == BLANK)
-    starts = slot_start + in_slot(good, slot_start, size, LANES)
-    fails = open_ & (good == 0)
-    status = tl.where(fed & good, ACCEPTED, tl.where(fails, BLANK, status))
-    return status, tl.where(fails, starts, origin)
+def accepted_run(given, tested, threshold, lanes):
+    """Rules 3.2 and 3.3: which tests fail; where none did in the slot so far; and before."""
+    failed = tested & ((given > threshold) == 0)
+    fails = tl.cumsum(failed.to(tl.int32), axis=0)
+    before = fails - failed.to(tl.int32)
+    of_others = tl.gather(before, lanes.slot_start, axis=0)
+    return failed, fails == of_others, before == of_others
 
 
 @triton.jit
-def verify_drafts(
-    status, origin, token, row, fed, failed, good, p, slot_start, size, eos, LANES: tl.constexpr
-):
-    """Section 3.2. Returns status and origin, the rows to commit (0: infill), where EOS cuts."""
-    reached = fed & (p < first(failed, p, LANES))
-    prefix_eos = first(reached & (token == eos), p, LANES)
-    ends = reached & (p <= prefix_eos)
-    accepted = tl.sum(ends.to(tl.int32), axis=0)
+def until_eos(token, among, eos, lanes):
+    """Where the first EOS is ``among`` some positions [LANES], else NOWHERE."""
+    return first(among & (token == eos), lanes)
+
+
+@triton.jit
+def committed_prefix(token, tests, eos, lanes):
+    """Rule 3.2: how many leading drafts are committed (0: infill), where EOS ends them."""
+    reached = tests.proposed & (lanes.p < first(tests.failed, lanes))
+    ending = until_eos(token, reached, eos, lanes)
+    accepted = count(reached & (lanes.p <= ending))
     # with EOS the last slot is cut right after it, else only whole slots count
-    kept = tl.where(prefix_eos < LANES, accepted, accepted // size * size)
-
-    begun, begun_origin = accept(status, origin, fed, failed, good, slot_start, size, LANES)
-    infill_eos = first((begun == ACCEPTED) & (token == eos), p, LANES)
-    back = tl.where(fed & (row >= kept), MASKED, status)
-    cut = tl.where(kept > 0, prefix_eos, infill_eos)
-    origin = tl.where(kept > 0, origin, begun_origin)
-    return drop_after(tl.where(kept > 0, back, begun), p, cut), origin, kept, cut
+    return tl.where(ending < NOWHERE, accepted, accepted // lanes.size * lanes.size), ending
 
 
 @triton.jit
-def block_statuses(p, start, ints):
-    """Statuses [LANES] of a block that starts now at response position ``start``."""
-    return tl.where(p < block_length_at(start, ints), MASKED, DROPPED)
+def pick(block, takes, row, stats):
+    """Where ``takes`` [LANES], the token picked in ``row`` is to be verified."""
+    token = tl.load(stats.picked + row, mask=takes, other=0)
+    confidence = tl.load(stats.picked_prob + row, mask=takes, other=0.0)
+    return Block(
+        tl.where(takes, CHOSEN, block.status),
+        tl.where(takes, token, block.token),
+        tl.where(takes, confidence, block.confidence),
+        block.rounds,
+        block.origin,
+    )
+
+
+@triton.jit
+def plan(block, row, stats, threshold, counters_ptr, lanes):
+    """Section 3.1, the masks of the remaining slots being in ``row`` [LANES]."""
+    masked = block.status == MASKED
+    opens = masked & (lanes.p == lanes.slot_start)
+    certainty = tl.load(stats.picked_prob + row, mask=opens, other=-1.0)
+    opens_chosen = choose_slots(certainty, opens, threshold, lanes)
+    tl.atomic_add(counters_ptr + COUNT_SLOTS_CHOSEN, tl.sum(opens_chosen, axis=0))
+    chosen = masked & (tl.gather(opens_chosen, lanes.slot_start, axis=0) == 1)
+    block = pick(block, chosen, row, stats)
+    origin = tl.where(chosen, lanes.slot_start, block.origin)
+    return Block(block.status, block.token, block.confidence, block.rounds, origin)
+
+
+@triton.jit
+def run_tests(block, row, stats, threshold, lanes):
+    """The ``Tests`` of a canvas."""
+    proposed = (row >= 0) & (block.status == CHOSEN)
+    tested = proposed & (block.origin != lanes.p)
+    # the row before gives this row's token its probability
+    given = tl.load(stats.given_prob + row - 1, mask=tested & (row > 0), other=-1.0)
+    failed, good, reached = accepted_run(given, tested, threshold, lanes)
+    return Tests(proposed, tested, failed, good, reached)
+
+
+@triton.jit
+def accept(block, tests, lanes):
+    """Accepts proposals up to the first failure of their slot, where an operation starts."""
+    open_ = (block.status == CHOSEN) | (block.status == BLANK)
+    fails = open_ & (tests.good == 0)
+    status = tl.where(fails, BLANK, block.status)
+    status = tl.where(tests.proposed & tests.good, ACCEPTED, status)
+    starts = lanes.slot_start + in_slot(tests.good, lanes)
+    origin = tl.where(fails, starts, block.origin)
+    return Block(status, block.token, block.confidence, block.rounds, origin)
+
+
+@triton.jit
+def cut_after(block, cut, lanes):
+    """EOS at ``cut``: what lies after it and is not committed is dropped."""
+    dropped = (lanes.p > cut) & (block.status != COMMITTED)
+    status = tl.where(dropped, DROPPED, block.status)
+    return Block(status, block.token, block.confidence, block.rounds, block.origin)
+
+
+@triton.jit
+def accept_eos(block, eos, lanes):
+    """Cuts the infill after the first accepted EOS, if there is one; and where."""
+    cut = until_eos(block.token, block.status == ACCEPTED, eos, lanes)
+    return cut_after(block, cut, lanes), cut
+
+
+@triton.jit
+def verify(block, row, tests, eos, lanes):
+    """Section 3.2. Returns the block, the rows to commit (0: infill follows), where EOS cuts."""
+    rounds = tl.where(block.status == CHOSEN, 0, block.rounds)
+    block = Block(block.status, block.token, block.confidence, rounds, block.origin)
+    commits, cut = committed_prefix(block.token, tests, eos, lanes)
+    if commits > 0:
+        status = tl.where(tests.proposed & (row >= commits), MASKED, block.status)
+        block = Block(status, block.token, block.confidence, block.rounds, block.origin)
+        block = cut_after(block, cut, lanes)
+    else:
+        block, cut = accept_eos(accept(block, tests, lanes), eos, lanes)
+    return block, commits, cut
+
+
+@triton.jit
+def infill(block, row, tests, stats, eos, lanes):
+    """Section 3.3, one pass of it. Returns the block, where EOS cuts."""
+    # masks are in the canvas only of slots without a proposal
+    blank = block.status == BLANK
+    takes = blank & (row >= 0)
+    begins = blank & (in_slot(takes, lanes) > 0)
+    block = pick(accept(block, tests, lanes), takes, row, stats)
+    rounds = block.rounds + begins.to(tl.int32)
+    block = Block(block.status, block.token, block.confidence, rounds, block.origin)
+    return accept_eos(block, eos, lanes)
+
+
+@triton.jit
+def waiting(block, lanes):
+    """Positions [LANES] that wait for proposals, where none of their slot is left to be tested."""
+    return (block.status == BLANK) & (in_slot(block.status == CHOSEN, lanes) == 0)
+
+
+@triton.jit
+def keepable(block, row, kept, lanes):
+    """How many leading canvas rows hold accepted tokens that are the next in commit order."""
+    slots = infilled(block.status)
+    order = rows_of(slots) - kept
+    behind = tl.minimum(lanes.p + 1, lanes.slot_end)
+    status_behind = tl.gather(block.status, behind, axis=0)
+    # a row that will be asked about the token behind it is fed again
+    in_same = lanes.p + 1 < lanes.slot_start + lanes.size
+    asked = in_same & (tl.gather(block.origin, behind, axis=0) != lanes.p + 1)
+    asked = asked & ((status_behind == CHOSEN) | (status_behind == BLANK))
+    final = (block.status == ACCEPTED) & (row == order) & (asked == 0)
+    left = slots & (order >= 0)
+    first_other = tl.min(tl.where(left & (final == 0), order, NOWHERE), axis=0)
+    return count(left & (order < first_other))

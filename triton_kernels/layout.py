@@ -5,6 +5,8 @@ What a pass feeds is described in ``vllm_refusion.decoding.state``, the twin is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +17,27 @@ from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
     F_COMMITTED,
+    F_EMITTED,
     F_PHASE,
     F_PROMPT_LEN,
     F_RESUME,
     F_ROWS,
     F_SLOT_SIZE,
+    H_GROUP_CONTEXT,
+    H_ORDER,
+    H_RESPONSE,
     IDLE,
     NUM_FIELDS,
+    NUM_HISTORY_FIELDS,
+    NUM_ROW_FIELDS,
     PREFILL,
+    R_CONTEXT,
+    R_OWN_START,
+    R_POSITION,
+    R_RUN_END,
+    R_RUN_START,
     REPLAY,
+    SERIAL,
     START,
 )
 
@@ -31,17 +45,33 @@ _UNSEEN = tl.constexpr(UNSEEN)
 ROWS_PER_TILE = 1024
 
 
+class Sees(NamedTuple):
+    """What rows see, as indices of the KV cache; see ``canvas_attention``."""
+
+    context_end: tl.tensor
+    run_start: tl.tensor
+    run_end: tl.tensor
+    own_start: tl.tensor
+
+
+@triton.jit
+def _of_canvas(at, begin, mask, canvas_length):
+    """Response positions of canvas rows, and what they see; the canvas begins at KV ``begin``."""
+    position = tl.load(at + R_POSITION * canvas_length, mask=mask, other=0)
+    sees = Sees(
+        begin + tl.load(at + R_CONTEXT * canvas_length, mask=mask, other=0),
+        begin + tl.load(at + R_RUN_START * canvas_length, mask=mask, other=0),
+        begin + tl.load(at + R_RUN_END * canvas_length, mask=mask, other=0),
+        begin + tl.load(at + R_OWN_START * canvas_length, mask=mask, other=0),
+    )
+    return position, sees
+
+
 @triton.jit
 def _layout_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
-    row_position_ptr,  # [max_reqs, W] int32
-    row_context_ptr,  # [max_reqs, W] int32
-    row_run_start_ptr,  # [max_reqs, W] int32
-    row_run_end_ptr,  # [max_reqs, W] int32
-    row_own_start_ptr,  # [max_reqs, W] int32
-    response_ptr,  # [max_reqs, P] int32
-    order_ptr,  # [max_reqs, P] int32
-    group_context_ptr,  # [max_reqs, P] int32
+    by_row_ptr,  # [max_reqs, NUM_ROW_FIELDS, W] int32
+    history_ptr,  # [max_reqs, NUM_HISTORY_FIELDS, P] int32
     idx_mapping_ptr,  # [R] int64
     query_start_loc_ptr,  # [R+1] int32
     num_computed_ptr,  # [max_reqs] int32
@@ -55,16 +85,20 @@ def _layout_kernel(
     max_response,
     BLOCK: tl.constexpr,
 ):
-    slot = tl.load(idx_mapping_ptr + tl.program_id(0)).to(tl.int64)
+    req = tl.load(idx_mapping_ptr + tl.program_id(0)).to(tl.int64)
     start = tl.load(query_start_loc_ptr + tl.program_id(0))
     length = tl.load(query_start_loc_ptr + tl.program_id(0) + 1) - start
-    context = tl.load(num_computed_ptr + slot)
-    ints = ints_ptr + slot * NUM_FIELDS
+    context = tl.load(num_computed_ptr + req)
+    ints = ints_ptr + req * NUM_FIELDS
+    of_rows = by_row_ptr + req * NUM_ROW_FIELDS * canvas_length
+    history = history_ptr + req * NUM_HISTORY_FIELDS * max_response
     phase = tl.load(ints + F_PHASE)
     prompt_len = tl.load(ints + F_PROMPT_LEN)
     size = tl.maximum(tl.load(ints + F_SLOT_SIZE), 1)
     committed = tl.load(ints + F_COMMITTED)
     rows = tl.load(ints + F_ROWS)
+    emitted = tl.load(ints + F_EMITTED)
+    resume = tl.load(ints + F_RESUME)
     # a truncated canvas is not fed at all
     unfed = (phase == IDLE) | (phase == DONE) | (length < rows)
     canvas = tl.where(unfed, 0, tl.load(ints + F_CANVAS))
@@ -74,31 +108,41 @@ def _layout_kernel(
         exists = row < length
         kv = context + row
         if (phase == PREFILL) | (phase == REPLAY):
-            entry = kv - prompt_len
-            # the first plan may be fed with the end of the prompt
-            plans = (phase == PREFILL) & (tl.load(ints + F_RESUME) == START)
-            plans = plans & (context + length - prompt_len >= rows)
-            used = exists & (entry < tl.where(plans, rows, committed))
-            replayed = used & (entry >= 0) & (entry < committed)
-            at = slot * max_response + entry
-            position = tl.load(order_ptr + at, mask=replayed, other=0)
-            group = tl.load(group_context_ptr + at, mask=replayed, other=-1)
-            token = tl.load(response_ptr + slot * max_response + position, mask=replayed, other=0)
+            # tokens that serial decoding knows are prompt, but for the last one
+            serial = resume == SERIAL
+            prefill = prompt_len + tl.where(serial, tl.maximum(emitted - 1, 0), 0)
+            entry = kv - prefill
+            # the first canvas may be fed with the end of the prompt
+            rides = (phase == PREFILL) & (serial | (resume == START)) & (emitted == 0)
+            rides = rides & (context + length - prefill >= rows)
+            replayed = exists & (entry >= 0) & (entry < committed)
+            ridden = exists & (entry >= 0) & (entry < tl.where(rides, tl.load(ints + F_CANVAS), 0))
+            used = replayed | ridden | (exists & (entry < 0))
+            at = of_rows + entry
+            of_entry = history + entry
+            position = tl.load(of_entry + H_ORDER * max_response, mask=replayed, other=0)
+            group = tl.load(of_entry + H_GROUP_CONTEXT * max_response, mask=replayed, other=-1)
+            of_position = history + H_RESPONSE * max_response + position
+            token = tl.load(of_position, mask=replayed, other=0)
             tl.store(input_ids_ptr + start + row, token, mask=replayed)
             isolated = group >= 0
+            canvas_position, sees = _of_canvas(at, prefill, ridden, canvas_length)
             context_end = tl.where(isolated, prompt_len + group, 0)
-            run_start = tl.zeros([BLOCK], dtype=tl.int32)
-            run_end = run_start
+            context_end = tl.where(ridden, sees.context_end, context_end)
+            run_start = tl.where(ridden, sees.run_start, 0)
+            run_end = tl.where(ridden, sees.run_end, 0)
             own_start = tl.where(isolated, kv - position % size, 0)
+            own_start = tl.where(ridden, sees.own_start, own_start)
             rope = tl.where(replayed, prompt_len + position, kv)
+            rope = tl.where(ridden, prompt_len + canvas_position, rope)
         else:
             used = exists & (row < canvas)
-            at = slot * canvas_length + row
-            rope = prompt_len + tl.load(row_position_ptr + at, mask=used, other=0)
-            run_start = context + tl.load(row_run_start_ptr + at, mask=used, other=0)
-            run_end = context + tl.load(row_run_end_ptr + at, mask=used, other=0)
-            own_start = context + tl.load(row_own_start_ptr + at, mask=used, other=0)
-            context_end = context + tl.load(row_context_ptr + at, mask=used, other=0)
+            position, sees = _of_canvas(of_rows + row, context, used, canvas_length)
+            rope = prompt_len + position
+            context_end = sees.context_end
+            run_start = sees.run_start
+            run_end = sees.run_end
+            own_start = sees.own_start
 
         tl.store(positions_ptr + start + row, tl.where(used, rope, 0), mask=exists)
         sees = visibility_ptr + (start + row).to(tl.int64) * 4
@@ -108,8 +152,8 @@ def _layout_kernel(
         tl.store(sees + 3, tl.where(used, own_start, _UNSEEN), mask=exists)
         unused = exists & (used == 0)
         for group_index in range(num_groups):
-            slots = slot_mappings_ptr + group_index * slot_mappings_stride
-            tl.store(slots + start + row, tl.full([BLOCK], -1, tl.int64), mask=unused)
+            mapping = slot_mappings_ptr + group_index * slot_mappings_stride
+            tl.store(mapping + start + row, tl.full([BLOCK], -1, tl.int64), mask=unused)
 
 
 def layout(
@@ -132,14 +176,8 @@ def layout(
     assert slot_mappings.dtype == torch.int64 and slot_mappings.stride(1) == 1
     _layout_kernel[(requests,)](
         state.ints,
-        state.row_position,
-        state.row_context,
-        state.row_run_start,
-        state.row_run_end,
-        state.row_own_start,
-        state.response,
-        state.order,
-        state.group_context,
+        state.by_row,
+        state.history,
         idx_mapping,
         query_start_loc,
         num_computed,

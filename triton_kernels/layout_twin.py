@@ -22,7 +22,7 @@ def layout_twin(
     """Places the rows of one pass: RoPE positions, visibility, KV writes, replayed tokens.
 
     Args:
-        idx_mapping: [R] int64, request slot of each batch row.
+        idx_mapping: [R] int64, request index of each batch row.
         query_start_loc: [R+1] int32.
         num_computed: [max_requests] int32, KV entries of each request before this pass.
         input_ids: [N] int; rows that replay committed tokens are overwritten, others left alone.
@@ -31,56 +31,54 @@ def layout_twin(
         slot_mappings: [groups, N] int64: set to -1 for rows whose KV must not be written.
     """
     starts = query_start_loc.tolist()
-    for row, slot in enumerate(idx_mapping.tolist()):
+    for row, req in enumerate(idx_mapping.tolist()):
         start, end = starts[row], starts[row + 1]
-        ints = state.ints[slot].tolist()
-        prompt_len, context = ints[Field.PROMPT_LEN], int(num_computed[slot])
+        ints = state.ints[req].tolist()
+        prompt_len, context = ints[Field.PROMPT_LEN], int(num_computed[req])
         phase = ints[Field.PHASE]
         length = end - start
         kv = torch.arange(context, context + length, dtype=torch.int32)
         see = torch.zeros(length, 4, dtype=torch.int32)
         if phase in (Phase.PREFILL, Phase.REPLAY):
-            serial = ints[Field.RESUME] == Phase.SERIAL
-            # serial decoding feeds its known tokens, but for the last one, as prompt
-            prefill = prompt_len + (max(ints[Field.EMITTED] - 1, 0) if serial else 0)
+            # tokens that serial decoding knows are prompt, but for the last one
+            prefill = prompt_len
+            if ints[Field.RESUME] == Phase.SERIAL:
+                prefill += max(ints[Field.EMITTED] - 1, 0)
             entry = (kv - prefill).long()
-            replayed = entry >= 0
             # the first canvas may be fed with the end of the prompt
-            rides = phase == Phase.PREFILL and ints[Field.RESUME] in (Phase.START, Phase.SERIAL)
-            rides &= ints[Field.EMITTED] == 0
-            rides &= context + length - prefill >= ints[Field.ROWS]
-            used = entry < (ints[Field.CANVAS] if rides else ints[Field.COMMITTED])
-            used |= ~replayed
-            ridden = replayed & used & rides
-            replayed &= entry < ints[Field.COMMITTED]
+            begins = phase == Phase.PREFILL and ints[Field.RESUME] in (Phase.START, Phase.SERIAL)
+            rides = begins and ints[Field.EMITTED] == 0
+            rides = rides and context + length - prefill >= ints[Field.ROWS]
+            replayed = (entry >= 0) & (entry < ints[Field.COMMITTED])
+            ridden = (entry >= 0) & (entry < (ints[Field.CANVAS] if rides else 0))
+            used = (entry < 0) | replayed | ridden
+            row = entry.clamp(0, state.canvas_length - 1)
             entry = entry.clamp(0, state.max_response - 1)
-            position = torch.where(replayed, state.order[slot, entry], kv - prompt_len)
-            group = torch.where(replayed, state.group_context[slot, entry], -1)
+            position = torch.where(replayed, state.order[req, entry], kv - prompt_len)
+            group = torch.where(replayed, state.group_context[req, entry], -1)
             in_slot = position % max(ints[Field.SLOT_SIZE], 1)
             isolated = group >= 0
             see[:, 0] = torch.where(isolated, prompt_len + group, 0)
             see[:, 3] = torch.where(isolated, kv - in_slot, 0)
-            row = entry.clamp(0, state.canvas_length - 1)
-            position = torch.where(ridden, state.row_position[slot, row], position)
-            see = torch.where(ridden[:, None], prefill + _sees(state, slot)[row], see)
-            tokens = state.response[slot, position.clamp_min(0).long()]
-            rewrite = replayed & used
-            input_ids[start:end][rewrite] = tokens[rewrite].to(input_ids.dtype)
+            see = torch.where(ridden[:, None], prefill + _sees(state, req)[row], see)
+            position = torch.where(ridden, state.row_position[req, row], position)
+            tokens = state.response[req, position.clamp_min(0).long()]
+            input_ids[start:end][replayed] = tokens[replayed].to(input_ids.dtype)
         else:
             width = min(length, state.canvas_length)
             used = torch.zeros(length, dtype=torch.bool)
             position = torch.zeros(length, dtype=torch.int32)
             if phase not in (Phase.IDLE, Phase.DONE) and length >= ints[Field.ROWS]:
-                position[:width] = state.row_position[slot, :width]
+                position[:width] = state.row_position[req, :width]
                 used[: ints[Field.CANVAS]] = True
-            see[:width] = context + _sees(state, slot)[:width]
+            see[:width] = context + _sees(state, req)[:width]
         see[~used] = torch.tensor([0, 0, 0, UNSEEN], dtype=torch.int32)
         positions[start:end] = torch.where(used, prompt_len + position, 0)
         visibility[start:end] = see
         slot_mappings[:, start:end].masked_fill_(~used, -1)
 
 
-def _sees(state: DecodeState, slot: int) -> torch.Tensor:
+def _sees(state: DecodeState, req: int) -> torch.Tensor:
     """[W, 4] int32: what the canvas rows see, counted from the canvas."""
     columns = (state.row_context, state.row_run_start, state.row_run_end, state.row_own_start)
-    return torch.stack([column[slot] for column in columns], dim=1)
+    return torch.stack([column[req] for column in columns], dim=1)

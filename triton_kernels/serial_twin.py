@@ -92,6 +92,8 @@ class _Row(NamedTuple):
     position: int
     target: int
     context: int = 0
+    draw: int = 0
+    run_start: int = 0
     run_end: int = 0
     own_start: int = 0
 
@@ -204,13 +206,14 @@ class _Request:
             for i, token in enumerate([last, *self.token[:tests]])
         ]
         chain_row, chain_width = [-1] * state.canvas_length, [0] * state.canvas_length
+        chain_at = [-1] * state.canvas_length
         ints[Field.ROWS] = 1
         # that of the first position is needed where a slot starts, the others by their worth
         for accepted in [0, *range(tests, 0, -1)]:
             width, start = widths[accepted], len(rows)
             if width == 0:
                 continue
-            chain_row[accepted], chain_width[accepted] = start, width
+            chain_row[accepted], chain_width[accepted], chain_at[start] = start, width, accepted
             rows += [
                 _Row(mask, at, at, run_end=accepted + 1, own_start=start)
                 for at in range(known + accepted, known + accepted + width)
@@ -219,9 +222,13 @@ class _Request:
                 ints[Field.ROWS] = start + 1
         ints[Field.TESTS], ints[Field.CANVAS] = tests, len(rows)
         ints[Field.EXPECTED] = sum(_chance(cost) for cost in costs[: tests + 1]) >> 8
-        state.rider_row[self.req] = torch.tensor(chain_row, dtype=torch.int32)
-        state.rider_width[self.req] = torch.tensor(chain_width, dtype=torch.int32)
-        state.row_target[self.req] = -1
+        for name, by_lane in (
+            ("rider_row", chain_row),
+            ("rider_width", chain_width),
+            ("canvas_row", chain_at),
+        ):
+            getattr(state, name)[self.req] = torch.tensor(by_lane, dtype=torch.int32)
+        state.row_position[self.req] = state.row_target[self.req] = -1
         for name, values in zip(_Row._fields, zip(*rows)):
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
             target[self.req, : len(rows)] = torch.tensor(values, dtype=target.dtype)

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from vllm_refusion.decoding.state import Counter, Field, Phase, Status
+from vllm_refusion.decoding.state import (
+    Counter,
+    Field,
+    FloatField,
+    HistoryField,
+    Phase,
+    PositionField,
+    RowField,
+    Status,
+)
 
 NUM_FIELDS = tl.constexpr(len(Field))
 F_PHASE = tl.constexpr(int(Field.PHASE))
@@ -30,6 +39,39 @@ F_CANVAS = tl.constexpr(int(Field.CANVAS))
 F_KEPT = tl.constexpr(int(Field.KEPT))
 F_TESTED = tl.constexpr(int(Field.TESTED))
 F_PASSED = tl.constexpr(int(Field.PASSED))
+F_MASKED_STARTS = tl.constexpr(int(Field.MASKED_STARTS))
+F_DRAFTS = tl.constexpr(int(Field.DRAFTS))
+F_TESTS = tl.constexpr(int(Field.TESTS))
+F_MOST_TESTS = tl.constexpr(int(Field.MOST_TESTS))
+F_EXPECTED = tl.constexpr(int(Field.EXPECTED))
+
+NUM_FLOAT_FIELDS = tl.constexpr(len(FloatField))
+FLOAT_SLOT_THRESHOLD = tl.constexpr(int(FloatField.SLOT_THRESHOLD))
+FLOAT_TOKEN_THRESHOLD = tl.constexpr(int(FloatField.TOKEN_THRESHOLD))
+
+NUM_POSITION_FIELDS = tl.constexpr(len(PositionField))
+P_STATUS = tl.constexpr(int(PositionField.STATUS))
+P_TOKEN = tl.constexpr(int(PositionField.TOKEN))
+P_CONFIDENCE = tl.constexpr(int(PositionField.CONFIDENCE))
+P_ROUNDS = tl.constexpr(int(PositionField.ROUNDS))
+P_ORIGIN = tl.constexpr(int(PositionField.ORIGIN))
+P_CANVAS_ROW = tl.constexpr(int(PositionField.CANVAS_ROW))
+P_RIDER_ROW = tl.constexpr(int(PositionField.RIDER_ROW))
+P_RIDER_WIDTH = tl.constexpr(int(PositionField.RIDER_WIDTH))
+
+NUM_ROW_FIELDS = tl.constexpr(len(RowField))
+R_POSITION = tl.constexpr(int(RowField.POSITION))
+R_DRAW = tl.constexpr(int(RowField.DRAW))
+R_CONTEXT = tl.constexpr(int(RowField.CONTEXT))
+R_RUN_START = tl.constexpr(int(RowField.RUN_START))
+R_RUN_END = tl.constexpr(int(RowField.RUN_END))
+R_OWN_START = tl.constexpr(int(RowField.OWN_START))
+R_TARGET = tl.constexpr(int(RowField.TARGET))
+
+NUM_HISTORY_FIELDS = tl.constexpr(len(HistoryField))
+H_RESPONSE = tl.constexpr(int(HistoryField.RESPONSE))
+H_ORDER = tl.constexpr(int(HistoryField.ORDER))
+H_GROUP_CONTEXT = tl.constexpr(int(HistoryField.GROUP_CONTEXT))
 
 IDLE = tl.constexpr(int(Phase.IDLE))
 PREFILL = tl.constexpr(int(Phase.PREFILL))
@@ -39,6 +81,7 @@ INFILL = tl.constexpr(int(Phase.INFILL))
 REPLAY = tl.constexpr(int(Phase.REPLAY))
 DONE = tl.constexpr(int(Phase.DONE))
 START = tl.constexpr(int(Phase.START))
+SERIAL = tl.constexpr(int(Phase.SERIAL))
 
 MASKED = tl.constexpr(int(Status.MASKED))
 CHOSEN = tl.constexpr(int(Status.CHOSEN))
@@ -63,3 +106,6 @@ COUNT_TOKENS_TESTED = tl.constexpr(int(Counter.TOKENS_TESTED))
 COUNT_TOKENS_PASSED = tl.constexpr(int(Counter.TOKENS_PASSED))
 COUNT_INFILLS = tl.constexpr(int(Counter.INFILLS))
 COUNT_INFILL_ROUNDS = tl.constexpr(int(Counter.INFILL_ROUNDS))
+COUNT_SERIAL = tl.constexpr(int(Counter.SERIAL))
+COUNT_DRAFTS_TESTED = tl.constexpr(int(Counter.DRAFTS_TESTED))
+COUNT_DRAFTS_PASSED = tl.constexpr(int(Counter.DRAFTS_PASSED))

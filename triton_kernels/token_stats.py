@@ -251,7 +251,7 @@ def token_stats(
         logits: [N, V] float32, bfloat16 or float16, any row stride, V contiguous. -inf is
             probability 0; every row needs a finite logit. A row with NaN or +inf gets NaN
             probabilities; ``picked`` is a token of [0, V) all the same.
-        row_request: [N] int64, request slot of the row, an index of the per-request tensors.
+        row_request: [N] int64, request index of the row, an index of the per-request tensors.
         row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
             alone (0 when allocated here).
         row_given: [N] int32, the token of ``given_prob``; -1 for none.

@@ -2,41 +2,46 @@
 
 One program moves one request. It thinks in block positions p = 0 .. canvas_length - 1, one lane
 each; what the twin in ``transition_twin`` finds by walking over rows is found by scans
-(``decisions.py``).
+(``lanes.py``). Steps that both have are functions of the same names, here and in ``decisions.py``.
 
 The grid and the shapes never depend on values, and nothing is read back.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation, device_tables
+from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation, device_table
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
-from vllm_refusion.triton_kernels.compose import (
-    at_lane,
-    compose,
-    first,
-    in_slot,
-    infilled,
-    rows_of,
-)
+from vllm_refusion.triton_kernels.compose import Canvas, Course, block_length_at, compose
 from vllm_refusion.triton_kernels.decisions import (
-    accept,
-    block_statuses,
-    choose,
-    drop_after,
-    intact,
+    Block,
+    Statistics,
+    infill,
     keepable,
-    take,
-    verify_drafts,
+    pick,
+    plan,
+    run_tests,
+    verify,
+    waiting,
+)
+from vllm_refusion.triton_kernels.lanes import (
+    NOWHERE,
+    at_lane,
+    count,
+    first,
+    infilled,
+    lanes_of,
+    opening,
+    rows_of,
 )
 from vllm_refusion.triton_kernels.layout import check, check_starts
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
-    BLANK,
     CHOSEN,
     COMMITTED,
     COUNT_IDLE,
@@ -74,13 +79,31 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_ROWS,
     F_SLOT_SIZE,
     F_TESTED,
+    FLOAT_SLOT_THRESHOLD,
+    FLOAT_TOKEN_THRESHOLD,
+    H_GROUP_CONTEXT,
+    H_ORDER,
+    H_RESPONSE,
     IDLE,
     INFILL,
     MASKED,
     NUM_FIELDS,
+    NUM_FLOAT_FIELDS,
+    NUM_HISTORY_FIELDS,
+    NUM_POSITION_FIELDS,
+    NUM_ROW_FIELDS,
+    P_CANVAS_ROW,
+    P_CONFIDENCE,
+    P_ORIGIN,
+    P_RIDER_ROW,
+    P_RIDER_WIDTH,
+    P_ROUNDS,
+    P_STATUS,
+    P_TOKEN,
     PLAN,
     PREFILL,
     REPLAY,
+    SERIAL,
     START,
     VERIFY,
 )
@@ -89,29 +112,181 @@ LANES_PER_WARP = 128
 _ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
 
 
+class Decision(NamedTuple):
+    """What a pass made of its phase.
+
+    Attributes:
+        next_phase: INFILL also where tokens are committed: ``commit`` says what follows then.
+        commits: tokens to commit. kept: rows whose KV stays. infill_kept: see ``Field.KEPT``.
+        cut: the lane after which EOS ends the response, or NOWHERE.
+        tested, passed: tokens. counter: of the pass.
+    """
+
+    next_phase: tl.tensor
+    commits: tl.tensor
+    kept: tl.tensor
+    infill_kept: tl.tensor
+    cut: tl.tensor
+    tested: tl.tensor
+    passed: tl.tensor
+    counter: tl.tensor
+
+
+@triton.jit
+def _position(positions, field: tl.constexpr, other, lanes, CANVAS: tl.constexpr):
+    return tl.load(positions + field * CANVAS + lanes.p, mask=lanes.p < CANVAS, other=other)
+
+
+@triton.jit
+def _load_block(positions, lanes, CANVAS: tl.constexpr):
+    return Block(
+        _position(positions, P_STATUS, DROPPED, lanes, CANVAS),
+        _position(positions, P_TOKEN, 0, lanes, CANVAS),
+        _position(positions, P_CONFIDENCE, 0, lanes, CANVAS).to(tl.float32, bitcast=True),
+        _position(positions, P_ROUNDS, 0, lanes, CANVAS),
+        _position(positions, P_ORIGIN, 0, lanes, CANVAS),
+    )
+
+
+@triton.jit
+def _store_block(block, positions, lanes, CANVAS: tl.constexpr):
+    at, mask = positions + lanes.p, lanes.p < CANVAS
+    confidence = block.confidence.to(tl.int32, bitcast=True)
+    tl.store(at + P_STATUS * CANVAS, block.status, mask=mask)
+    tl.store(at + P_TOKEN * CANVAS, block.token, mask=mask)
+    tl.store(at + P_CONFIDENCE * CANVAS, confidence, mask=mask)
+    tl.store(at + P_ROUNDS * CANVAS, block.rounds, mask=mask)
+    tl.store(at + P_ORIGIN * CANVAS, block.origin, mask=mask)
+
+
+@triton.jit
+def _prefill(ints, query_len, computed, prefill_len):
+    """Rows kept, rows fed of the first plan, the next phase."""
+    kept = tl.minimum(query_len, prefill_len - computed)
+    next_phase = PREFILL
+    if computed + query_len >= prefill_len:
+        replayed = prefill_len - tl.load(ints + F_PROMPT_LEN)
+        ended = replayed >= tl.load(ints + F_COMMITTED)
+        next_phase = tl.where(ended, tl.load(ints + F_RESUME), REPLAY)
+    return kept, query_len - kept, next_phase
+
+
+@triton.jit
+def _replay(ints, query_len, computed):
+    """Rows kept, the next phase."""
+    left = tl.load(ints + F_COMMITTED) - (computed - tl.load(ints + F_PROMPT_LEN))
+    kept = tl.minimum(query_len, left)
+    return kept, tl.where(kept < left, REPLAY, tl.load(ints + F_RESUME))
+
+
+@triton.jit
+def _decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
+    """What the rows of the phase decide: a plan, a verification, or a pass of an infill."""
+    if phase == PLAN:
+        threshold = tl.load(floats + FLOAT_SLOT_THRESHOLD)
+        block = plan(block, row, stats, threshold, counters_ptr, lanes)
+        decision = Decision(VERIFY, 0, 0, 0, NOWHERE, 0, 0, COUNT_PLAN)
+    else:
+        eos = tl.load(ints + F_EOS)
+        kept = tl.load(ints + F_KEPT)
+        tests = run_tests(block, row, stats, tl.load(floats + FLOAT_TOKEN_THRESHOLD), lanes)
+        tested = count(tests.tested & tests.reached)
+        passed = count(tests.tested & tests.good)
+        if phase == VERIFY:
+            counter = COUNT_VERIFY
+            block, commits, cut = verify(block, row, tests, eos, lanes)
+            final = tl.where(commits > 0, commits, keepable(block, row, 0, lanes))
+            kept = tl.where(commits > 0, 0, final)
+        else:
+            predicts = count(waiting(block, lanes)) > 0
+            counter = tl.where(predicts, COUNT_PREDICT, COUNT_INFILL_VERIFY)
+            block, cut = infill(block, row, tests, stats, eos, lanes)
+            final = keepable(block, row, kept, lanes)
+            kept += final
+            total = count(infilled(block.status))
+            commits = tl.where(kept >= total, total, 0)
+        decision = Decision(INFILL, commits, final, kept, cut, tested, passed, counter)
+    return block, decision
+
+
+@triton.jit
+def _learn(ints, tested, passed):
+    """Tokens tested and passed of late."""
+    tested += tl.load(ints + F_TESTED)
+    passed += tl.load(ints + F_PASSED)
+    halves = (tested >= _ACCEPTANCE_WINDOW).to(tl.int32)
+    return tested >> halves, passed >> halves
+
+
+@triton.jit
+def _commit(block, row, commits, phase, start, committed, history, max_response, lanes):
+    """Commits tokens, in the order of their KV; and which [LANES]."""
+    slots = infilled(block.status)
+    in_infill = phase == INFILL
+    rank = tl.where(in_infill, tl.where(slots, rows_of(slots), commits), row)
+    now = (slots | (row >= 0)) & (rank < commits)
+    position = start + lanes.p
+    group = tl.zeros_like(lanes.p) + tl.where(in_infill, committed, -1)
+    entry = history + committed + rank
+    tl.store(history + H_RESPONSE * max_response + position, block.token, mask=now)
+    tl.store(entry + H_ORDER * max_response, position, mask=now)
+    tl.store(entry + H_GROUP_CONTEXT * max_response, group, mask=now)
+    status = tl.where(now, COMMITTED, block.status)
+    return Block(status, block.token, block.confidence, block.rounds, block.origin), now
+
+
+@triton.jit
+def _start_block(block, start, ints, lanes):
+    """A block that starts now at response position ``start``."""
+    status = tl.where(lanes.p < block_length_at(start, ints), MASKED, DROPPED)
+    return Block(status, tl.zeros_like(lanes.p), block.confidence, block.rounds, block.origin)
+
+
+@triton.jit
+def _ride_predicts(block, rider_row, rider_width, rows, fed, stats, counters_ptr, lanes):
+    """Takes the proposals for slots whose rider is in the canvas."""
+    waits = waiting(block, lanes)
+    begin = opening(waits, lanes)
+    at_begin = tl.minimum(begin, lanes.last)
+    rider = tl.gather(rider_row, at_begin, axis=0)
+    width = tl.gather(rider_width, at_begin, axis=0)
+    rides = waits & (rider >= 0) & (rider + width <= fed)
+    ridden = count(rides & (lanes.p == begin) & (rider >= rows))
+    tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
+    # an operation that goes on is counted already
+    rounds = block.rounds + (rides & (block.origin == begin)).to(tl.int32)
+    block = Block(block.status, block.token, block.confidence, rounds, block.origin)
+    return pick(block, rides & (lanes.p - begin < width), rider + lanes.p - begin, stats)
+
+
+@triton.jit
+def _emit(block, start, limit, emitted, history, max_response, sampled, lanes):
+    """Hands out tokens newly final in position order; their number.
+
+    Also those of the first slot not committed that will not change any more. Its last one waits:
+    whole slots delivered are slots committed.
+    """
+    p, response = lanes.p, history + H_RESPONSE * max_response
+    head = first(block.status != COMMITTED, lanes)
+    chosen_untested = (block.status == CHOSEN) & (block.origin == p)
+    final = ((block.status == ACCEPTED) | chosen_untested) & (p < head + lanes.size - 1)
+    end = tl.minimum(first((p >= head) & (final == 0), lanes), lanes.last + 1)
+    tl.store(response + start + p, block.token, mask=(p >= head) & (p < end))
+    number = tl.maximum(tl.minimum(start + end, limit) - emitted, 0)
+    tl.debug_barrier()  # some of them are committed in this pass
+    tokens = tl.load(response + emitted + p, mask=p < number)
+    tl.store(sampled + p, tokens, mask=p < number)
+    return number
+
+
 @triton.jit(do_not_specialize=["free_rows", "pass_price"])
 def _transition_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
-    slot_threshold_ptr,  # [max_reqs] float32
-    token_threshold_ptr,  # [max_reqs] float32
-    status_ptr,  # [max_reqs, W] int32
-    token_ptr,  # [max_reqs, W] int32
-    confidence_ptr,  # [max_reqs, W] float32
-    rounds_ptr,  # [max_reqs, W] int32
-    origin_ptr,  # [max_reqs, W] int32
-    canvas_row_ptr,  # [max_reqs, W] int32
-    rider_row_ptr,  # [max_reqs, W] int32
-    rider_width_ptr,  # [max_reqs, W] int32
+    floats_ptr,  # [max_reqs, NUM_FLOAT_FIELDS] float32
+    by_position_ptr,  # [max_reqs, NUM_POSITION_FIELDS, W] int32
+    by_row_ptr,  # [max_reqs, NUM_ROW_FIELDS, W] int32
+    history_ptr,  # [max_reqs, NUM_HISTORY_FIELDS, P] int32
     canvas_token_ptr,  # [max_reqs, W] int64
-    row_position_ptr,  # [max_reqs, W] int32
-    row_draw_ptr,  # [max_reqs, W] int32
-    row_context_ptr,  # [max_reqs, W] int32
-    row_run_start_ptr,  # [max_reqs, W] int32
-    row_run_end_ptr,  # [max_reqs, W] int32
-    row_own_start_ptr,  # [max_reqs, W] int32
-    response_ptr,  # [max_reqs, P] int32
-    order_ptr,  # [max_reqs, P] int32
-    group_context_ptr,  # [max_reqs, P] int32
     counters_ptr,  # [NUM_COUNTERS] int64
     idx_mapping_ptr,  # [R] int64
     query_start_loc_ptr,  # [R+1] int32
@@ -125,10 +300,7 @@ def _transition_kernel(
     sampled_ptr,  # [R, W] int32
     num_sampled_ptr,  # [R] int32
     num_rejected_ptr,  # [R] int32
-    cost_table_ptr,  # [LEVELS+1] int32
-    chance_table_ptr,  # [LARGEST_COST+1] int32
-    canvas_token_stride,
-    sampled_stride,
+    table_ptr,  # see device_table
     max_response,
     mask_token_id,
     free_rows,
@@ -136,265 +308,158 @@ def _transition_kernel(
     CANVAS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    request = tl.program_id(0)
-    slot = tl.load(idx_mapping_ptr + request).to(tl.int64)
-    query_len = tl.load(query_start_loc_ptr + request + 1) - tl.load(query_start_loc_ptr + request)
-    ints = ints_ptr + slot * NUM_FIELDS
+    index = tl.program_id(0)
+    req = tl.load(idx_mapping_ptr + index).to(tl.int64)
+    query_len = tl.load(query_start_loc_ptr + index + 1) - tl.load(query_start_loc_ptr + index)
+    ints = ints_ptr + req * NUM_FIELDS
     phase = tl.load(ints + F_PHASE)
+    if (phase != IDLE) & (tl.load(ints + F_RESUME) == SERIAL):
+        return  # see ``serial``
     if phase == IDLE:
-        tl.store(num_sampled_ptr + request, 0)
-        tl.store(num_rejected_ptr + request, query_len)
+        tl.store(num_sampled_ptr + index, 0)
+        tl.store(num_rejected_ptr + index, query_len)
         return
 
-    prompt_len = tl.load(ints + F_PROMPT_LEN)
-    size = tl.load(ints + F_SLOT_SIZE)
+    floats = floats_ptr + req * NUM_FLOAT_FIELDS
+    positions = by_position_ptr + req * NUM_POSITION_FIELDS * CANVAS
+    history = history_ptr + req * NUM_HISTORY_FIELDS * max_response
+    lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
+    block = _load_block(positions, lanes, CANVAS)
+    row = _position(positions, P_CANVAS_ROW, -1, lanes, CANVAS)
+    rider_row = _position(positions, P_RIDER_ROW, -1, lanes, CANVAS)
+    rider_width = _position(positions, P_RIDER_WIDTH, 0, lanes, CANVAS)
+    first_row = tl.load(logits_start_ptr + index).to(tl.int64)
+    decode_rows = tl.load(logits_start_ptr + index + 1) - first_row
+    stats = Statistics(
+        picked_ptr + first_row, picked_prob_ptr + first_row, given_prob_ptr + first_row
+    )
     block_start = tl.load(ints + F_BLOCK_START)
     limit = tl.load(ints + F_LIMIT)
     emitted = tl.load(ints + F_EMITTED)
     committed = tl.load(ints + F_COMMITTED)
     rows = tl.load(ints + F_ROWS)
-    canvas = tl.load(ints + F_CANVAS)
+    canvas_rows = tl.load(ints + F_CANVAS)
     resume = tl.load(ints + F_RESUME)
     draw = tl.load(ints + F_DRAW)
-    passes_made = tl.load(ints + F_PASSES)
-    infill_kept = tl.load(ints + F_KEPT)
-    computed = tl.load(num_computed_ptr + slot)
-
-    p = tl.arange(0, LANES)
-    of_block = slot * CANVAS + p
-    status = tl.load(status_ptr + of_block, mask=p < CANVAS, other=DROPPED)
-    token = tl.load(token_ptr + of_block, mask=p < CANVAS, other=0)
-    confidence = tl.load(confidence_ptr + of_block, mask=p < CANVAS, other=0.0)
-    rounds = tl.load(rounds_ptr + of_block, mask=p < CANVAS, other=0)
-    origin = tl.load(origin_ptr + of_block, mask=p < CANVAS, other=0)
-    row = tl.load(canvas_row_ptr + of_block, mask=p < CANVAS, other=-1)
-    rider_row = tl.load(rider_row_ptr + of_block, mask=p < CANVAS, other=-1)
-    rider_width = tl.load(rider_width_ptr + of_block, mask=p < CANVAS, other=0)
-    slot_start = p - p % size
-
-    # Decide. What follows a commit is either a plan, or START of the block at next_start, or DONE.
-    next_phase = phase
+    passes = tl.load(ints + F_PASSES)
+    computed = tl.load(num_computed_ptr + req)
     next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
-    kept = 0
-    commits = 0  # tokens
-    decided = 0
-    counter = -1
+
+    # Decide.
     fed = 0
-    tested = 0  # tokens
-    passed = 0
-    cut = LANES
-    first_row = tl.load(logits_start_ptr + request).to(tl.int64)
-    decode_rows = tl.load(logits_start_ptr + request + 1) - first_row
-    picks = picked_ptr + first_row
-    pick_probs = picked_prob_ptr + first_row
-    slot_threshold = tl.load(slot_threshold_ptr + slot)
+    decided = 0
+    decision = Decision(phase, 0, 0, tl.load(ints + F_KEPT), NOWHERE, 0, 0, -1)
     if phase == PREFILL:
-        kept = tl.minimum(query_len, tl.load(prefill_len_ptr + slot) - computed)
-        fed = query_len - kept  # the first plan
-        if computed + query_len >= tl.load(prefill_len_ptr + slot):
-            replayed = tl.load(prefill_len_ptr + slot) - prompt_len
-            next_phase = tl.where(replayed < committed, REPLAY, resume)
+        prefill_len = tl.load(prefill_len_ptr + req)
+        kept, fed, next_phase = _prefill(ints, query_len, computed, prefill_len)
+        decision = Decision(next_phase, 0, kept, decision.infill_kept, NOWHERE, 0, 0, -1)
     elif phase == REPLAY:
-        counter = COUNT_REPLAY
-        replayed = computed - prompt_len
-        kept = tl.minimum(query_len, committed - replayed)
+        kept, next_phase = _replay(ints, query_len, computed)
         fed = kept
-        next_phase = tl.where(replayed + kept < committed, REPLAY, resume)
+        decision = Decision(next_phase, 0, kept, decision.infill_kept, NOWHERE, 0, 0, COUNT_REPLAY)
     elif (phase == DONE) | (query_len < rows) | (decode_rows < query_len):
         # rows without statistics are of a prefill: delivered tokens that it need not feed
-        counter = COUNT_IDLE
+        decision = Decision(phase, 0, 0, decision.infill_kept, NOWHERE, 0, 0, COUNT_IDLE)
     else:
         decided = 1
-        fed = tl.minimum(query_len, canvas)
+        fed = tl.minimum(query_len, canvas_rows)
+        passes += 1
         tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - rows)
-        passes_made += 1
-        if phase == PLAN:
-            counter = COUNT_PLAN
-            draw += 1
-            status, origin, token, confidence = choose(
-                status, origin, token, confidence, row, p, slot_start, picks, pick_probs,
-                slot_threshold, counters_ptr, LANES,
-            )  # fmt: skip
-            next_phase = VERIFY
-        else:
-            # the row before gives this row's token its probability
-            member = row >= 0
-            proposed = member & (status == CHOSEN)
-            tests = proposed & (origin != p)
-            asked = tests & (row > 0)
-            given = tl.load(given_prob_ptr + first_row + row - 1, mask=asked, other=-1.0)
-            failed = tests & ((given > tl.load(token_threshold_ptr + slot)) == 0)
-            good, reached = intact(failed, slot_start)
-            tested = tl.sum((tests & reached).to(tl.int32), axis=0)
-            passed = tl.sum((tests & good).to(tl.int32), axis=0)
-            eos = tl.load(ints + F_EOS)
-            if phase == VERIFY:
-                counter = COUNT_VERIFY
-                rounds = tl.where(status == CHOSEN, 0, rounds)
-                status, origin, commits, cut = verify_drafts(
-                    status, origin, token, row, proposed, failed, good, p, slot_start, size, eos,
-                    LANES,
-                )  # fmt: skip
-                kept = commits
-                if commits == 0:
-                    kept = keepable(status, origin, row, p, slot_start, size, 0, LANES)
-                    infill_kept = kept
-            else:
-                blank = status == BLANK
-                lacking = blank & (in_slot(status == CHOSEN, slot_start, size, LANES) == 0)
-                any_lacking = tl.max(lacking.to(tl.int32), axis=0) > 0
-                counter = tl.where(any_lacking, COUNT_PREDICT, COUNT_INFILL_VERIFY)
-                takes = blank & member
-                begins = in_slot(takes, slot_start, size, LANES) > 0
-                status, origin = accept(
-                    status, origin, proposed, failed, good, slot_start, size, LANES
-                )
-                token, confidence = take(takes, row, token, confidence, picks, pick_probs)
-                rounds += (blank & begins).to(tl.int32)
-                status = tl.where(takes, CHOSEN, status)
-                cut = first((status == ACCEPTED) & (token == eos), p, LANES)
-                status = drop_after(status, p, cut)
-                kept = keepable(status, origin, row, p, slot_start, size, infill_kept, LANES)
-                infill_kept += kept
-                total = tl.sum(infilled(status).to(tl.int32), axis=0)
-                commits = tl.where(infill_kept >= total, total, 0)
-            limit = tl.minimum(limit, tl.where(cut < LANES, block_start + cut + 1, limit))
-            next_phase = INFILL
+        block, decision = _decide(block, row, stats, phase, ints, floats, counters_ptr, lanes)
+    next_phase = decision.next_phase
+    commits = decision.commits
+    infill_kept = decision.infill_kept
+    cut = decision.cut
+    draw += (phase == PLAN).to(tl.int32) * decided
+    limit = tl.minimum(limit, tl.where(cut < NOWHERE, block_start + cut + 1, limit))
+    tested, passed = _learn(ints, decision.tested, decision.passed)
 
     # Every load of the old state comes before every store of the new one: the threads of a
     # program share the state of its request.
     tl.debug_barrier()
 
-    if counter >= 0:
-        tl.atomic_add(counters_ptr + counter, 1)
+    if decision.counter >= 0:
+        tl.atomic_add(counters_ptr + decision.counter, 1)
         tl.atomic_add(counters_ptr + COUNT_ROWS_FED, fed)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS_TESTED, tested)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS_PASSED, passed)
-    tested += tl.load(ints + F_TESTED)
-    passed += tl.load(ints + F_PASSED)
-    halves = (tested >= _ACCEPTANCE_WINDOW).to(tl.int32)
-    tested = tested >> halves
-    passed = passed >> halves
+        tl.atomic_add(counters_ptr + COUNT_TOKENS_TESTED, decision.tested)
+        tl.atomic_add(counters_ptr + COUNT_TOKENS_PASSED, decision.passed)
 
+    # What follows a commit is either a plan, or START of the block at next_start, or DONE.
     if commits > 0:
-        slots = infilled(status)
-        rank = tl.where(phase == INFILL, tl.where(slots, rows_of(slots), commits), row)
-        now = (slots | (row >= 0)) & (rank < commits)
-        at = slot * max_response + committed + rank
-        group = tl.where(phase == INFILL, committed, -1)
-        tl.store(response_ptr + slot * max_response + block_start + p, token, mask=now)
-        tl.store(order_ptr + at, block_start + p, mask=now)
-        tl.store(group_context_ptr + at, tl.zeros([LANES], dtype=tl.int32) + group, mask=now)
+        block, now = _commit(
+            block, row, commits, phase, block_start, committed, history, max_response, lanes
+        )
         committed += commits
         infill_kept = 0
         if phase == INFILL:
-            most = tl.max(tl.where(now, rounds, 0), axis=0)
+            most = tl.max(tl.where(now, block.rounds, 0), axis=0)
             draw += most
             tl.atomic_add(counters_ptr + COUNT_INFILLS, 1)
             tl.atomic_add(counters_ptr + COUNT_INFILL_ROUNDS, most)
-        last_slot = tl.max(tl.where(now, slot_start, -1), axis=0)
-        status = tl.where(now, COMMITTED, status)
+        last_slot = tl.max(tl.where(now, lanes.slot_start, -1), axis=0)
         following = tl.where(next_start >= limit, DONE, START)
-        masked = tl.sum((status == MASKED).to(tl.int32), axis=0)
-        next_phase = tl.where(masked > 0, PLAN, following)
+        next_phase = tl.where(count(block.status == MASKED) > 0, PLAN, following)
     else:
         # after the prompt the first block starts; its plan may have been fed with the prompt
-        last_slot = tl.where((next_phase == START) & (phase == PREFILL) & (fed >= rows), -1, LANES)
+        with_prompt = (next_phase == START) & (phase == PREFILL) & (fed >= rows)
+        last_slot = tl.where(with_prompt, -1, NOWHERE)
         next_start = tl.where(next_phase == START, 0, next_start)
-
     if next_phase == START:
         decided = 1
         next_phase = PLAN
         block_start = next_start
         next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
-        status = block_statuses(p, block_start, ints)
-        token = tl.zeros([LANES], dtype=tl.int32)
+        block = _start_block(block, block_start, ints, lanes)
 
     # What comes next is done at once where its rows were in this canvas.
-    if (next_phase == PLAN) & (last_slot < LANES) & (cut == LANES):
-        masked = status == MASKED
-        rider = tl.where(phase == PREFILL, 0, at_lane(rider_row + 1, p, last_slot) - 1)
-        if (rider >= 0) & (rider + tl.sum(masked.to(tl.int32), axis=0) <= fed):
+    if (next_phase == PLAN) & (last_slot < NOWHERE) & (cut == NOWHERE):
+        masked = block.status == MASKED
+        rider = tl.where(phase == PREFILL, 0, at_lane(rider_row + 1, lanes, last_slot) - 1)
+        if (rider >= 0) & (rider + count(masked) <= fed):
+            threshold = tl.load(floats + FLOAT_SLOT_THRESHOLD)
+            block = plan(block, rider + rows_of(masked), stats, threshold, counters_ptr, lanes)
             draw += 1
-            status, origin, token, confidence = choose(
-                status, origin, token, confidence, rider + rows_of(masked), p, slot_start, picks,
-                pick_probs, slot_threshold, counters_ptr, LANES,
-            )  # fmt: skip
             next_phase = VERIFY
             tl.atomic_add(counters_ptr + COUNT_PLANS_RIDDEN, 1)
     if (next_phase == INFILL) & (decided == 0) & (phase != INFILL):
         decided = 1  # resumed: no accepted token is kept any more
     elif (next_phase == INFILL) & (decided == 1):
-        blank = status == BLANK
-        blank = blank & (in_slot(status == CHOSEN, slot_start, size, LANES) == 0)
-        opening = slot_start + size - in_slot(blank, slot_start, size, LANES)
-        at_opening = tl.minimum(opening, LANES - 1)
-        rider = tl.gather(rider_row, at_opening, axis=0)
-        width = tl.gather(rider_width, at_opening, axis=0)
-        rides = blank & (rider >= 0) & (rider + width <= fed)
-        takes = rides & (p - opening < width)
-        token, confidence = take(takes, rider + p - opening, token, confidence, picks, pick_probs)
-        status = tl.where(takes, CHOSEN, status)
-        rounds += (rides & (origin == opening)).to(tl.int32)
-        ridden = tl.sum((rides & (p == opening) & (rider >= rows)).to(tl.int32), axis=0)
-        tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
+        block = _ride_predicts(block, rider_row, rider_width, rows, fed, stats, counters_ptr, lanes)
 
     if decided == 1:
-        tl.store(status_ptr + of_block, status, mask=p < CANVAS)
-        tl.store(token_ptr + of_block, token, mask=p < CANVAS)
-        tl.store(confidence_ptr + of_block, confidence, mask=p < CANVAS)
-        tl.store(rounds_ptr + of_block, rounds, mask=p < CANVAS)
-        tl.store(origin_ptr + of_block, origin, mask=p < CANVAS)
-        rows, canvas = compose(
-            status, origin, token, confidence, rounds, p, slot_start, size, next_phase, block_start,
-            next_start, limit, draw, infill_kept, tested, passed, mask_token_id, free_rows,
-            pass_price, ints,
-            canvas_row_ptr + slot * CANVAS,
-            rider_row_ptr + slot * CANVAS,
-            rider_width_ptr + slot * CANVAS,
-            canvas_token_ptr + slot * canvas_token_stride,
-            row_position_ptr + slot * CANVAS,
-            row_draw_ptr + slot * CANVAS,
-            row_context_ptr + slot * CANVAS,
-            row_run_start_ptr + slot * CANVAS,
-            row_run_end_ptr + slot * CANVAS,
-            row_own_start_ptr + slot * CANVAS,
-            cost_table_ptr,
-            chance_table_ptr,
-            CANVAS, LANES,
-        )  # fmt: skip
+        _store_block(block, positions, lanes, CANVAS)
+        course = Course(
+            next_phase, block_start, next_start, limit, draw, infill_kept, tested, passed
+        )
+        canvas = Canvas(
+            positions,
+            by_row_ptr + req * NUM_ROW_FIELDS * CANVAS,
+            canvas_token_ptr + req * CANVAS,
+            CANVAS,
+        )
+        rows, canvas_rows = compose(
+            block, course, ints, canvas, table_ptr, free_rows, pass_price, mask_token_id, lanes
+        )
 
-    # Tokens newly final in position order: also those of the first slot not committed that will
-    # not change any more. Its last one waits: whole slots delivered are slots committed.
-    count = 0
+    number = 0
     if (phase != PREFILL) | ((resume == START) & (next_phase == VERIFY)):
-        head = tl.minimum(first(status != COMMITTED, p, CANVAS), CANVAS)
-        final = (status == ACCEPTED) | ((status == CHOSEN) & (origin == p))
-        final = final & (p >= head) & (p < head + size - 1)
-        contiguous = tl.minimum(first((p >= head) & (final == 0), p, CANVAS), CANVAS)
-        early = (p >= head) & (p < contiguous)
-        tl.store(response_ptr + slot * max_response + block_start + p, token, mask=early)
-        end = tl.minimum(block_start + contiguous, limit)
-        end = tl.minimum(end, tl.load(ints + F_MAX_TOKENS))
-        end = tl.minimum(end, emitted + tl.load(emit_limit_ptr + request))
-        count = tl.maximum(end - emitted, 0)
-        tl.debug_barrier()  # some of them are committed in this pass
-        source = response_ptr + slot * max_response + emitted
-        tokens = tl.load(source + p, mask=p < count)
-        tl.store(sampled_ptr + request * sampled_stride + p, tokens, mask=p < count)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS, count)
+        most = tl.minimum(limit, tl.load(ints + F_MAX_TOKENS))
+        most = tl.minimum(most, emitted + tl.load(emit_limit_ptr + index))
+        sampled = sampled_ptr + index * CANVAS
+        number = _emit(block, block_start, most, emitted, history, max_response, sampled, lanes)
+        tl.atomic_add(counters_ptr + COUNT_TOKENS, number)
 
-    tl.store(num_sampled_ptr + request, count)
-    tl.store(num_rejected_ptr + request, query_len - kept)
+    tl.store(num_sampled_ptr + index, number)
+    tl.store(num_rejected_ptr + index, query_len - decision.kept)
     tl.store(ints + F_PHASE, next_phase)
     tl.store(ints + F_BLOCK_START, block_start)
     tl.store(ints + F_LIMIT, limit)
-    tl.store(ints + F_EMITTED, emitted + count)
+    tl.store(ints + F_EMITTED, emitted + number)
     tl.store(ints + F_COMMITTED, committed)
     tl.store(ints + F_ROWS, rows)
-    tl.store(ints + F_CANVAS, canvas)
+    tl.store(ints + F_CANVAS, canvas_rows)
     tl.store(ints + F_DRAW, draw)
-    tl.store(ints + F_PASSES, passes_made)
+    tl.store(ints + F_PASSES, passes)
     tl.store(ints + F_KEPT, infill_kept)
     tl.store(ints + F_TESTED, tested)
     tl.store(ints + F_PASSED, passed)
@@ -420,39 +485,24 @@ def transition(
     requests = len(idx_mapping)
     for starts in (query_start_loc, logits_start):
         check_starts(starts, requests)
-    for per_slot in (num_computed, prefill_len):
-        check(per_slot, (state.max_requests,), torch.int32)
+    for per_request in (num_computed, prefill_len):
+        check(per_request, (state.max_requests,), torch.int32)
     check(picked, picked.shape, torch.int32)
     for probability in (picked_prob, given_prob):
         check(probability, picked.shape, torch.float32)
-    for count in (emit_limit, num_sampled, num_rejected):
-        check(count, (requests,), torch.int32)
-    assert idx_mapping.is_contiguous() and state.canvas_token.stride(1) == 1
-    assert sampled.shape == (requests, state.canvas_length) and sampled.stride(1) == 1
+    for number in (emit_limit, num_sampled, num_rejected):
+        check(number, (requests,), torch.int32)
+    check(sampled, (requests, state.canvas_length), torch.int32)
+    assert idx_mapping.is_contiguous()
     assert 0 <= speculation.pass_price <= MAX_PRICE, speculation
     lanes = triton.next_power_of_2(state.canvas_length)
     _transition_kernel[(requests,)](
         state.ints,
-        state.slot_threshold,
-        state.token_threshold,
-        state.status,
-        state.token,
-        state.confidence,
-        state.rounds,
-        state.origin,
-        state.canvas_row,
-        state.rider_row,
-        state.rider_width,
+        state.floats,
+        state.by_position,
+        state.by_row,
+        state.history,
         state.canvas_token,
-        state.row_position,
-        state.row_draw,
-        state.row_context,
-        state.row_run_start,
-        state.row_run_end,
-        state.row_own_start,
-        state.response,
-        state.order,
-        state.group_context,
         state.counters,
         idx_mapping,
         query_start_loc,
@@ -466,9 +516,7 @@ def transition(
         sampled,
         num_sampled,
         num_rejected,
-        *device_tables(state.device),
-        state.canvas_token.stride(0),
-        sampled.stride(0),
+        device_table(state.device),
         state.max_response,
         state.mask_token_id,
         speculation.free_rows,

@@ -5,11 +5,13 @@ The state and its fields are described in ``vllm_refusion.decoding.state``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
 
-from vllm_refusion.decoding.speculation import NO_RIDERS, Speculation
+from vllm_refusion.decoding import rules
+from vllm_refusion.decoding.speculation import ALL_SAVINGS, NO_RIDERS, Saving, Speculation
 from vllm_refusion.decoding.state import (
     ACCEPTANCE_WINDOW,
     Counter,
@@ -36,11 +38,12 @@ def transition_twin(
     num_sampled: torch.Tensor,
     num_rejected: torch.Tensor,
     speculation: Speculation = NO_RIDERS,
+    savings: Collection[Saving] = ALL_SAVINGS,
 ) -> None:
     """Moves every request of a batch by one pass (algorithm section 3) and writes its next canvas.
 
     Args:
-        idx_mapping: [R] int64, request slot of each batch row.
+        idx_mapping: [R] int64, request index of each batch row.
         query_start_loc, logits_start: [R+1] int32, where a request's rows start among all query
             rows and among the rows of the statistics.
         num_computed, prefill_len: [max_requests] int32, KV entries before this pass, and KV
@@ -52,21 +55,22 @@ def transition_twin(
         num_sampled: [R] int32, out: their number.
         num_rejected: [R] int32, out: query rows whose KV is not kept.
         speculation: which rows the next canvas takes.
+        savings: the ways in which it may save passes; the kernel takes all.
     """
     starts = query_start_loc.tolist()
     first_logit = logits_start.tolist()
-    for row, slot in enumerate(idx_mapping.tolist()):
+    for row, req in enumerate(idx_mapping.tolist()):
         query_len = starts[row + 1] - starts[row]
-        ints = state.ints[slot].tolist()
+        ints = state.ints[req].tolist()
         if ints[Field.PHASE] != Phase.IDLE and ints[Field.RESUME] == Phase.SERIAL:
             continue  # see ``serial_twin``
         if ints[Field.PHASE] == Phase.IDLE:
             num_sampled[row], num_rejected[row] = 0, query_len
             continue
-        step = _Step.load(state, slot, speculation)
+        step = _Step.load(state, req, speculation, savings)
         step.query_len = query_len
         step.decode_rows = first_logit[row + 1] - first_logit[row]
-        step.computed, step.prefill_len = int(num_computed[slot]), int(prefill_len[slot])
+        step.computed, step.prefill_len = int(num_computed[req]), int(prefill_len[req])
         step.fed = min(query_len, ints[Field.CANVAS])
         if ints[Field.PHASE] == Phase.PREFILL:
             step.fed = max(0, query_len - (step.prefill_len - step.computed))
@@ -93,9 +97,9 @@ class _Step(Request):
     fed: int = 0
     computed: int = 0
     prefill_len: int = 0
-    picked: list[int] | None = None
-    picked_prob: torch.Tensor | None = None
-    given_prob: torch.Tensor | None = None
+    picked: list[int] = field(default_factory=list)
+    picked_prob: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    given_prob: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     passed: int = 0  # of the tokens tested
     tested: int = 0
 
@@ -103,7 +107,7 @@ class _Step(Request):
         """Decides, builds the next canvas; returns how many leading rows keep their KV."""
         ints, phase = self.ints, Phase(self.ints[Field.PHASE])
         self.canvas_row, self.rider_row, self.rider_width = (
-            column[self.slot].tolist()
+            column[self.req].tolist()
             for column in (self.state.canvas_row, self.state.rider_row, self.state.rider_width)
         )
         self.first_rider = ints[Field.ROWS]
@@ -153,7 +157,7 @@ class _Step(Request):
             self.status[end] == Status.ACCEPTED
             or (self.status[end] == Status.CHOSEN and self.origin[end] == end)
         ):
-            self.state.response[self.slot, ints[Field.BLOCK_START] + end] = self.token[end]
+            self.state.response[self.req, ints[Field.BLOCK_START] + end] = self.token[end]
             end += 1
         end = min(
             ints[Field.BLOCK_START] + end,
@@ -166,7 +170,7 @@ class _Step(Request):
             return []
         ints[Field.EMITTED] = end
         self._count(Counter.TOKENS, end - start)
-        return self.state.response[self.slot, start:end].tolist()
+        return self.state.response[self.req, start:end].tolist()
 
     def _plan(self, first_row: int) -> None:
         """3.1, the masks of the remaining slots being the rows from ``first_row`` on."""
@@ -174,12 +178,10 @@ class _Step(Request):
         size = ints[Field.SLOT_SIZE]
         ints[Field.DRAW] += 1
         rows = dict(enumerate(self.positions(Status.MASKED), first_row))
-        certainty = {row: float(self.picked_prob[row]) for row in list(rows)[::size]}
-        threshold = float(self.state.slot_threshold[self.slot])
-        chosen = [row for row in certainty if certainty[row] > threshold]
-        if not chosen:
-            chosen = [max(certainty, key=lambda row: (certainty[row], -row))]
-        for first in chosen:
+        opens = list(rows)[::size]
+        certainties = [float(self.picked_prob[row]) for row in opens]
+        chosen = rules.choose_slots(certainties, float(self.state.slot_threshold[self.req]))
+        for first in [opens[i] for i in chosen]:
             for row in range(first, first + size):
                 self._pick(rows[row], row, origin=rows[first])
         self._count(Counter.SLOTS_CHOSEN, len(chosen))
@@ -197,21 +199,15 @@ class _Step(Request):
         fed = [p for p, row in enumerate(self.canvas_row) if row >= 0]
         slots = self.by_slot(self.positions(Status.CHOSEN))
         runs = [self._run(positions) for positions in slots]
-        accepted = 0  # of all slots' tokens
-        for positions, run in zip(slots, runs):
-            accepted += run
-            if run < len(positions):
-                break
         for p in sum(slots, []):
             self.rounds[p] = 0
-        eos = self._first_eos(fed[:accepted])
-        if eos is not None:
-            kept = fed.index(eos) + 1
+        drafts = [self.token[p] for p in fed]
+        kept, ends = rules.committed_prefix(drafts, runs, size, ints[Field.EOS])
+        if ends:
             self._commit(fed[:kept], isolated=False)
-            self._cut_after(eos)
+            self._cut_after(fed[kept - 1])
             self._after_commit(None)
             return kept
-        kept = accepted // size * size
         if kept:
             self._commit(fed[:kept], isolated=False)
             for position in fed[kept:]:
@@ -234,7 +230,7 @@ class _Step(Request):
             fed = sum(self.canvas_row[p] >= 0 for p in blank)
             if fed:
                 self._propose(blank, fed, self.canvas_row[blank[0]])
-        eos = self._accept_eos()
+        ends = self._accept_eos()
         kept = self._keepable()
         ints[Field.KEPT] += kept
         slots = self.positions(*INFILLED)
@@ -246,27 +242,23 @@ class _Step(Request):
             self._commit(slots, isolated=True)
             ints[Field.KEPT] = 0
             last_slot = slots[-1] - slots[-1] % ints[Field.SLOT_SIZE]
-            self._after_commit(None if eos is not None else last_slot)
+            self._after_commit(None if ends else last_slot)
         return kept
 
     def _run(self, proposals: list[int]) -> int:
         """How many of a slot's proposals are accepted in this pass."""
-        run = tested = 0
-        for p in proposals:
-            row = self.canvas_row[p]
-            if row < 0:
-                break
-            if self.origin[p] != p:
-                tested += 1
-                # the row before gives this row's token its probability
-                probability = self.given_prob[row - 1] if row > 0 else -1.0
-                if not probability > self.state.token_threshold[self.slot]:
-                    self.passed -= 1
-                    break
-            run += 1
-        self.tested += tested
-        self.passed += tested
+        given = [self._given(p) for p in proposals if self.canvas_row[p] >= 0]
+        run = rules.accepted_run(given, float(self.state.token_threshold[self.req]))
+        self.tested += sum(probability is not None for probability in given[: run + 1])
+        self.passed += sum(probability is not None for probability in given[:run])
         return run
+
+    def _given(self, proposal: int) -> float | None:
+        """The probability that the row before a proposal's gives to it; None: not asked for."""
+        if self.origin[proposal] == proposal:
+            return None
+        row = self.canvas_row[proposal]
+        return float(self.given_prob[row - 1]) if row > 0 else -1.0
 
     def _learn(self) -> None:
         """Counts the tokens tested and passed, those of late for the request itself."""
@@ -325,16 +317,13 @@ class _Step(Request):
             return False
         return self.origin[behind] != behind
 
-    def _first_eos(self, positions: list[int]) -> int | None:
-        eos = self.ints[Field.EOS]
-        return next((p for p in positions if self.token[p] == eos), None) if eos >= 0 else None
-
-    def _accept_eos(self) -> int | None:
+    def _accept_eos(self) -> bool:
         """Cuts the infill after the first accepted EOS, if there is one."""
-        eos = self._first_eos(self.positions(Status.ACCEPTED))
-        if eos is not None:
-            self._cut_after(eos)
-        return eos
+        accepted = self.positions(Status.ACCEPTED)
+        end = rules.until_eos([self.token[p] for p in accepted], self.ints[Field.EOS])
+        if end:
+            self._cut_after(accepted[end - 1])
+        return end > 0
 
     def _cut_after(self, position: int) -> None:
         """EOS at a block position: everything after it that is not committed is dropped."""
@@ -346,14 +335,14 @@ class _Step(Request):
 
     def _commit(self, positions: list[int], isolated: bool) -> None:
         """Commits tokens whose KV is final, in this order."""
-        ints, state, slot = self.ints, self.state, self.slot
+        ints, state, req = self.ints, self.state, self.req
         committed = ints[Field.COMMITTED]
         for row, position in enumerate(positions):
             response_position = ints[Field.BLOCK_START] + position
             self.status[position] = Status.COMMITTED
-            state.response[slot, response_position] = self.token[position]
-            state.order[slot, committed + row] = response_position
-            state.group_context[slot, committed + row] = committed if isolated else -1
+            state.response[req, response_position] = self.token[position]
+            state.order[req, committed + row] = response_position
+            state.group_context[req, committed + row] = committed if isolated else -1
         ints[Field.COMMITTED] += len(positions)
 
     def _after_commit(self, last_slot: int | None) -> None:

@@ -37,4 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = chosen.run(chosen)
     except ValueError as error:
         parser.exit(2, f"vllm-refusion {chosen.command}: {error}\n")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        parser.exit(1, f"vllm-refusion {chosen.command}: {error}\n")
     sys.exit(code or 0)

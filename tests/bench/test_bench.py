@@ -16,15 +16,14 @@ from engine import ON_GPU, engine
 from vllm_refusion.bench import BENCHMARK_ENV, contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
-from vllm_refusion.bench.contributions import Saving
 from vllm_refusion.bench.load import Load, Trace, run_load, summarise
 from vllm_refusion.bench.server import serve_command
 from vllm_refusion.bench.settings import Settings
 from vllm_refusion.bench.shapes import SHAPES, matrix_parameters, shape_config
-from vllm_refusion.bench.simulate import ReplayedOutcomes, simulate, tokens_per_forward
+from vllm_refusion.bench.simulate import DrawnOutcomes, simulate, tokens_per_forward
 from vllm_refusion.cli import build_parser, main
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import NO_RIDERS
+from vllm_refusion.decoding.speculation import NO_RIDERS, Saving
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.acceptance import CONFIG_KEY, Profile, build_tables, seed_of, to_config
 from vllm_refusion.engine.metrics import snapshot
@@ -344,8 +343,8 @@ class NothingPasses:
     def draft(self, positions, draw):
         return [0] * len(positions), [1.0] * len(positions)
 
-    def passes(self, tokens, positions):
-        return [False] * len(tokens)
+    def given(self, tokens, positions):
+        return [0.0] * len(tokens)
 
 
 @pytest.mark.parametrize("keeps, infill", [(True, [7, 7, 6, 6, 5, 5]), (False, [8] * 6)])
@@ -370,9 +369,7 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
     expected = [
         made
         for index, seed in enumerate(seeds)
-        for made in simulate(
-            params[index % 2], ReplayedOutcomes(tables, seed, params[index % 2]), 64
-        )
+        for made in simulate(params[index % 2], DrawnOutcomes(tables, seed, params[index % 2]), 64)
     ]
     options = {"diffusion_config": {"canvas_length": 32}, "load_format": "dummy"}
     options["override_generation_config"] = vars(params[0])

@@ -74,21 +74,21 @@ def record_simulated(model, requests: list[Request], weather: Weather | None = N
     state, owners, names = simulated.state, {}, iter(range(len(requests)))
     add, save, restore, remove = state.add, state.save, state.restore, state.remove
 
-    def start(slot, name):
-        owners[slot] = name
-        recorder.add(slot, name, requests[int(name)].prompt)
+    def start(req, name):
+        owners[req] = name
+        recorder.add(req, name, requests[int(name)].prompt)
 
-    def added(slot, *args, **kwargs):
-        add(slot, *args, **kwargs)
-        start(slot, str(next(names)))
+    def added(req, *args, **kwargs):
+        add(req, *args, **kwargs)
+        start(req, str(next(names)))
 
-    def restored(slot, saved, emitted):
-        restore(slot, saved, emitted)
-        start(slot, saved["name"])
+    def restored(req, saved, emitted):
+        restore(req, saved, emitted)
+        start(req, saved["name"])
 
     state.add, state.restore = added, restored
-    state.save = lambda slot: save(slot) | {"name": owners[slot]}
-    state.remove = lambda slot: (remove(slot), recorder.remove(slot))
+    state.save = lambda req: save(req) | {"name": owners[req]}
+    state.remove = lambda req: (remove(req), recorder.remove(req))
     outcomes = simulated.decode(requests)
     recordings = recorder.take()
     assert recorder.take() == []
@@ -132,7 +132,7 @@ def test_tells_the_reference_decoders_passes(model, reference, weather):
 
 
 def test_untraced_requests_are_left_alone(model):
-    """They are not copied to the host: the recorder asks only which slots take part."""
+    """They are not copied to the host: the recorder asks only which requests take part."""
     state = SimulatedEngine(model, None).state
     recorder = Recorder(state)
     calls = []

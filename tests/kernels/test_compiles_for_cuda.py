@@ -20,7 +20,7 @@ kernel, constants = {
     "layout": (layout._layout_kernel, {"BLOCK": 1024}),
     "allocation": (allocation._allocate_kernel, {"LANES": 64}),
 }[sys.argv[1]]
-FLOATS = {"slot_threshold", "token_threshold", "confidence", "picked_prob", "given_prob"}
+FLOATS = {"floats", "picked_prob", "given_prob"}
 LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "slot_mappings"}
 
 

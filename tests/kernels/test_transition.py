@@ -73,7 +73,7 @@ WEATHERS = {
     "single_token_chunks": Weather(chunk=1),
     "ragged_chunks": Weather(chunk=5, ragged=True),
     "truncated_canvases": Weather(truncate=0.3),
-    "idle_slots": Weather(strangers=0.5),
+    "idle_requests": Weather(strangers=0.5),
     "preemptions": Weather(chunk=7, ragged=True, preempt=0.05),
     "lost_tokens": Weather(chunk=7, ragged=True, lose=0.05),
     "aborts": Weather(abort=0.01),

@@ -36,11 +36,11 @@ class Fuzz:
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         for tensor in tensors(self.state).values():
             tensor.copy_(torch.randint(TOKENS, tensor.shape, generator=generator))
-        slots = rng.sample(range(max_requests), requests)
+        reqs = rng.sample(range(max_requests), requests)
         self.num_computed = torch.full((max_requests,), POISON, dtype=torch.int32)
         self.prefill_len = torch.full((max_requests,), POISON, dtype=torch.int32)
-        widths = [self.request(slot, rng.choice(phases)) for slot in slots]
-        self.idx_mapping = torch.tensor(slots)
+        widths = [self.request(req, rng.choice(phases)) for req in reqs]
+        self.idx_mapping = torch.tensor(reqs)
         # a batch may be padded with requests of no rows
         self.query_start_loc = starts([width for width, _ in widths] + [0] * rng.randint(0, 2))
         self.logits_start = starts([rows for _, rows in widths])
@@ -56,8 +56,8 @@ class Fuzz:
         free = self.rng.choice((0, 0, self.rng.randint(0, 200), 1000))
         return Speculation(free, self.rng.choice((0, 0, 30, 1000)))
 
-    def request(self, slot: int, phase: Phase) -> tuple[int, int]:
-        """Puts a request in ``phase`` into ``slot``; its rows in the pass and in the logits."""
+    def request(self, req: int, phase: Phase) -> tuple[int, int]:
+        """Puts a request in ``phase`` at ``req``; its rows in the pass and in the logits."""
         rng, state, width = self.rng, self.state, self.state.canvas_length
         size = rng.choice([n for n in (1, 2, 3, 4, 8, 32) if n <= width])
         block_length = size * rng.randint(1, width // size)
@@ -65,20 +65,20 @@ class Fuzz:
         budget = size * slots
         block_start = block_length * rng.randint(0, (budget - 1) // block_length)
         length = min(block_length, budget - block_start)
-        # an idle slot still holds what the request before left there
+        # an index without a request still holds what the one before left
         suspended = phase in (Phase.IDLE, Phase.PREFILL, Phase.REPLAY)
         resume = rng.choice((Phase.START, *DECODING, Phase.DONE) if suspended else (phase,))
         if size == 1 and resume == Phase.INFILL:  # a single token is never infilled
             resume = Phase.VERIFY
         status, origin, limit = self.block(resume, size, length)
-        state.status[slot] = torch.tensor(status)
-        state.origin[slot] = torch.tensor(origin)
-        state.confidence[slot] = torch.tensor([self.probability() for _ in range(width)])
-        state.slot_threshold[slot] = rng.choice(PROBABILITIES)
-        state.token_threshold[slot] = rng.choice(PROBABILITIES)
-        state.order[slot] = torch.tensor(rng.sample(range(state.max_response), state.max_response))
+        state.status[req] = torch.tensor(status)
+        state.origin[req] = torch.tensor(origin)
+        state.confidence[req] = torch.tensor([self.probability() for _ in range(width)])
+        state.slot_threshold[req] = rng.choice(PROBABILITIES)
+        state.token_threshold[req] = rng.choice(PROBABILITIES)
+        state.order[req] = torch.tensor(rng.sample(range(state.max_response), state.max_response))
         isolated = [rng.choice((-1, rng.randrange(50))) for _ in range(state.max_response)]
-        state.group_context[slot] = torch.tensor(isolated)
+        state.group_context[req] = torch.tensor(isolated)
 
         committed = 0 if resume == Phase.START else block_start + status.count(Status.COMMITTED)
         contiguous = next((p for p, s in enumerate(status) if s != Status.COMMITTED), width)
@@ -113,35 +113,36 @@ class Fuzz:
         }
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL
-        state.ints[slot] = torch.tensor([fields[name] for name in Field])
+        state.ints[req] = torch.tensor([fields[name] for name in Field])
         if phase == Phase.INFILL:
             slots = [s for s in status if s in INFILLED]
             leading = next(i for i, s in enumerate([*slots, None]) if s != Status.ACCEPTED)
             first = next((p for p, s in enumerate(status) if s in OPEN), None)
             if first is not None and origin[first] < first:  # the token before it is fed again
                 leading -= 1
-            state.ints[slot, Field.KEPT] = rng.randint(0, max(0, min(leading, len(slots) - 1)))
+            state.ints[req, Field.KEPT] = rng.randint(0, max(0, min(leading, len(slots) - 1)))
         if resume == Phase.START:
             first = min(block_length, budget)
-            state.ints[slot, [Field.ROWS, Field.CANVAS]] = first
-            state.row_position[slot] = -1
-            state.row_position[slot, :first] = torch.arange(first).int()
+            state.ints[req, [Field.ROWS, Field.CANVAS]] = first
+            state.row_position[req] = -1
+            state.row_position[req, :first] = torch.arange(first).int()
+            state.row_target[req] = state.row_position[req]
         else:
-            state.ints[slot, Field.PHASE] = resume
-            compose_twin(state, slot, self.speculation())
-            state.ints[slot, Field.PHASE] = fields[Field.PHASE]
-        needed, canvas = state.ints[slot, [Field.ROWS, Field.CANVAS]].tolist()
+            state.ints[req, Field.PHASE] = resume
+            compose_twin(state, req, self.speculation())
+            state.ints[req, Field.PHASE] = fields[Field.PHASE]
+        needed, canvas = state.ints[req, [Field.ROWS, Field.CANVAS]].tolist()
 
         again = rng.randint(0, committed)
-        self.prefill_len[slot] = prompt_len + again
-        self.num_computed[slot] = prompt_len + committed
+        self.prefill_len[req] = prompt_len + again
+        self.num_computed[req] = prompt_len + committed
         if phase == Phase.PREFILL:
-            self.num_computed[slot] = computed = rng.randrange(prompt_len + again)
+            self.num_computed[req] = computed = rng.randrange(prompt_len + again)
             left = prompt_len + again - computed
             beyond = rng.choice((0, needed, rng.randint(0, width)))
             return rng.choice(((left + beyond, beyond), (rng.randint(1, left), 0)))
         if phase == Phase.REPLAY:
-            self.num_computed[slot] = prompt_len + rng.randrange(committed)
+            self.num_computed[req] = prompt_len + rng.randrange(committed)
             rows = rng.randint(1, width)
         elif rng.random() < 0.1:
             rows = rng.randint(0, max(0, needed - 1))

@@ -54,11 +54,11 @@ class Weather:
     Attributes:
         chunk: largest number of prefill tokens in a step; a random number up to it if ``ragged``.
         truncate: chance that fewer rows than the canvas has are scheduled.
-        preempt: chance that a request is preempted and continues in another slot.
+        preempt: chance that a request is preempted and continues at another index.
         preempt_at: every request is preempted once when it first is in this phase.
         lose: chance that the tokens of a step are lost since its request is preempted at once.
         abort: chance that a request is aborted.
-        strangers: chance that an idle slot takes part in a step.
+        strangers: chance that an index without a request takes part in a step.
         riders: chance that canvases take riders, of a random choice, and get rows for them.
         speculation: what rows are worth where they do; drawn anew in each step if None. With it
             they get no more rows than is guaranteed.
@@ -92,7 +92,7 @@ class _Job:
     request: Request
     index: int
     output: list[int] = field(default_factory=list)
-    slot: int = -1
+    req: int = -1
     prefill: list[int] = field(default_factory=list)
     unfed: int = 0  # of it, as the scheduler counts
     finished: bool = False
@@ -157,25 +157,26 @@ class SimulatedEngine:
         while self._waiting and self._free:
             job = self._waiting.pop(0)
             request = job.request
-            job.slot = self._free.pop(self.random.randrange(len(self._free)))
+            job.req = self._free.pop(self.random.randrange(len(self._free)))
             job.prefill = request.prompt + job.output
             job.kv = []
             job.unfed = len(job.prefill)
-            self.num_computed[job.slot] = 0
+            self.num_computed[job.req] = 0
             delivered = request.params.whole_slots(len(job.output))
             if serial := request.params.mode == "serial":
                 delivered = max(0, len(job.output) - 1)
-            self.prefill_len[job.slot] = len(request.prompt) + delivered
+            self.prefill_len[job.req] = len(request.prompt) + delivered
             if job.saved is not None and not serial:
-                self.state.restore(job.slot, job.saved, len(job.output))
+                self.state.restore(job.req, job.saved, len(job.output))
             else:
                 eos = () if request.eos_token_id is None else (request.eos_token_id,)
-                add, more = self.state.add, {}
+                add: Callable[..., None] = self.state.add
+                more: dict[str, int] = {}
                 if serial:
                     add = self.state.add_serial
                     more = {"last_token": job.prefill[-1], "known": len(job.output)}
                 add(
-                    job.slot,
+                    job.req,
                     len(request.prompt),
                     request.params,
                     request.max_tokens,
@@ -199,17 +200,17 @@ class SimulatedEngine:
     def _preempt(self, job: _Job) -> None:
         self.preempted_in[Phase(self._field(job, Field.PHASE))] += 1
         job.preempted_once = True
-        job.saved = self.state.save(job.slot)
+        job.saved = self.state.save(job.req)
         self._leave(job)
         self._waiting.append(job)
 
     def _leave(self, job: _Job) -> None:
-        self.state.remove(job.slot)
-        self._free.append(job.slot)
+        self.state.remove(job.req)
+        self._free.append(job.req)
         self._running.remove(job)
 
     def _field(self, job: _Job, name: Field) -> int:
-        return int(self.state.ints[job.slot, name])
+        return int(self.state.ints[job.req, name])
 
     def _width(self, job: _Job) -> int:
         """Rows scheduled for a request, as the scheduler decides without knowing the canvas."""
@@ -241,30 +242,30 @@ class SimulatedEngine:
     def _step(self) -> None:
         state, canvas_length = self.state, self.state.canvas_length
         batch: list[tuple[int, _Job | None, int]] = [
-            (job.slot, job, self._width(job)) for job in self._running
+            (job.req, job, self._width(job)) for job in self._running
         ]
         batch += [
-            (slot, None, self.random.randint(0, canvas_length))
-            for slot in self._free
+            (req, None, self.random.randint(0, canvas_length))
+            for req in self._free
             if self._chance(self.weather.strangers)
         ]
         self.random.shuffle(batch)
-        idx_mapping = torch.tensor([slot for slot, _, _ in batch])
+        idx_mapping = torch.tensor([req for req, _, _ in batch])
         query_start_loc = _starts([width for _, _, width in batch])
         rows = int(query_start_loc[-1])
 
         input_ids = torch.full((rows,), POISON, dtype=torch.int32)
         slot_mappings = torch.zeros(2, rows, dtype=torch.int64)
         logit_rows = []
-        for (slot, job, width), start in zip(batch, query_start_loc[:-1].tolist(), strict=True):
-            computed = int(self.num_computed[slot])
-            tokens = state.canvas_token[slot, :width].int()
+        for (req, job, width), start in zip(batch, query_start_loc[:-1].tolist(), strict=True):
+            computed = int(self.num_computed[req])
+            tokens = state.canvas_token[req, :width].int()
             prompt_rows = 0 if job is None else min(job.unfed, width)
             if prompt_rows:
                 job.unfed -= prompt_rows
                 prefill = job.prefill[computed : computed + prompt_rows]
                 prefill += [POISON] * (prompt_rows - len(prefill))
-                beyond = state.canvas_token[slot, : width - prompt_rows]
+                beyond = state.canvas_token[req, : width - prompt_rows]
                 tokens = torch.cat((torch.tensor(prefill), beyond))
             input_ids[start : start + width] = tokens
             slot_mappings[:, start : start + width] = torch.arange(computed, computed + width)
@@ -334,7 +335,7 @@ class SimulatedEngine:
                 assert count == kept == 0
                 continue
             job.kv += fed[row][:kept]
-            self.num_computed[job.slot] += kept
+            self.num_computed[job.req] += kept
             self._deliver(job, sampled[row, :count].tolist())
 
     def _speculation(self) -> Speculation:
@@ -360,7 +361,7 @@ class SimulatedEngine:
                 break
         # An engine drops a finished request; here all is committed that would have been.
         if stops or (job.finished and self._field(job, Field.PHASE) == Phase.DONE):
-            order = self.state.order[job.slot, : self._field(job, Field.COMMITTED)].tolist()
+            order = self.state.order[job.req, : self._field(job, Field.COMMITTED)].tolist()
             passes = self._field(job, Field.PASSES)
             self._outcomes[job.index] = Outcome(job.output, order, passes)
             self._leave(job)
@@ -376,15 +377,14 @@ class SimulatedEngine:
             torch.full((len(logits),), torch.nan),
         )
         row_request = idx_mapping.repeat_interleave(torch.tensor(logit_rows))
-        local = torch.cat([torch.arange(count) for count in logit_rows])
-        flat = row_request * state.canvas_length + local
-        following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
+        row = torch.cat([torch.arange(count) for count in logit_rows])
+        following = (row + 1).clamp_max(state.canvas_length - 1)
         return self.operations.token_stats(
             logits,
             row_request,
-            state.row_target.view(-1)[flat],
-            state.canvas_token.view(-1)[following].int(),
-            state.row_draw.view(-1)[flat],
+            state.row_target[row_request, row],
+            state.canvas_token[row_request, following].int(),
+            state.row_draw[row_request, row],
             temperature=state.temperature,
             seed=state.seed,
             min_tokens=state.min_tokens,

@@ -1,6 +1,6 @@
 """Soak: minutes of mixed load on one server of its own, every answer compared with its like alone.
 
-    python tests/soak.py --minutes 5
+    python tests/support/soak.py --minutes 5
 
 Starts ``python -m vllm.entrypoints.openai.api_server`` in a temporary folder and needs nothing but
 what vLLM installs. First each distinct request is sent alone and its answer kept. Then, until the

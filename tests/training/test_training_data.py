@@ -8,7 +8,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_refusion.training.collator import Example
+from vllm_refusion.training.collator import Example, autoregressive
 from vllm_refusion.training.data import (
     DataError,
     Encoder,
@@ -153,8 +153,8 @@ def test_no_chat_template(tokenizer, tiny_checkpoint):
 def test_course_is_a_function_of_seed_and_index():
     examples = [Example([n], list(range(100 + n, 140 + n))) for n in range(11)]
 
-    def course(seed=5, **options):
-        return Course(examples, 33, seed, (4, 8), 99, **options)
+    def course(seed=5, mask=99):
+        return Course(examples, 33, seed, (4, 8), mask)
 
     one, other = course(), course()
     assert [one[i] for i in range(33)] == [other[i] for i in reversed(range(33))][::-1]
@@ -166,7 +166,7 @@ def test_course_is_a_function_of_seed_and_index():
     seen = [next(r for i in range(11 * e, 11 * e + 11) if (r := one[i]).input_ids[0] == 3)
             for e in range(3)]  # fmt: skip
     assert seen[0] != seen[1] != seen[2]
-    assert course(objective="autoregressive")[0].input_ids[1:] != []
+    assert course(mask=None)[0] == autoregressive(course().example(0))
 
 
 @pytest.mark.parametrize("infill", [False, True])

@@ -16,8 +16,9 @@ from typing import Any
 
 from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.load import Load, run_load, summarise
-from vllm_refusion.bench.settings import Preset, Settings
+from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import matrix_parameters
+from vllm_refusion.files import read_json, write_text
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
 PROFILED_TOKENS = 32
@@ -101,8 +102,8 @@ class Side:
         self.args = args
         self.watch = None
         if self.in_process:
-            core = self.llm.llm_engine.engine_core.engine_core
-            self.watch = compat.ScheduleWatch(core.scheduler)
+            client: Any = self.llm.llm_engine.engine_core  # of its kinds, the one in this process
+            self.watch = compat.ScheduleWatch(client.engine_core.scheduler)
 
     def describe(self) -> dict[str, Any]:
         config = self.llm.llm_engine.vllm_config
@@ -169,7 +170,7 @@ class Side:
         level = {
             "side": self.side,
             "preset": self.speculation if preset is None else preset.name,
-            "canvas": preset.block_length if canvas else None,
+            "canvas": preset.block_length if preset is not None and canvas else None,
             "acceptance": "-" if preset is None else preset.acceptance,
             "concurrency": concurrency,
             "requests": count,
@@ -199,9 +200,11 @@ class Side:
             return snapshot(self.llm)
         if self.settings.speculative_config is None:
             return {}
+        from vllm.v1.metrics.reader import Counter
+
         drafted = "vllm:spec_decode_num_draft_tokens"
-        found = [metric for metric in self.llm.get_metrics() if metric.name == drafted]
-        return {"drafted_tokens": sum(int(metric.value) for metric in found)}
+        found = [m for m in self.llm.get_metrics() if isinstance(m, Counter) and m.name == drafted]
+        return {"drafted_tokens": sum(metric.value for metric in found)}
 
     def rows_run(self) -> int:
         """Decode rows of all passes so far, with those that no request used."""
@@ -233,9 +236,7 @@ class Prompts:
         self.token_ids: list[list[int]] = []
         self.longest = settings.input_len
         if settings.prompts is not None:
-            lines = Path(settings.prompts).read_text().splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-            self.texts = [row.get("prompt") or row["query"] for row in rows]
+            self.texts = read_prompts(settings.prompts)
 
     def prepare(self, llm: Any) -> None:
         settings = self.settings
@@ -280,16 +281,14 @@ def levels_of(settings: Settings, side: str) -> list[tuple[Preset | None, int]]:
 
 
 def main(side: str, settings_file: str, result_file: str) -> None:
-    settings = Settings.from_json(json.loads(Path(settings_file).read_text()))
+    settings = Settings.from_json(read_json(Path(settings_file)))
     running = Side(settings, side)
     result = running.describe() | {"environment": environment()}
     target = Path(result_file)
     for preset, concurrency in levels_of(settings, side):
         level, line = running.run_level(preset, concurrency)
         result["levels"].append(level)
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(result, default=str))
-        partial.replace(target)
+        write_text(target, json.dumps(result, default=str))
         say(line)
     running.llm.llm_engine.engine_core.shutdown()
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_refusion.bench import BENCHMARK_ENV, report
-from vllm_refusion.bench.settings import Preset, Settings
+from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import SHAPES, write_checkpoints
+from vllm_refusion.files import json_object, read_json, write_text
 
 HELP = "Measure stock autoregressive decoding and ReFusion on the same vLLM."
 DEFAULT_PRESET = "32/128/0.9/0.4"
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input-len", type=int, default=128, help="tokens of a random prompt")
     add("--output-len", type=int, default=256)
     add("--warmup-tokens", type=int, default=32, help="output tokens of each level's warm-up")
-    add("--prompts", help="JSONL file with prompts (prompt or query) instead of random token ids")
+    add("--prompts", help="data file with prompts (prompt or query) instead of random token ids")
     add("--stop-at-eos", action="store_true", help="let responses end before --output-len")
     add("--dtype", default="auto")
     add("--load-format", default="auto", help="of --model; --shape implies dummy")
@@ -82,10 +83,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="FULL CUDA graphs without torch.compile on both sides: starts in seconds",
     )
-    add("--speculative-config", type=_json, help="JSON, for the stock side")
-    add("--engine-args", type=_json, default={}, help="JSON: vLLM engine arguments of both sides")
-    add("--stock-args", type=_json, default={}, help="JSON: more of them for the stock side")
-    add("--refusion-args", type=_json, default={}, help="JSON: more of them for the ReFusion side")
+    add("--speculative-config", type=json_object, help="JSON, for the stock side")
+    add(
+        "--engine-args",
+        type=json_object,
+        default={},
+        help="JSON: vLLM engine arguments of both sides",
+    )
+    add("--stock-args", type=json_object, default={}, help="JSON: more of them for the stock side")
+    add(
+        "--refusion-args",
+        type=json_object,
+        default={},
+        help="JSON: more of them for the ReFusion side",
+    )
     add("--seed", type=int, default=0)
     add("--profile", metavar="DIR", help="write torch profiles of a few steps there")
     add("--profile-level", type=int, default=1, help="concurrency of the profiled steps")
@@ -126,13 +137,6 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def _json(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
-
-
 def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
     """The settings of an offline run; writes the checkpoints of a shape into ``folder``.
 
@@ -153,6 +157,8 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
     dummy = load_format == "dummy"
     if dummy and arguments.prompts:
         raise ValueError("--prompts needs real weights: with dummy ones there is no tokenizer.")
+    if arguments.prompts:
+        read_prompts(arguments.prompts)  # refused here rather than when an engine has started
     presets = [
         _with_replay(preset, dummy)
         for preset in arguments.presets or [parse_preset(DEFAULT_PRESET)]
@@ -246,7 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(target: Path, result: dict[str, Any]) -> None:
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(target, json.dumps(result, indent=1) + "\n")
 
 
 def bf16_tflops(folder: Path) -> float | None:
@@ -267,7 +273,7 @@ def run_side(
     ``error`` is None in the last one, or says how the child ended.
     """
     settings_file, result_file = folder / f"{side}-settings.json", folder / f"{side}.json"
-    settings_file.write_text(json.dumps(settings.to_json()))
+    write_text(settings_file, json.dumps(settings.to_json()))
     # -P: a folder named triton_kernels in the working directory would shadow a package of vLLM's
     command = [sys.executable, "-P", "-m", "vllm_refusion.bench.child"]
     command += [side, str(settings_file), str(result_file)]
@@ -276,7 +282,7 @@ def run_side(
     def measured(error: str | None) -> dict[str, Any]:
         result: dict[str, Any] = {"side": side, "levels": []}
         if result_file.exists():
-            result = json.loads(result_file.read_text())
+            result = read_json(result_file)
             if settings.shape is not None:
                 result["engine_args"]["model"] = settings.shape
         return result | {"error": error}

@@ -1,6 +1,6 @@
 """What each way of saving passes saves on its own, without a model or a GPU.
 
-Drives the twin of the state machine (``triton_kernels/transition_twin.py``) with replayed
+Drives the twin of the state machine (``triton_kernels/transition_twin.py``) with drawn
 acceptance and prints a Markdown table:
 
     python -m vllm_refusion.bench.contributions
@@ -10,42 +10,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from enum import Enum
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 
 from vllm_refusion.bench.command import CALIBRATED, parse_preset
 from vllm_refusion.bench.simulate import tokens_per_forward
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import NO_RIDERS, Speculation
+from vllm_refusion.decoding.speculation import ALL_SAVINGS, NO_RIDERS, Saving, Speculation
 from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
 from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
-from vllm_refusion.triton_kernels import transition_twin as twin
 from vllm_refusion.triton_kernels.acceptance_twin import (
     AcceptanceTables,
     acceptance_stats_twin,
 )
+from vllm_refusion.triton_kernels.transition_twin import transition_twin
 
 PRESETS = ("32/128/0.9/0.4", "8/16/0.8/0.2")
-CANVAS, VOCAB, MASK = 256, 151936, 0  # what masks are called does not matter to replayed outcomes
+CANVAS, VOCAB, MASK = 256, 151936, 0  # what masks are called does not matter to drawn outcomes
 PROMPT = 1  # tokens
 CONCURRENCY = {"low": Speculation(128, 300), "high": Speculation(2, 8)}
 ALL_THAT_FIT = Speculation(CANVAS, 0)
 
 
-class Saving(Enum):
-    """A way to save passes, or rows."""
-
-    PLAN = "1: verify + next plan"
-    FIRST_PLAN = "2: prompt + first plan"
-    PREDICT = "3: infill verify + next predict"
-    FIRST_PREDICT = "4: failed verify straight on"
-    PIECES = "5: operations piece by piece"
-
-
-RIDERS = frozenset(Saving) - {Saving.PIECES}
+RIDERS = ALL_SAVINGS - {Saving.PIECES}
 
 
 class Counts(NamedTuple):
@@ -66,28 +54,6 @@ class Counts(NamedTuple):
         return tokens / self.passes, self.rows / tokens
 
 
-class _SelectiveStep(twin._Step):
-    """A step of the twin that saves in some ways only."""
-
-    savings: Collection[Saving] = ()
-
-    def _riders(self) -> list:
-        return [rider for rider in super()._riders() if self._saving(rider.at) in self.savings]
-
-    def _saving(self, at: int) -> Saving:
-        if at % self.ints[Field.SLOT_SIZE] == 0:
-            return Saving.PLAN
-        verifies = self.ints[Field.PHASE] == Phase.VERIFY
-        return Saving.FIRST_PREDICT if verifies else Saving.PREDICT
-
-    def _worth_testing(self, proposals: list[int]) -> list[int]:
-        return super()._worth_testing(proposals) if Saving.PIECES in self.savings else proposals
-
-    def _predict_width(self) -> int:
-        in_pieces = Saving.PIECES in self.savings
-        return super()._predict_width() if in_pieces else self.ints[Field.SLOT_SIZE]
-
-
 def decode(
     params: DecodingParams,
     profile: Profile,
@@ -100,11 +66,10 @@ def decode(
     """Decodes requests with the twin, saving passes in the given ways only."""
     state = DecodeState(requests, CANVAS, params.budget(max_tokens), MASK, "cpu")
     tables = build_tables([profile], VOCAB, (), "cpu")
-    for slot in range(requests):
-        state.add(slot, PROMPT, params, max_tokens, None, seed=seed_of(0, slot))
+    for req in range(requests):
+        state.add(req, PROMPT, params, max_tokens, None, seed=seed_of(0, req))
     num_computed = torch.zeros(requests, dtype=torch.int32)
     prompts = torch.full_like(num_computed, PROMPT)
-    step = type("_Step", (_SelectiveStep,), {"savings": savings})
     behind_prompts = params.first_block(max_tokens) if Saving.FIRST_PLAN in savings else 0
     phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
     while len(running := (phase != Phase.DONE).nonzero().flatten()):
@@ -112,21 +77,21 @@ def decode(
         decode_rows = torch.where(prefills, behind_prompts, width[running])
         fed = decode_rows + prefills * PROMPT
         num_sampled, num_rejected = torch.zeros_like(fed), torch.zeros_like(fed)
-        with mock.patch.object(twin, "_Step", step):
-            twin.transition_twin(
-                state,
-                running,
-                _starts(fed),
-                _starts(decode_rows),
-                num_computed,
-                prompts,
-                *_statistics(state, running, decode_rows, tables),
-                torch.full_like(fed, max_tokens),
-                torch.zeros(len(running), max_tokens, dtype=torch.int32),
-                num_sampled,
-                num_rejected,
-                speculation,
-            )
+        transition_twin(
+            state,
+            running,
+            _starts(fed),
+            _starts(decode_rows),
+            num_computed,
+            prompts,
+            *_statistics(state, running, decode_rows, tables),
+            torch.full_like(fed, max_tokens),
+            torch.zeros(len(running), max_tokens, dtype=torch.int32),
+            num_sampled,
+            num_rejected,
+            speculation,
+            savings,
+        )
         num_computed[running] += fed - num_rejected
     counts = state.counters.tolist()
     kinds = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
@@ -148,7 +113,7 @@ def _statistics(
     out = (torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row)), torch.zeros(len(row)))
     acceptance_stats_twin(
         request,
-        state.row_position[request, row],
+        state.row_target[request, row],
         state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
         state.row_draw[request, row],
         seed=state.seed,
@@ -162,8 +127,8 @@ def _statistics(
 
 def table(max_tokens: int, requests: int, presets: Collection[str] = PRESETS) -> str:
     """A column per preset and concurrency: tokens per pass, rows per token, share of passes."""
-    schedules = {saving.value: {saving} for saving in Saving}
-    schedules |= {"1 to 4": RIDERS, "1 to 5, the default": set(Saving)}
+    schedules: dict[str, Collection[Saving]] = {saving.value: {saving} for saving in Saving}
+    schedules |= {"1 to 4": RIDERS, "1 to 5, the default": ALL_SAVINGS}
     head = ["schedule", *(f"{name}, {level}" for name in presets for level in CONCURRENCY)]
     lines: dict[str, list[str]] = {}
     size = {"max_tokens": max_tokens, "requests": requests}
@@ -178,8 +143,8 @@ def table(max_tokens: int, requests: int, presets: Collection[str] = PRESETS) ->
             for schedule, savings in schedules.items():
                 column[schedule] = decode(params, chances, speculation, savings, **size).figures
             column["1 to 4, every rider that fits"] = every
-            for schedule, (tokens, rows) in column.items():
-                cell = f"{tokens:.2f}, {rows:.1f}, {plain[0] / tokens:.2f}"
+            for schedule, (tokens, fed) in column.items():
+                cell = f"{tokens:.2f}, {fed:.1f}, {plain[0] / tokens:.2f}"
                 lines.setdefault(schedule, [schedule]).append(cell)
     rows = [head, ["---"] * len(head), *lines.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_refusion.files import write_text, writing
+
 Result = dict[str, Any]
 Level = dict[str, Any]
 
@@ -175,7 +177,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 def write(target: Path, results: Sequence[Result]) -> None:
     """``target``.md and, with matplotlib, ``target``.png."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_name(target.name + ".md").write_text(table(results))
+    write_text(target.with_name(target.name + ".md"), table(results))
     drawn = [result for result in results if len(throughputs(result)) > 0]
     if not drawn:
         return
@@ -221,5 +223,6 @@ def plot(results: Sequence[Result], target: Path) -> None:
         panel.grid(True, which="major", alpha=0.3)
         replayed = any("replayed" in level["acceptance"] for level in levels_of(result))
         panel.legend(title="replayed acceptance" if replayed else None)
-    figure.savefig(target, dpi=110)
+    with writing(target, "wb") as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)

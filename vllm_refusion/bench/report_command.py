@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from vllm_refusion.bench import report
+from vllm_refusion.files import read_json
 
 HELP = "Render the table and the plot of benchmark results (JSON files of `bench`)."
 
@@ -22,11 +22,18 @@ def run(arguments: argparse.Namespace) -> int:
         files += sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"no JSON files in {', '.join(arguments.paths)}")
-    results = [json.loads(file.read_text()) for file in files]
-    strangers = [str(file) for file, result in zip(files, results) if "sides" not in result]
-    if strangers:
-        raise ValueError(f"not results of `vllm-refusion bench`: {', '.join(strangers)}")
+    results = [_load(file) for file in files]
     print(report.table(results))
     if arguments.out:
         report.write(Path(arguments.out), results)
     return 0
+
+
+def _load(file: Path) -> report.Result:
+    """A result whose table can be made. Raises ValueError for other files; names them."""
+    result = read_json(file)
+    try:
+        report.table([result])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file}: not a result of `vllm-refusion bench`: {error!r}") from error
+    return result

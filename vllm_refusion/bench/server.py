@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.settings import Preset
+from vllm_refusion.files import read_json
 
 # The CPU build of vLLM has no working `vllm` command, so its module is run.
 BENCH_SERVE = """
@@ -128,7 +129,7 @@ def _measure(
         error = f"{label}: vllm bench serve ended with exit status {code}, see {log.name}"
         print(error, *log.read_text().splitlines()[-40:], sep="\n  ")
         return error
-    found = json.loads(target.read_text())
+    found = read_json(target)
     level = {name: found.get(field) for name, field in FIELDS.items()}
     level |= {
         "side": side,

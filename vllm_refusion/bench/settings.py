@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.rows import DataError, check_texts, read_objects
 
 # "plain" is ReFusion without fused passes.
 SIDES = ("stock", "plain", "refusion")
@@ -52,7 +53,7 @@ class Settings:
     Attributes:
         models: checkpoint folder or name by side.
         requests: requests per level; None takes ``requests_at``.
-        prompts: JSONL file with real prompts (``prompt`` or ``query``); None draws token ids.
+        prompts: data file with real prompts, see ``read_prompts``; None draws token ids.
         stop_at_eos: otherwise every response has ``output_len`` tokens.
         engine_args: vLLM engine arguments by side, on top of what both get.
         profile: folder for a torch profile of a few steps at ``profile_level``.
@@ -126,3 +127,19 @@ class Settings:
     def from_json(values: Mapping[str, Any]) -> Settings:
         presets = [Preset(**preset) for preset in values["presets"]]
         return Settings(**{**values, "presets": presets, "sides": tuple(values["sides"])})
+
+
+def read_prompts(path: str) -> list[str]:
+    """The texts ``prompt``, else ``query``, of a data file's rows.
+
+    Raises:
+        DataError: a row has neither, or the file has none; names file and line.
+    """
+    texts = []
+    for row in read_objects([path]):
+        key = "prompt" if "prompt" in row.values else "query"
+        check_texts(row, [key])
+        texts.append(row.values[key])
+    if not texts:
+        raise DataError(f"{path}: no rows")
+    return texts

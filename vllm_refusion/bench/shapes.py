@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_refusion.files import read_json, write_text
+
 MASK_TOKEN_ID = 151670  # of the published checkpoint
 
 # hidden, intermediate, layers, heads, KV heads, tied embeddings
@@ -57,8 +59,8 @@ def shape_config(name: str) -> dict[str, Any]:
         }
     if not Path(name).is_file():
         raise ValueError(f"--shape {name}: known are {', '.join(SHAPES)}, or a config.json.")
-    config = json.loads(Path(name).read_text())
-    if config.get("mask_token_id") is None:
+    config = read_json(Path(name))
+    if not isinstance(config, dict) or config.get("mask_token_id") is None:
         raise ValueError(f"--shape {name}: the file has no mask_token_id.")
     return config
 
@@ -85,5 +87,5 @@ def write_checkpoints(name: str, folder: Path) -> dict[str, Path]:
     for side, content in (("stock", stock), ("refusion", config)):
         folders[side] = folder / f"{Path(name).stem}-{side}"
         folders[side].mkdir(parents=True, exist_ok=True)
-        (folders[side] / "config.json").write_text(json.dumps(content, indent=1))
+        write_text(folders[side] / "config.json", json.dumps(content, indent=1))
     return folders

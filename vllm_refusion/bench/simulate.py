@@ -1,6 +1,6 @@
 """Decoding without a model: counts the passes that the plain schedule makes for given outcomes.
 
-It calibrates the profiles of acceptance replay and says what an engine that replays one must count.
+It calibrates the profiles of drawn acceptance and says what an engine that has one must count.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import torch
 
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Pass
+from vllm_refusion.decoding.rules import accepted_run, choose_slots, committed_prefix
 from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
 from vllm_refusion.triton_kernels.acceptance_twin import (
     AcceptanceTables,
     acceptance_stats_twin,
 )
+
+NO_EOS = -1  # no token
 
 
 class Outcomes(Protocol):
@@ -25,11 +28,11 @@ class Outcomes(Protocol):
     def draft(self, positions: Sequence[int], draw: int) -> tuple[list[int], list[float]]:
         """Tokens proposed at response positions by a draw, and their probabilities."""
 
-    def passes(self, tokens: Sequence[int], positions: Sequence[int]) -> list[bool]:
-        """Whether tokens at response positions pass verification."""
+    def given(self, tokens: Sequence[int], positions: Sequence[int]) -> list[float]:
+        """The probability that the token before gives to each token, at response positions."""
 
 
-class ReplayedOutcomes:
+class DrawnOutcomes:
     """What ``acceptance_stats`` decides for one request."""
 
     def __init__(self, tables: AcceptanceTables, seed: int, params: DecodingParams) -> None:
@@ -45,10 +48,10 @@ class ReplayedOutcomes:
         picked, probability, _ = self._rows(positions, nothing, draw)
         return picked.tolist(), probability.tolist()
 
-    def passes(self, tokens: Sequence[int], positions: Sequence[int]) -> list[bool]:
+    def given(self, tokens: Sequence[int], positions: Sequence[int]) -> list[float]:
         # asked in the row before; position 0 is a slot's first, which nobody asks about
         before = [max(position - 1, 0) for position in positions]
-        return (self._rows(before, tokens, 0)[2] > 0.5).tolist()
+        return self._rows(before, tokens, 0)[2].tolist()
 
     def _rows(self, positions: Sequence[int], given: Sequence[int], draw: int) -> tuple:
         count = len(positions)
@@ -74,7 +77,9 @@ def simulate(
     as the paper says, also those whose KV is final and next in commit order.
     """
     size, budget = params.slot_size, params.budget(max_tokens)
-    slot_threshold = torch.tensor(params.slot_threshold).item()  # compared in float32
+    # compared in float32
+    slot_threshold = torch.tensor(params.slot_threshold).item()
+    token_threshold = torch.tensor(params.token_threshold).item()
     passes: list[Pass] = []
     draws = 0
 
@@ -84,22 +89,25 @@ def simulate(
         draws += 1
         return outcomes.draft(positions, draws - 1)
 
+    def accept(start: int, untested: int) -> int:
+        """Tokens of the slot accepted when the first ``untested`` take no test."""
+        tested = list(range(start + untested, start + size))
+        given = outcomes.given([token[p] for p in tested], tested)
+        return accepted_run([*[None] * untested, *given], token_threshold)
+
     for block in range(0, budget, params.block_length):
         left = list(range(block, min(block + params.block_length, budget), size))
         while left:
             positions = [start + i for start in left for i in range(size)]
             tokens, probabilities = draft("plan", positions, len(positions))
             token = dict(zip(positions, tokens))
-            certainty = dict(zip(left, probabilities[::size]))
-            chosen = [start for start in left if certainty[start] > slot_threshold]
-            chosen = chosen or [max(left, key=lambda start: certainty[start])]
+            chosen = [left[i] for i in choose_slots(probabilities[::size], slot_threshold)]
 
             # 3.2: the run of each slot, its first token accepted without a test
-            accepted: dict[int, int] = {}
             passes.append(Pass("verify", len(chosen) * size))
-            for start in chosen:
-                accepted[start] = _run(outcomes, token, start, 1, size)
-            whole = next((i for i, s in enumerate(chosen) if accepted[s] < size), len(chosen))
+            accepted = {start: accept(start, 1) for start in chosen}
+            drafts = [token[start + i] for start in chosen for i in range(size)]
+            whole = committed_prefix(drafts, list(accepted.values()), size, NO_EOS)[0] // size
             if not whole:
                 # 3.3: all chosen slots side by side until the last is complete
                 while incomplete := [s for s in chosen if accepted[s] < size]:
@@ -111,17 +119,10 @@ def simulate(
                     token.update(zip(blanks, tokens))
                     passes.append(Pass("infill_verify", len(chosen) * size - kept))
                     for start in incomplete:
-                        accepted[start] = _run(outcomes, token, start, accepted[start] + 1, size)
+                        accepted[start] = accept(start, accepted[start] + 1)
                 whole = len(chosen)
             left = [start for start in left if start not in chosen[:whole]]
     return passes
-
-
-def _run(outcomes: Outcomes, token: dict[int, int], start: int, accepted: int, size: int) -> int:
-    """Tokens of a slot accepted when ``accepted`` are without a test."""
-    positions = list(range(start + accepted, start + size))
-    passed = outcomes.passes([token[p] for p in positions], positions)
-    return accepted + next((i for i, ok in enumerate(passed) if not ok), len(passed))
 
 
 def tokens_per_forward(
@@ -133,14 +134,14 @@ def tokens_per_forward(
     vocab: int = 151936,
     keeps_accepted: bool = True,
 ) -> tuple[float, float]:
-    """Of the plain schedule with replayed outcomes: tokens per pass, rows fed per token."""
+    """Of the plain schedule with drawn outcomes: tokens per pass, rows fed per token."""
     tables = build_tables([profile], vocab, (), "cpu")
     passes = [
         made
         for index in range(requests)
         for made in simulate(
             params,
-            ReplayedOutcomes(tables, seed_of(0, index), params),
+            DrawnOutcomes(tables, seed_of(0, index), params),
             max_tokens,
             keeps_accepted=keeps_accepted,
         )

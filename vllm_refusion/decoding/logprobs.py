@@ -88,7 +88,7 @@ class Record:
     def describe(
         self,
         state: DecodeState,
-        slot: int,
+        req: int,
         bounds: torch.Tensor,
         most: int,
         logits: torch.Tensor,
@@ -105,8 +105,8 @@ class Record:
             picked, given: [rows of the step] int32, picks, and tokens of the rows behind.
         """
         names = "ints status origin canvas_row rider_row rider_width row_position row_own_start"
-        self._before = {name: getattr(state, name)[slot].clone() for name in names.split()}
-        is_mask = state.canvas_token[slot] == state.mask_token_id
+        self._before = {name: getattr(state, name)[req].clone() for name in names.split()}
+        is_mask = state.canvas_token[req] == state.mask_token_id
         width = min(most, state.canvas_length)
         count = self.said.ids.shape[1] - 1
         for first in range(0, width, ROWS_AT_ONCE):
@@ -117,11 +117,11 @@ class Record:
             token = torch.where(is_mask[row], picked[step_row], given[step_row])
             self.said.write(row, here, _describe(logits[step_row - start], token, count))
 
-    def take(self, state: DecodeState, slot: int) -> None:
+    def take(self, state: DecodeState, req: int) -> None:
         """Hands on what the rows said, once the pass is decided; waits for nothing."""
         if not self._before:
             return
-        before, after, status = self._before, state.ints[slot], state.status[slot]
+        before, after, status = self._before, state.ints[req], state.status[req]
         self._before = {}
         ints = before["ints"]
         size, block = ints[Field.SLOT_SIZE], ints[Field.BLOCK_START]
@@ -160,7 +160,7 @@ class Record:
         with_prompt = (phase == int(Phase.PREFILL)) & (ints[Field.RESUME] == int(Phase.START))
         plans = (decided & (phase == int(Phase.PLAN))) | (with_prompt & planned)
         picks = plans & (p < ints[Field.ROWS])
-        last_token = state.order[slot, (after[Field.COMMITTED] - 1).clamp_min(0).long()] - block
+        last_token = state.order[req, (after[Field.COMMITTED] - 1).clamp_min(0).long()] - block
         last_slot = (last_token - last_token % size).clamp(0, state.canvas_length - 1).long()
         rides = (p >= ints[Field.ROWS]) & (
             before["row_own_start"] == before["rider_row"][last_slot]

@@ -114,7 +114,9 @@ def decode(
     """
     if not prompt_ids or max_tokens < 1:
         raise ValueError(f"{len(prompt_ids)=} and {max_tokens=} must both be at least 1")
-    barred = {*stop_token_ids, eos_token_id} - {None}
+    barred = set(stop_token_ids)
+    if eos_token_id is not None:
+        barred.add(eos_token_id)
     biases = (logit_bias, allowed_token_ids, banned_token_ids)
     bias = bias_row(model.config.vocab_size, *biases) if any(biases) else None
     cuts = (top_k, top_p, min_p)

@@ -8,6 +8,7 @@ it had when it was picked. Chances are in units of 2**-16, their products are su
 from __future__ import annotations
 
 import math
+from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
@@ -48,6 +49,19 @@ class Speculation(NamedTuple):
 NO_RIDERS = Speculation()
 
 
+class Saving(Enum):
+    """A way to save passes, or rows. Only the twins can be told to do without some."""
+
+    PLAN = "1: verify + next plan"
+    FIRST_PLAN = "2: prompt + first plan"
+    PREDICT = "3: infill verify + next predict"
+    FIRST_PREDICT = "4: failed verify straight on"
+    PIECES = "5: operations piece by piece"
+
+
+ALL_SAVINGS = frozenset(Saving)
+
+
 @cache
 def cost_table() -> list[int]:
     """Cost of a token by its confidence in LEVELS-ths, 0 to LEVELS."""
@@ -62,12 +76,9 @@ def chance_table() -> list[int]:
 
 
 @cache
-def device_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both tables as int32 tensors."""
-    return (
-        torch.tensor(cost_table(), dtype=torch.int32, device=device),
-        torch.tensor(chance_table(), dtype=torch.int32, device=device),
-    )
+def device_table(device: torch.device) -> torch.Tensor:
+    """[LEVELS + 1 + LARGEST_COST + 1] int32: the cost table, then the chance table."""
+    return torch.tensor([*cost_table(), *chance_table()], dtype=torch.int32, device=device)
 
 
 LARGEST_COST = len(chance_table()) - 1

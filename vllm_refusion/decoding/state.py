@@ -44,6 +44,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ from vllm_refusion.decoding.params import DecodingParams
 class Phase(IntEnum):
     """What the request's next pass is."""
 
-    IDLE = 0  # no request in this slot
+    IDLE = 0  # no request at this index
     PREFILL = 1
     PLAN = 2
     VERIFY = 3
@@ -61,7 +62,7 @@ class Phase(IntEnum):
     REPLAY = 5
     DONE = 6
     START = 7  # only as RESUME: begin the first block once the prompt is in
-    SERIAL = 8  # serial decoding (section 7); its RESUME is this, too, throughout
+    SERIAL = 8  # serial decoding (section 7), whose RESUME is this throughout
 
 
 class Status(IntEnum):
@@ -105,6 +106,62 @@ class Field(IntEnum):
     EXPECTED = 23  # tokens that the present canvas is expected to bring, in 1/256
 
 
+class FloatField(IntEnum):
+    """Columns of ``DecodeState.floats``."""
+
+    SLOT_THRESHOLD = 0
+    TOKEN_THRESHOLD = 1
+
+
+class PositionField(IntEnum):
+    """What ``DecodeState.by_position`` holds, by block position.
+
+    Of serial decoding, TOKEN and CONFIDENCE are the drafts of the positions behind the known tokens,
+    in their order. RIDER_ROW and RIDER_WIDTH are the chain (``serial_twin``) behind so many of them.
+    CANVAS_ROW is by canvas row: the chain whose first mask is there, or -1.
+    """
+
+    STATUS = 0
+    TOKEN = 1
+    CONFIDENCE = 2  # float32 bits: probability of the token when it was picked
+    ROUNDS = 3  # predict operations of its slot in this infill
+    # Where it has or awaits a proposal: where the operation that proposes for it began. The token
+    # there is accepted without a test.
+    ORIGIN = 4
+    CANVAS_ROW = 5  # its row among those of the phase, or -1
+    # The canvas row of a rider's mask for it, -1 for none, and the number of masks from there on.
+    # At the first position of a slot: the plan if that slot is the last to be committed. At
+    # another: the predict of its slot if that is the first position not accepted.
+    RIDER_ROW = 6
+    RIDER_WIDTH = 7
+
+
+class RowField(IntEnum):
+    """What ``DecodeState.by_row`` holds, by canvas row.
+
+    A row sees the context up to CONTEXT, the canvas rows [RUN_START, RUN_END) and those from
+    OWN_START to itself. Tokens kept by the present infill have rows below 0.
+    """
+
+    POSITION = 0  # response position, -1 for an unused row
+    DRAW = 1  # operations before the one that the row is of
+    CONTEXT = 2
+    RUN_START = 3
+    RUN_END = 4
+    OWN_START = 5
+    TARGET = 6  # response position that it picks a token for, -1 for an unused row
+
+
+class HistoryField(IntEnum):
+    """What ``DecodeState.history`` holds."""
+
+    RESPONSE = 0  # by response position: the token committed or emitted
+    ORDER = 1  # of the j-th committed token: its response position
+    # Of the j-th committed token: the number of committed response tokens that its slot could see
+    # if it was committed by infill, else -1 (it saw all committed before it).
+    GROUP_CONTEXT = 2
+
+
 class Counter(IntEnum):
     """Entries of ``DecodeState.counters``, totals since start."""
 
@@ -135,36 +192,27 @@ MAX_STOP_IDS = 64  # stop token ids that min_tokens can hold back, per request
 
 
 class DecodeState:
-    """State of up to ``max_requests`` requests, indexed by request slot.
+    """State of up to ``max_requests`` requests, by request index.
+
+    What kernels read and write is packed, a tensor for each way of indexing; its parts by name are
+    views.
 
     Attributes (device tensors; R = max_requests, W = canvas_length, P = max_response):
         ints: [R, len(Field)] int32.
-        slot_threshold, token_threshold, temperature: [R] float32.
-        seed: [R] int64. min_tokens: [R] int32. stop_ids: [R, MAX_STOP_IDS] int32, padded with -1.
-        status, token: [R, W] int32, by block position.
-        confidence: [R, W] float32, by block position: probability of ``token`` when it was picked.
-        rounds: [R, W] int32, by block position: predict operations of its slot in this infill.
-        origin: [R, W] int32, by block position that has or awaits a proposal: where the operation
-            that proposes for it began. The token there is accepted without a test.
-        canvas_row: [R, W] int32, by block position: its row among those of the phase, or -1.
-        rider_row, rider_width: [R, W] int32, by block position: the canvas row of a rider's mask
-            for it, -1 for none, and the number of masks from there on. At the first position of a
-            slot: the plan if that slot is the last to be committed. At another: the predict of its
-            slot if that is the first position not accepted.
+        floats: [R, len(FloatField)] float32.
+        by_position: [R, len(PositionField), W] int32.
+        by_row: [R, len(RowField), W] int32.
+        history: [R, len(HistoryField), P] int32.
         canvas_token: [R, W] int64, by canvas row.
-        row_position: [R, W] int32, by canvas row: response position, -1 for an unused row.
-        row_target: [R, W] int32, by canvas row: the response position that it picks a token for,
-            -1 for an unused row. A mask's is its own, a token's in serial decoding the next one.
-        row_draw: [R, W] int32, by canvas row: operations before the one that the row is of.
-        row_context, row_run_start, row_run_end, row_own_start: [R, W] int32, by canvas row: it sees
-            the context up to row_context, the canvas rows [row_run_start, row_run_end) and those
-            from row_own_start to itself. Tokens kept by the present infill have rows below 0.
-        response: [R, P] int32, committed or emitted token by response position.
-        order: [R, P] int32, response position of the j-th committed token.
-        group_context: [R, P] int32, for the j-th committed token: the number of committed
-            response tokens its slot could see if it was committed by infill, else -1 (it saw all
-            committed before it).
         counters: [len(Counter)] int64.
+        temperature: [R] float32. seed: [R] int64. min_tokens: [R] int32. stop_ids:
+            [R, MAX_STOP_IDS] int32, padded with -1. How tokens are picked (``token_stats``).
+        slot_threshold, token_threshold: [R] float32, of ``floats``.
+        status, token, rounds, origin, canvas_row, rider_row, rider_width: [R, W] int32, of
+            ``by_position``; confidence: [R, W] float32.
+        row_position, row_draw, row_context, row_run_start, row_run_end, row_own_start,
+            row_target: [R, W] int32, of ``by_row``.
+        response, order, group_context: [R, P] int32, of ``history``.
 
     Args:
         canvas_token: the tensor to use for ``canvas_token``; allocated when None.
@@ -188,46 +236,54 @@ class DecodeState:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)
 
-        shape = (max_requests, canvas_length)
         self.ints = zeros(max_requests, len(Field))
-        self.slot_threshold = zeros(max_requests, dtype=torch.float32)
-        self.token_threshold = zeros(max_requests, dtype=torch.float32)
+        self.floats = zeros(max_requests, len(FloatField), dtype=torch.float32)
+        self.by_position = zeros(max_requests, len(PositionField), canvas_length)
+        self.by_row = zeros(max_requests, len(RowField), canvas_length)
+        self.history = zeros(max_requests, len(HistoryField), max_response)
+        if canvas_token is None:
+            canvas_token = zeros(max_requests, canvas_length, dtype=torch.int64)
+        assert canvas_token.shape == (max_requests, canvas_length)
+        assert canvas_token.dtype == torch.int64 and canvas_token.is_contiguous()
+        self.canvas_token = canvas_token
         self.temperature = zeros(max_requests, dtype=torch.float32)
         self.seed = zeros(max_requests, dtype=torch.int64)
         self.min_tokens = zeros(max_requests)
         self.stop_ids = zeros(max_requests, MAX_STOP_IDS)
-        self.status = zeros(*shape)
-        self.token = zeros(*shape)
-        if canvas_token is None:
-            canvas_token = zeros(*shape, dtype=torch.int64)
-        assert canvas_token.shape == shape and canvas_token.dtype == torch.int64
-        self.canvas_token = canvas_token
-        self.confidence = zeros(*shape, dtype=torch.float32)
-        self.rounds = zeros(*shape)
-        self.origin = zeros(*shape)
-        self.canvas_row = zeros(*shape)
-        self.rider_row = zeros(*shape)
-        self.rider_width = zeros(*shape)
-        self.row_position = zeros(*shape)
-        self.row_target = zeros(*shape)
-        self.row_draw = zeros(*shape)
-        self.row_context = zeros(*shape)
-        self.row_run_start = zeros(*shape)
-        self.row_run_end = zeros(*shape)
-        self.row_own_start = zeros(*shape)
-        self.response = zeros(max_requests, max_response)
-        self.order = zeros(max_requests, max_response)
-        self.group_context = zeros(max_requests, max_response)
-        self.counters = zeros(len(Counter), dtype=torch.int64)
-        self._per_request = {
-            name: tensor
-            for name, tensor in vars(self).items()
-            if isinstance(tensor, torch.Tensor) and name != "counters"
+        self._per_request = {  # all tensors so far
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
+        self.counters = zeros(len(Counter), dtype=torch.int64)
+        self._name_views()
+
+    def _name_views(self) -> None:
+        self.slot_threshold = self.floats[:, FloatField.SLOT_THRESHOLD]
+        self.token_threshold = self.floats[:, FloatField.TOKEN_THRESHOLD]
+
+        self.status = self.by_position[:, PositionField.STATUS]
+        self.token = self.by_position[:, PositionField.TOKEN]
+        self.confidence = self.by_position.view(torch.float32)[:, PositionField.CONFIDENCE]
+        self.rounds = self.by_position[:, PositionField.ROUNDS]
+        self.origin = self.by_position[:, PositionField.ORIGIN]
+        self.canvas_row = self.by_position[:, PositionField.CANVAS_ROW]
+        self.rider_row = self.by_position[:, PositionField.RIDER_ROW]
+        self.rider_width = self.by_position[:, PositionField.RIDER_WIDTH]
+
+        self.row_position = self.by_row[:, RowField.POSITION]
+        self.row_draw = self.by_row[:, RowField.DRAW]
+        self.row_context = self.by_row[:, RowField.CONTEXT]
+        self.row_run_start = self.by_row[:, RowField.RUN_START]
+        self.row_run_end = self.by_row[:, RowField.RUN_END]
+        self.row_own_start = self.by_row[:, RowField.OWN_START]
+        self.row_target = self.by_row[:, RowField.TARGET]
+
+        self.response = self.history[:, HistoryField.RESPONSE]
+        self.order = self.history[:, HistoryField.ORDER]
+        self.group_context = self.history[:, HistoryField.GROUP_CONTEXT]
 
     def add(
         self,
-        slot: int,
+        req: int,
         prompt_len: int,
         params: DecodingParams,
         max_tokens: int,
@@ -238,7 +294,7 @@ class DecodeState:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Starts a request in ``slot``: its prompt comes next, then (or with it) the first plan.
+        """Starts a request at ``req``: its prompt comes next, then (or with it) the first plan.
 
         Raises:
             ValueError: more stop ids than min_tokens can hold back.
@@ -259,23 +315,22 @@ class DecodeState:
         first = params.first_block(max_tokens)
         ints[Field.ROWS] = ints[Field.CANVAS] = first
         padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
-        self._write("ints", slot, ints)
-        self._write("slot_threshold", slot, params.slot_threshold)
-        self._write("token_threshold", slot, params.token_threshold)
-        self._write("temperature", slot, temperature)
-        self._write("seed", slot, seed)
-        self._write("min_tokens", slot, min_tokens)
-        self._write("stop_ids", slot, padded_stop_ids)
-        self._write("canvas_token", slot, self.mask_token_id)
-        positions = list(range(first)) + [-1] * (self.canvas_length - first)
-        self._write("row_position", slot, positions)
-        self._write("row_target", slot, positions)
-        for name in ("row_draw", "row_context", "row_run_start", "row_run_end", "row_own_start"):
-            self._write(name, slot, 0)
+        _write(self.ints[req], ints)
+        _write(self.slot_threshold[req], params.slot_threshold)
+        _write(self.token_threshold[req], params.token_threshold)
+        _write(self.temperature[req], temperature)
+        _write(self.seed[req], seed)
+        _write(self.min_tokens[req], min_tokens)
+        _write(self.stop_ids[req], padded_stop_ids)
+        _write(self.canvas_token[req], self.mask_token_id)
+        _write(self.by_row[req], 0)
+        positions = [*range(first), *[-1] * (self.canvas_length - first)]
+        _write(self.row_position[req], positions)
+        _write(self.row_target[req], positions)
 
     def add_serial(
         self,
-        slot: int,
+        req: int,
         prompt_len: int,
         params: DecodingParams,
         max_tokens: int,
@@ -284,10 +339,7 @@ class DecodeState:
         last_token: int,
         known: int = 0,
         most_tests: int | None = None,
-        min_tokens: int = 0,
-        stop_ids: Sequence[int] = (),
-        temperature: float = 0.0,
-        seed: int = 0,
+        **picks: Any,
     ) -> None:
         """Starts or resumes a request in serial mode: its prompt comes next.
 
@@ -295,60 +347,43 @@ class DecodeState:
             last_token: of the prompt and the ``known`` response tokens. The prefill is all of them,
                 but for the last one where a response token is known: the canvas begins with that.
             most_tests: drafts that are fed at once at most.
+            picks: how tokens are picked, as for ``add``.
         """
-        self.add(
-            slot,
-            prompt_len,
-            params,
-            max_tokens,
-            eos_token_id,
-            min_tokens=min_tokens,
-            stop_ids=stop_ids,
-            temperature=temperature,
-            seed=seed,
-        )
+        self.add(req, prompt_len, params, max_tokens, eos_token_id, **picks)
         masked_starts = params.slot_start == "mask"
         masks = min(FIRST_MASKS, max_tokens - known)
         tokens = 1 if known or not masked_starts else 0
-        width = tokens + masks
+        starts_slot = masked_starts and known % params.slot_size == 0
         most = self.canvas_length // 2 - 1
-        for field, value in {
-            Field.RESUME: Phase.SERIAL,
-            Field.EMITTED: known,
-            Field.MASKED_STARTS: int(masked_starts),
-            Field.MOST_TESTS: most if most_tests is None else min(most, most_tests),
-            Field.ROWS: 2 if tokens and masked_starts and known % params.slot_size == 0 else 1,
-            Field.CANVAS: width,
-        }.items():
-            self.ints[slot, field].fill_(int(value))
-        before = [known - 1] * tokens
-        pad = [-1] * (self.canvas_length - width)
-        self._write("row_position", slot, [*before, *range(known, known + masks), *pad])
-        self._write("row_target", slot, [known] * tokens + [*range(known, known + masks)] + pad)
-        # a prompt's last token is in the context already: fed again, it does not see itself there
-        self._write(
-            "canvas_token",
-            slot,
-            [last_token] * tokens + [self.mask_token_id] * (self.canvas_length - tokens),
-        )
+        for field, value in (
+            (Field.RESUME, Phase.SERIAL),
+            (Field.EMITTED, known),
+            (Field.MASKED_STARTS, masked_starts),
+            (Field.MOST_TESTS, most if most_tests is None else min(most, most_tests)),
+            (Field.ROWS, tokens + starts_slot if known else 1),
+            (Field.CANVAS, tokens + masks),
+        ):
+            _write(self.ints[req, field], int(value))
+        # the prompt's last token is in the context: fed again, it does not see itself there
         again = tokens if not known else 0
-        self._write("row_context", slot, [-again] * tokens + [0] * (self.canvas_length - tokens))
-        self._write(
-            "row_run_end", slot, [0] * tokens + [tokens - again] * (self.canvas_length - tokens)
-        )
-        self._write("row_own_start", slot, [0] * tokens + [tokens] * (self.canvas_length - tokens))
-        self._write("rider_row", slot, [tokens] + [-1] * (self.canvas_length - 1))
-        self._write("rider_width", slot, [masks] + [0] * (self.canvas_length - 1))
-        self._write("response", slot, 0)
-        if known:
-            self.response[slot, known - 1].fill_(last_token)
+        rest = self.canvas_length - tokens
+        unused = [-1] * (rest - masks)
+        targets = [*range(known, known + masks), *unused]
+        _write(self.canvas_token[req], [last_token] * tokens + [self.mask_token_id] * rest)
+        _write(self.row_position[req], [known - 1] * tokens + targets)
+        _write(self.row_target[req], [known] * tokens + targets)
+        _write(self.row_context[req], [-again] * tokens + [0] * rest)
+        _write(self.row_run_end[req], [0] * tokens + [tokens - again] * rest)
+        _write(self.row_own_start[req], [0] * tokens + [tokens] * rest)
+        _write(self.rider_row[req], [tokens] + [-1] * (self.canvas_length - 1))
+        _write(self.rider_width[req], [masks] + [0] * (self.canvas_length - 1))
 
-    def save(self, slot: int) -> dict[str, torch.Tensor]:
-        """A copy of everything about the request in ``slot``, for ``restore``; stays on device."""
-        return {name: tensor[slot].clone() for name, tensor in self._per_request.items()}
+    def save(self, req: int) -> dict[str, torch.Tensor]:
+        """A copy of everything about the request at ``req``, for ``restore``; stays on device."""
+        return {name: tensor[req].clone() for name, tensor in self._per_request.items()}
 
-    def restore(self, slot: int, saved: dict[str, torch.Tensor], emitted: int) -> None:
-        """Continues a preempted request, whose KV is gone, in ``slot``.
+    def restore(self, req: int, saved: dict[str, torch.Tensor], emitted: int) -> None:
+        """Continues a preempted request, whose KV is gone, at ``req``.
 
         The prompt and as many committed tokens as the emitted whole slots have are fed as a
         prefill, the others as REPLAY canvases, all in commit order with the visibility they had;
@@ -359,8 +394,8 @@ class DecodeState:
             emitted: response tokens that the scheduler holds; tokens past them are emitted again.
         """
         for name, tensor in self._per_request.items():
-            tensor[slot].copy_(saved[name])
-        ints = self.ints[slot]
+            tensor[req].copy_(saved[name])
+        ints = self.ints[req]
         phase = saved["ints"][Field.PHASE]
         suspended = (phase == Phase.PREFILL) | (phase == Phase.REPLAY)
         ints[Field.RESUME] = torch.where(suspended, saved["ints"][Field.RESUME], phase)
@@ -368,16 +403,16 @@ class DecodeState:
         ints[Field.EMITTED].fill_(emitted)
         ints[Field.KEPT].fill_(0)
 
-    def remove(self, slot: int) -> None:
-        """Frees ``slot``; its KV is never written again."""
-        self.ints[slot, Field.PHASE].fill_(int(Phase.IDLE))
+    def remove(self, req: int) -> None:
+        """Frees ``req``; its KV is never written again."""
+        self.ints[req, Field.PHASE].fill_(int(Phase.IDLE))
 
-    def _write(self, name: str, slot: int, value: float | list[int]) -> None:
-        target = self._per_request[name][slot]
-        if not isinstance(value, list):
-            target.fill_(value)  # a kernel argument: no copy from the host
-            return
-        host = torch.tensor(value, dtype=target.dtype)
-        if target.is_cuda:
-            host = host.pin_memory()
-        target.copy_(host, non_blocking=True)
+
+def _write(target: torch.Tensor, value: float | list[int]) -> None:
+    if not isinstance(value, list):
+        target.fill_(value)  # a kernel argument: no copy from the host
+        return
+    host = torch.tensor(value, dtype=target.dtype)
+    if target.is_cuda:
+        host = host.pin_memory()
+    target.copy_(host, non_blocking=True)

@@ -37,9 +37,9 @@ class Snapshot:
     order: list[int]
 
     @classmethod
-    def of(cls, state: DecodeState, slot: int) -> Snapshot:
+    def of(cls, state: DecodeState, req: int) -> Snapshot:
         names = [field.name for field in fields(cls)]
-        return cls(*(getattr(state, name)[slot].tolist() for name in names))
+        return cls(*(getattr(state, name)[req].tolist() for name in names))
 
     def field(self, name: Field) -> int:
         return self.ints[name]
@@ -162,21 +162,21 @@ class Recorder:
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
-        self._running: dict[int, dict[str, Any]] = {}  # by request slot
+        self._running: dict[int, dict[str, Any]] = {}  # by request index
         self._by_id: dict[str, dict[str, Any]] = {}
         self._overhead = 0.0  # seconds spent here
 
-    def add(self, slot: int, request_id: str, prompt: Sequence[int]) -> None:
-        """A traced request starts in ``slot``, or goes on there after a preemption."""
+    def add(self, req: int, request_id: str, prompt: Sequence[int]) -> None:
+        """A traced request starts at ``req``, or goes on there after a preemption."""
         recording = self._by_id.setdefault(
             request_id,
             {"id": request_id, "prompt": list(prompt), "passes": [], "last": self._clock()},
         )
-        self._running[slot] = recording
+        self._running[req] = recording
 
-    def remove(self, slot: int) -> None:
-        """The request in ``slot``, traced or not, leaves it."""
-        self._running.pop(slot, None)
+    def remove(self, req: int) -> None:
+        """The request at ``req``, traced or not, leaves."""
+        self._running.pop(req, None)
         for request_id in list(self._by_id)[: max(0, len(self._by_id) - MAX_KEPT)]:
             del self._by_id[request_id]
 
@@ -200,12 +200,12 @@ class Recorder:
         signature = inspect.signature(transition)
 
         def recorded(*args: Any, **kwargs: Any) -> None:
-            slots = signature.bind(*args, **kwargs).arguments["idx_mapping"]
+            reqs = signature.bind(*args, **kwargs).arguments["idx_mapping"]
             if not self._running:
                 return transition(*args, **kwargs)
-            traced = [(r, s) for r, s in enumerate(slots.tolist()) if s in self._running]
+            traced = [(row, req) for row, req in enumerate(reqs.tolist()) if req in self._running]
             start = time.perf_counter()  # tolist() has waited for the forward pass
-            before = [Snapshot.of(self._state, slot) for _, slot in traced]
+            before = [Snapshot.of(self._state, req) for _, req in traced]
             self._overhead += time.perf_counter() - start
             transition(*args, **kwargs)
             if self._state.device.type == "cuda":
@@ -213,8 +213,8 @@ class Recorder:
             end = self._clock()
             start = time.perf_counter()
             arguments = signature.bind(*args, **kwargs).arguments
-            for (row, slot), earlier in zip(traced, before):
-                self._append(slot, row, earlier, arguments, end)
+            for (row, req), earlier in zip(traced, before):
+                self._append(req, row, earlier, arguments, end)
             self._overhead += time.perf_counter() - start
 
         return recorded
@@ -224,14 +224,14 @@ class Recorder:
         return time.perf_counter() - self._overhead
 
     def _append(
-        self, slot: int, row: int, before: Snapshot, arguments: Mapping[str, Any], end: float
+        self, req: int, row: int, before: Snapshot, arguments: Mapping[str, Any], end: float
     ) -> None:
-        recording = self._running[slot]
+        recording = self._running[req]
         phase = before.field(Field.PHASE)
         if phase in (Phase.IDLE, Phase.DONE):
             return
         if "parameters" not in recording:
-            recording["parameters"] = self._parameters(slot, before)
+            recording["parameters"] = self._parameters(req, before)
             recording["mask_token_id"] = self._state.mask_token_id
         query_len = _length(arguments["query_start_loc"], row)
         decodes = phase not in (Phase.PREFILL, Phase.REPLAY)
@@ -245,7 +245,7 @@ class Recorder:
             window = slice(first, min(end_row, first + rows_fed))
             names = ("picked_prob", "given_prob")
             rows = Rows(rows_fed, *(arguments[name][window].tolist() for name in names))
-            described = describe_pass(before, Snapshot.of(self._state, slot), rows)
+            described = describe_pass(before, Snapshot.of(self._state, req), rows)
         # the clock stands still while recordings are written
         seconds = end - recording["last"]
         recording["last"] = end
@@ -258,17 +258,17 @@ class Recorder:
             }
         )
 
-    def _parameters(self, slot: int, snapshot: Snapshot) -> dict[str, Any]:
+    def _parameters(self, req: int, snapshot: Snapshot) -> dict[str, Any]:
         state = self._state
         values = {
-            name: _rounded(float(getattr(state, name)[slot]))
+            name: _rounded(float(getattr(state, name)[req]))
             for name in ("slot_threshold", "token_threshold", "temperature")
         }
         return {
             "slot_size": snapshot.field(Field.SLOT_SIZE),
             "block_length": snapshot.field(Field.BLOCK_LENGTH),
             **values,
-            "seed": int(state.seed[slot]),
+            "seed": int(state.seed[req]),
             "max_tokens": snapshot.field(Field.MAX_TOKENS),
         }
 

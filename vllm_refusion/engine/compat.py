@@ -1,6 +1,6 @@
 """Every private part of vLLM that this project uses or patches, with the reason.
 
-tests/test_compat.py fails once a patch is no longer needed or no longer fits.
+tests/engine/test_compat.py fails once a patch is no longer needed or no longer fits.
 """
 
 from __future__ import annotations

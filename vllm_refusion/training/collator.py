@@ -49,7 +49,7 @@ def draw(
     With probability ``block_share`` slots are clean as decoding leaves them: any number of them but
     all, in blocks from left to right, those of a block in any order. ``BLOCKS`` has the sizes.
     """
-    slot_size = slot_sizes[generator.integers(len(slot_sizes))]
+    slot_size = slot_sizes[int(generator.integers(len(slot_sizes)))]
     slots = -(-length // slot_size)
     if block_share and generator.random() < block_share:
         block = np.arange(slots) // BLOCKS[generator.integers(len(BLOCKS))]

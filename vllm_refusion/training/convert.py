@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_refusion.backbones import ARCHITECTURES
 from vllm_refusion.decoding.params import DecodingParams, expand_preset
+from vllm_refusion.files import publish, write_text
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|pad|>"
@@ -73,9 +74,9 @@ def convert(
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        write_text(part / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         part.chmod(0o755)
-        part.rename(output)
+        publish(part, output)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -134,7 +135,7 @@ def _check_config(source: str, config: Any) -> None:
     if mask is not None:
         raise ValueError(f"{source} is a ReFusion checkpoint already: its mask_token_id is {mask}")
     # GGUF files name no architecture; what transformers would load is what counts there.
-    stock = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    stock: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     names = config.architectures or ([stock.__name__] if stock else [])
     if not set(names) & set(ARCHITECTURES):
         raise ValueError(

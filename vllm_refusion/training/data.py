@@ -2,127 +2,46 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
+from vllm_refusion.files import damage, read_json, seal, writing
+from vllm_refusion.rows import DataError, Row, check_texts, read_objects
 from vllm_refusion.training.collator import Example
 
 KEYS = ("query", "response")
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+ABOUT = "about.json"
 SHOWN = 5  # places that a report names
 AT_ONCE = 1024  # rows tokenised together
 
 
-class DataError(ValueError):
-    """Data that cannot be trained on; the message starts with file and line."""
-
-
-class Row(NamedTuple):
-    """A row of a data file and where it is: ``file:line``."""
-
-    place: str
-    values: dict[str, Any]
-
-
 def read_rows(paths: Iterable[str | Path]) -> Iterator[Row]:
-    """The rows of data files in order, a line at a time; a .json file, an array, is read whole.
+    """The rows of data files in order, see ``read_objects``.
 
     Raises:
         DataError: a file or row is broken, lacks a key or holds something else than text.
     """
-    for path in map(Path, paths):
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: allowed are files ending in {', '.join(SUFFIXES)}")
-        array = path.name.removesuffix(".gz").endswith(".json")
-        for line, value in (_array if array else _lines)(path):
-            place = f"{path}:{line}"
-            yield Row(place, _checked(place, value))
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}:{number + 1}: truncated or damaged gz file: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in _raw_lines(path):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: not JSON: {error.msg} at column {error.colno}"
-            ) from error
-
-
-def _array(path: Path) -> Iterator[tuple[int, Any]]:
-    text = "".join(line for _, line in _raw_lines(path))
-    decode, at, line, counted = json.JSONDecoder().raw_decode, 0, 1, 0
-
-    def expect(allowed: str) -> str:
-        nonlocal at, line, counted
-        while at < len(text) and text[at].isspace():
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        if at == len(text) or (allowed and text[at] not in allowed):
-            found = repr(text[at]) if at < len(text) else "the end of the file"
-            wanted = " or ".join(map(repr, allowed)) or "a row"
-            raise DataError(f"{path}:{line}: not a JSON array of rows: {found}, not {wanted}")
-        at += bool(allowed)
-        return text[at - 1]
-
-    expect("[")
-    separator = ","
-    while separator == ",":
-        expect("")
-        if text[at] == "]" and text[:at].rstrip().endswith("["):
-            return
-        try:
-            value, end = decode(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
-            ) from error
-        yield line, value
-        at = end
-        separator = expect(",]")
-
-
-def _checked(place: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: a row must be an object, not {type(value).__name__}")
-    if missing := [key for key in KEYS if key not in value]:
-        raise DataError(f"{place}: no {' and no '.join(missing)}; its keys are {', '.join(value)}")
-    for key in KEYS:
-        if not isinstance(value[key], str):
-            raise DataError(f"{place}: {key} must be text, not {type(value[key]).__name__}")
-    if not value["response"].strip():
-        raise DataError(f"{place}: empty response")
-    return value
+    for row in read_objects(paths):
+        check_texts(row, KEYS)
+        if not row.values["response"].strip():
+            raise DataError(f"{row.place}: empty response")
+        yield row
 
 
 @dataclass(frozen=True)
 class Encoder:
     """Turns rows into token ids: the chat template's prompt, then response and EOS.
+
+    As the server does it: a chat template writes the special tokens that it wants, a plain prompt
+    gets those that the tokenizer adds (BOS, for one).
 
     Attributes:
         template_options: given to the chat template, e.g. ``{"enable_thinking": False}``.
@@ -147,7 +66,7 @@ class Encoder:
             )
 
     def prompt(self, query: str) -> list[int]:
-        return self._tokenised([self._prompt_text(query)])[0]
+        return self._tokenised([self._prompt_text(query)], self.plain)[0]
 
     def _prompt_text(self, query: str) -> str:
         if self.plain:
@@ -173,18 +92,35 @@ class Encoder:
         return digest.hexdigest()
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """Raises DataError if a text contains the mask token."""
-        prompts = self._tokenised([self._prompt_text(row.values["query"]) for row in rows])
+        """Raises DataError if a text cannot be the prompt or the response; says which and why."""
+        prompts = self._tokenised([self._row_prompt(row) for row in rows], self.plain)
         responses = self._tokenised([row.values["response"] for row in rows])
         eos, mask = self.tokenizer.eos_token_id, self.mask_token_id
+        examples = []
         for row, prompt, response in zip(rows, prompts, responses, strict=True):
             if mask is not None and (mask in prompt or mask in response):
                 raise DataError(f"{row.place}: the text contains the mask token")
-        return [Example(p, [*r, eos]) for p, r in zip(prompts, responses, strict=True)]
+            while response and response[-1] == eos:
+                response.pop()
+            if not response:
+                raise DataError(f"{row.place}: empty response")
+            if eos in response:
+                raise DataError(
+                    f"{row.place}: the response goes on behind {self.tokenizer.eos_token}, which "
+                    "ends every response"
+                )
+            examples.append(Example(prompt, [*response, eos]))
+        return examples
 
-    def _tokenised(self, texts: list[str]) -> list[list[int]]:
+    def _row_prompt(self, row: Row) -> str:
+        try:
+            return self._prompt_text(row.values["query"])
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{row.place}: the chat template fails: {error}") from error
+
+    def _tokenised(self, texts: list[str], special: bool = False) -> list[list[int]]:
         """Many at once: tokenizers spread them over the processor's cores."""
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)[
+        return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)[
             "input_ids"
         ]
 
@@ -227,10 +163,11 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path) -> None:
+        about = read_json(folder / ABOUT, "tokenise the data again")
         self._tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self._bounds = np.load(folder / "bounds.npy")  # [examples, 3]: start, response, end
         self.lengths: list[int] = (self._bounds[:, 2] - self._bounds[:, 0]).tolist()
-        self.fingerprint: str = json.loads((folder / "about.json").read_text())["fingerprint"]
+        self.fingerprint: str = about["fingerprint"]
 
     def __len__(self) -> int:
         return len(self._bounds)
@@ -248,10 +185,9 @@ def _encoded(rows: Iterable[Row], encoder: Encoder) -> Iterator[tuple[Row, Examp
 
 def stored(folder: Path, key: str) -> str | None:
     """The report of the store that ``folder`` holds under ``key``; None if it holds no such."""
-    try:
-        about = json.loads((folder / "about.json").read_text())
-    except FileNotFoundError:
+    if damage(folder, ABOUT):
         return None
+    about = read_json(folder / ABOUT)
     return about["report"] if about.get("key") == key else None
 
 
@@ -271,9 +207,9 @@ def write_store(
     report, digest = Report(max_length), hashlib.sha256()
     bounds, end = [], 0
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "about.json").unlink(missing_ok=True)  # written last: what it describes is complete
+    (folder / ABOUT).unlink(missing_ok=True)  # written last: what it describes is complete
     place = None
-    with open(folder / "tokens.bin", "wb") as file:
+    with writing(folder / "tokens.bin", "wb") as file:
         for row, example in _encoded(progress(rows), encoder):
             place = row.place
             length = len(example.prompt) + len(example.response)
@@ -293,7 +229,7 @@ def write_store(
     if not bounds:
         raise DataError(f"no row is left\n{report}")
     digest.update(np.array(bounds, np.int64).tobytes())
-    np.save(folder / "bounds.npy", np.array(bounds, np.int64))
-    about = {"fingerprint": digest.hexdigest(), "report": str(report), "key": key}
-    (folder / "about.json").write_text(json.dumps(about, indent=2))
+    with writing(folder / "bounds.npy", "wb") as file:
+        np.save(file, np.array(bounds, np.int64))
+    seal(folder, ABOUT, fingerprint=digest.hexdigest(), report=str(report), key=key)
     return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -25,6 +26,14 @@ def generator(seed: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 
 
+class Examples(Protocol):
+    """What a course is made of: a list, or a ``TokenStore``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
 class Course:
     """All examples of a run, as a dataset: item i is the i-th example seen.
 
@@ -34,26 +43,27 @@ class Course:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Examples,
         length: int,
         seed: int,
         slot_sizes: Sequence[int],
         mask_token_id: int | None,
-        objective: str = "refusion",
         batch_size: int = 1,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] = (),
         block_share: float = 0.0,
         infill: bool = False,
         certainty: bool = False,
     ) -> None:
-        """``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees.
+        """Without ``mask_token_id`` items are those of an autoregressive twin.
+
+        ``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees.
 
         ``block_share`` goes to ``draw``, ``infill`` and ``certainty`` to ``sequence``.
         """
         self._block_share, self._infill, self._certainty = block_share, infill, certainty
         self._batch_size, self._lengths = batch_size, lengths
         self._examples, self._length, self._seed = examples, length, seed
-        self._slot_sizes, self._mask, self._objective = slot_sizes, mask_token_id, objective
+        self._slot_sizes, self._mask = slot_sizes, mask_token_id
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
         self._step = lru_cache(maxsize=8)(self._sorted_step)
 
@@ -62,7 +72,7 @@ class Course:
 
     def __getitem__(self, index: int) -> Sequenced:
         number, example = self._number(index), self.example(index)
-        if self._objective == "autoregressive":
+        if self._mask is None:
             return autoregressive(example)
         drawn = self._drawn(number, example)
         return sequence(example, drawn, self._mask, self._infill, self._certainty)
@@ -77,7 +87,7 @@ class Course:
 
     def _number(self, index: int) -> int:
         """How many examples came before item ``index``, unless for the order within its step."""
-        if self._lengths is None:
+        if not self._lengths:
             return index
         step, place = divmod(index, self._batch_size)
         return self._step(step)[place]

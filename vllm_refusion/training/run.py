@@ -2,7 +2,7 @@
 
 settings.json   what the run's outcome depends on; a run only goes on with the same
 data/           the tokenised examples
-checkpoint-N/   all that is needed to go on after step N
+checkpoint-N/   all that is needed to go on after step N, sealed once it is complete
 log.jsonl       losses and dev figures by step
 samples.jsonl   decoded dev problems by step
 model/          the outcome, there once it is complete
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 from contextlib import suppress
@@ -31,16 +30,20 @@ from transformers import (
 )
 
 from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.files import damage, publish, read_json, write_text
 from vllm_refusion.training.collator import autoregressive, draw, sequence
 from vllm_refusion.training.data import Encoder, TokenStore, read_rows, stored, write_store
 from vllm_refusion.training.loss import CAUSAL
 from vllm_refusion.training.order import OBJECTIVES, Course, generator
 from vllm_refusion.training.trainer import (
+    SEAL,
+    Checkpoints,
     Dev,
-    LogFile,
+    LogFiles,
     Problem,
     ReFusionTrainer,
     SaveWhenInterrupted,
+    sealed_checkpoints,
 )
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -152,6 +155,7 @@ def train(
             _check_folder(run, resume)
             _write_data(encoder, data, run / "data", recipe.max_length, execution.progress)
             _check_settings(recipe, TokenStore(run / "data").fingerprint, run)
+            _set_damaged_aside(run)
     store = TokenStore(run / "data")
     steps = recipe.steps or math.ceil(recipe.epochs * len(store) / recipe.batch_size)
     args.max_steps = steps
@@ -164,7 +168,6 @@ def train(
         recipe.seed,
         recipe.slot_sizes,
         mask,
-        recipe.objective,
         recipe.batch_size,
         store.lengths,
         recipe.block_share,
@@ -182,7 +185,7 @@ def train(
         compiled=execution.compile,
         slot_certainty=recipe.slot_certainty,
         dev=_dev(recipe, execution, encoder, mask, run) if execution.dev else None,
-        callbacks=[LogFile(run / "log.jsonl"), interruption],
+        callbacks=[LogFiles(run), Checkpoints(run), interruption],
     )
     last = latest_checkpoint(run)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -193,9 +196,19 @@ def train(
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint: the trainer's state is the last file written of one."""
-    complete = [path.parent for path in run.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The newest complete checkpoint."""
+    return next(iter(sealed_checkpoints(run)), None)
+
+
+def _set_damaged_aside(run: Path) -> None:
+    """Renames the newest checkpoints until one holds what was written."""
+    while (newest := latest_checkpoint(run)) and (fault := damage(newest, SEAL)):
+        aside = newest.with_name(f"damaged-{newest.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        newest.rename(aside)
+        before = latest_checkpoint(run)
+        start = f"goes on from {before}" if before else "starts anew: there is no checkpoint before"
+        print(f"{fault}: {newest} is now {aside.name}, and the run {start}", file=sys.stderr)
 
 
 def _load_source(recipe: Recipe) -> tuple[Any, Any]:
@@ -252,7 +265,6 @@ def _arguments(recipe: Recipe, execution: Execution, run: Path) -> TrainingArgum
             logging_steps=execution.log_every,
             logging_first_step=True,
             save_steps=execution.save_every,
-            save_total_limit=2,
             eval_strategy="steps" if execution.dev else "no",
             eval_steps=execution.eval_every,
             report_to="none",
@@ -283,8 +295,8 @@ def _write_data(
         return tqdm(rows, desc="tokenising", unit=" rows", disable=not progress)
 
     key = encoder.key(data, max_length) if all(path.is_file() for path in data) else None
-    report = stored(folder, key) if key else None
-    report = report or write_store(read_rows(data), encoder, folder, max_length, bar, key)
+    known = stored(folder, key) if key else None
+    report = known or write_store(read_rows(data), encoder, folder, max_length, bar, key)
     print(report, file=sys.stderr)
 
 
@@ -300,14 +312,14 @@ def _check_settings(recipe: Recipe, fingerprint: str, run: Path) -> None:
     settings = json.loads(json.dumps({**asdict(recipe), "data": fingerprint}))
     path = run / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path, "restore it, or start a run in another folder")
+        if not isinstance(before, dict):
+            raise ValueError(f"{path}: not settings: restore it, or start a run in another folder")
         changed = {n: (before.get(n), v) for n, v in settings.items() if before.get(n) != v}
         if changed:
             listed = ", ".join(f"{n} was {a!r}, now {b!r}" for n, (a, b) in changed.items())
             raise ValueError(f"{run} cannot go on with other settings: {listed}")
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(settings, indent=2) + "\n")
-    part.rename(path)
+    write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _dev(
@@ -336,7 +348,4 @@ def _save(trainer: ReFusionTrainer, recipe: Recipe, run: Path) -> None:
     trainer.save_model(str(part))
     if trainer.is_world_process_zero():
         (part / "training_args.bin").unlink(missing_ok=True)
-        os.rename(part, run / "model")
-        for path in run.glob("checkpoint-*"):
-            if not (path / "trainer_state.json").exists():
-                shutil.rmtree(path)
+        publish(part, run / "model")

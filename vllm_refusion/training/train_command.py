@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from vllm_refusion.files import json_object
 
 HELP = "train a ReFusion checkpoint (see convert) on (query, response) pairs"
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--bf16", action="store_true", default=None, help="mixed precision")
     what.add_argument("--seed", type=int, help="of data order and masking; default: 0")
     what.add_argument("--plain-prompt", action="store_true", default=None, help="no chat template")
-    what.add_argument("--template-options", type=json.loads, help="JSON, for the chat template")
+    what.add_argument("--template-options", type=json_object, help="JSON, for the chat template")
     how = parser.add_argument_group("how it is carried out")
     how.add_argument("--micro-batch-size", type=int, help="examples per device; default: 8")
     how.add_argument("--gradient-checkpointing", action="store_true", default=None)

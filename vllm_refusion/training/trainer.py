@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
+from vllm_refusion.files import parse_json, seal, writing
 from vllm_refusion.training.collator import Sequenced, collate
 from vllm_refusion.training.loss import attach, label_counts
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
+SEAL = "complete.json"  # of a checkpoint, see ``files.seal``
+KEPT = 2  # checkpoints of a run
 
 
 class Problem(NamedTuple):
@@ -52,6 +63,9 @@ class ReFusionTrainer(Trainer):
     ``tokens_per_second`` fed, padding included. ``evaluate`` gives the losses on the dev set and
     figures of decoding it.
     """
+
+    model: Any
+    processing_class: Any
 
     def __init__(
         self,
@@ -92,7 +106,7 @@ class ReFusionTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         self._steps += 1
-        counts = sum(label_counts(batch).to(device) for batch in batch_samples)
+        counts = reduce(torch.add, (label_counts(batch).to(device) for batch in batch_samples))
         return self.accelerator.gather(counts[None]).sum(0)
 
     def compute_loss(
@@ -100,7 +114,7 @@ class ReFusionTrainer(Trainer):
         model: Any,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         losses = model(batch=inputs, counts=num_items_in_batch)
         self._losses += losses.detach()
@@ -129,10 +143,11 @@ class ReFusionTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Every process decodes all problems, since sharded models need all for a pass."""
+        assert self._dev is not None  # else there is no dataset to evaluate on
         began, model = time.monotonic(), self.model
         training = model.training
         model.eval()
-        metrics = self._dev_losses(model) | self._decode(model)
+        metrics = self._dev_losses(model, self._dev) | self._decode(model, self._dev)
         model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -142,16 +157,16 @@ class ReFusionTrainer(Trainer):
         self._since += time.monotonic() - began
         return metrics
 
-    def _dev_losses(self, model: Any) -> dict[str, float]:
-        rows, size = [p.row for p in self._dev.problems], self.args.per_device_eval_batch_size
+    def _dev_losses(self, model: Any, dev: Dev) -> dict[str, float]:
+        rows, size = [p.row for p in dev.problems], self.args.per_device_eval_batch_size
         batches = [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-        counts = sum(label_counts(batch) for batch in batches).to(self.args.device)
-        batches = (self._prepare_inputs(batch) for batch in batches)
-        losses = sum(model(batch=batch, counts=counts) for batch in batches)
+        counts = reduce(torch.add, map(label_counts, batches)).to(self.args.device)
+        prepared = (self._prepare_inputs(batch) for batch in batches)
+        losses = reduce(torch.add, (model(batch=batch, counts=counts) for batch in prepared))
         return {"loss": (losses * self._loss_weights).sum().item(), **self._named(losses)}
 
-    def _decode(self, model: Any) -> dict[str, float]:
-        dev, tokenizer, outcomes = self._dev, self.processing_class, []
+    def _decode(self, model: Any, dev: Dev) -> dict[str, float]:
+        tokenizer, outcomes = self.processing_class, []
         for problem in dev.problems[: dev.decoded]:
             tokens, passes = decode_one(model, tokenizer, problem.prompt, dev)
             text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -205,25 +220,78 @@ def is_right(text: str, values: Mapping[str, Any]) -> bool:
     return text.strip() == values["response"].strip()
 
 
-class LogFile(TrainerCallback):
-    """Appends what is logged to a file, one JSON object a line; cut back where a run goes on."""
+class LogFiles(TrainerCallback):
+    """Appends what is logged to log.jsonl; it and samples.jsonl are cut back where a run goes on.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Both have one JSON object with its ``step`` a line.
+    """
 
-    def on_train_begin(self, args, state, control, **_: Any) -> None:
-        if state.is_world_process_zero and self._path.exists():
-            kept = [
-                line
-                for line in self._path.read_text().splitlines(keepends=True)
-                if json.loads(line)["step"] <= state.global_step
-            ]
-            self._path.write_text("".join(kept))
+    def __init__(self, run: Path) -> None:
+        self._log, self._samples = run / "log.jsonl", run / "samples.jsonl"
 
-    def on_log(self, args, state, control, logs: dict | None = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if state.is_world_process_zero:
-            with open(self._path, "a") as file:
+            for path in (self._log, self._samples):
+                if path.exists():
+                    _cut_back(path, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            with open(self._log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keeps lines up to ``step``. A last line without its end was being written: it is dropped.
+
+    Raises:
+        ValueError: another line has no step; names it.
+    """
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    kept = []
+    for number, line in enumerate(whole.splitlines(keepends=True), 1):
+        try:
+            if parse_json(line.decode())["step"] <= step:
+                kept.append(line.rstrip(b"\n"))
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"no line of this run ({error})"
+            raise ValueError(f"{path}:{number}: {problem}: remove it, and resume again") from error
+    with writing(path, "wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+
+
+class Checkpoints(TrainerCallback):
+    """Seals each checkpoint once every process has written its part; keeps the last two."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            seal(self._run / f"checkpoint-{state.global_step}", SEAL)
+            kept = sealed_checkpoints(self._run)[:KEPT]
+            for path in self._run.glob("checkpoint-*"):
+                if path not in kept:
+                    shutil.rmtree(path)
+
+
+def sealed_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, newest first; a save that was cut off leaves no seal."""
+    found = [path.parent for path in run.glob(f"checkpoint-*/{SEAL}")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 class SaveWhenInterrupted(TrainerCallback):
@@ -241,7 +309,9 @@ class SaveWhenInterrupted(TrainerCallback):
         self.interrupted = True
         signal.signal(number, self._handlers[number])
 
-    def on_step_end(self, args, state, control, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if args.world_size > 1:  # all stop after the same step
             flag = torch.tensor(self.interrupted, dtype=torch.int32, device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from vllm_refusion.files import writing
 from vllm_refusion.viewer.timeline import Timeline
 
 WIDTH, MARGIN, LINE, SIZE, SCALE = 760, 16, 26, 15, 2  # in pixels of the picture; drawn larger
@@ -50,7 +51,7 @@ class Style:
         red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
         return round(255 * red), round(255 * green), round(255 * blue)
 
-    def load(self, size: int) -> ImageFont.FreeTypeFont:
+    def load(self, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         if self.font is not None:
             return ImageFont.truetype(str(self.font), size)
         for name in TEXT_FONTS:
@@ -63,7 +64,8 @@ class Style:
 
 def write_png(path: Path, timeline: Timeline, number: int, style: Style) -> None:
     """The state after pass ``number``."""
-    _Drawer(timeline, style).picture(number).save(path, optimize=True)
+    with writing(path, "wb") as file:
+        _Drawer(timeline, style).picture(number).save(file, "PNG", optimize=True)
 
 
 def write_gif(path: Path, timeline: Timeline, speed: float, style: Style) -> None:
@@ -75,14 +77,16 @@ def write_gif(path: Path, timeline: Timeline, speed: float, style: Style) -> Non
     # one palette for all, from the most colourful picture: rounds keep their colours
     palette = frames[-1].quantize(128)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    small[0].save(
-        path,
-        save_all=True,
-        append_images=small[1:],
-        duration=[*lengths, HOLD],
-        loop=0,
-        optimize=True,
-    )
+    with writing(path, "wb") as file:
+        small[0].save(
+            file,
+            "GIF",
+            save_all=True,
+            append_images=small[1:],
+            duration=[*lengths, HOLD],
+            loop=0,
+            optimize=True,
+        )
 
 
 class _Drawer:
@@ -153,7 +157,7 @@ class _Drawer:
         for index, one in enumerate(passes[:number]):
             x = MARGIN + index * step
             count = len(one.committed)
-            colour = style.mask
+            colour: str | tuple[int, int, int] = style.mask
             if count:
                 colour = style.of_round(self._timeline.positions[one.committed[0]].round)
             height = max(2, tall * count / most)

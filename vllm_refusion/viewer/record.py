@@ -61,19 +61,21 @@ def add_autoregressive(
 
     The model's own tokenizer and chat template are used; each prompt runs alone.
     """
+    from vllm import RequestOutput, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
     tokenizer, engine = llm.get_tokenizer(), llm.llm_engine
     sampling = sampling.clone()
     sampling.extra_args, sampling.output_kind = None, RequestOutputKind.DELTA
     for number, request in enumerate(trace["requests"]):
-        prompt = {"prompt_token_ids": encode(tokenizer, request["prompt"]["text"], chat)}
+        prompt = encode(tokenizer, request["prompt"]["text"], chat)
         tokens: list[int] = []
         seconds: list[float] = []
         start = time.perf_counter()
-        engine.add_request(f"twin-{number}", prompt, sampling)
+        engine.add_request(f"twin-{number}", TokensPrompt(prompt_token_ids=prompt), sampling)
         while engine.has_unfinished_requests():
             for output in engine.step():
+                assert isinstance(output, RequestOutput)  # not one of pooling
                 new = output.outputs[0].token_ids
                 tokens += new
                 seconds += [round(time.perf_counter() - start, 6)] * len(new)

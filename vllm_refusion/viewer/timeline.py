@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_refusion.files import read_json
 from vllm_refusion.viewer.record import FORMAT, VERSION
 
 NOT_DECODING = {"prefill", "replay", "idle"}
@@ -208,11 +208,13 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not a trace of this version.
     """
-    try:
-        trace = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    trace = read_json(path)
     found = (trace.get("format"), trace.get("version")) if isinstance(trace, dict) else None
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} is not a {FORMAT} of version {VERSION}")
+    try:
+        for request in trace["requests"]:
+            Timeline.of(trace, request)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is no whole trace: {error!r}: record it again") from error
     return trace

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_refusion.decoding.params import PARAMETER_NAMES, PRESETS
+from vllm_refusion.files import json_object, write_text
 
 HELP = "record how prompts are decoded, pass by pass, as JSON"
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument(
         "--engine",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help="more options of vllm.LLM, for both models",
@@ -70,12 +71,10 @@ def run(args: argparse.Namespace) -> None:
         with _engine(args, args.autoregressive, record.stock(args.autoregressive)) as llm:
             _warm_up(llm, args.prompt[0], sampling, chat)
             record.add_autoregressive(trace, llm, sampling, chat)
-    args.output.write_text(
-        json.dumps(trace, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
-    )
+    write_text(args.output, json.dumps(trace, ensure_ascii=False, separators=(",", ":")))
     print(f"wrote {args.output}")
     if args.page:
-        args.page.write_text(page.html(trace), encoding="utf-8")
+        write_text(args.page, page.html(trace))
         print(f"wrote {args.page}")
     for request in trace["requests"]:
         print(Timeline.of(trace, request).summary())

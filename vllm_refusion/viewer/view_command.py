@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vllm_refusion.files import write_text
+
 HELP = "show a trace in the terminal, or write it as a page or a picture"
 SUFFIXES = (".html", ".gif", ".png")
 
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.suffix == ".html":
         from vllm_refusion.viewer import page
 
-        args.output.write_text(page.html(trace), encoding="utf-8")
+        write_text(args.output, page.html(trace))
     else:
         from vllm_refusion.viewer import image
 
