@@ -1,4 +1,4 @@
-"""PyTorch twin of acceptance replay: outcomes of decoding drawn from a seed, not from logits.
+"""PyTorch twin of drawn acceptance: outcomes of decoding drawn from a seed, not from logits.
 
 Meaning and formulas are in ``acceptance.py``, the kernel.
 """
@@ -48,7 +48,7 @@ def acceptance_stats_twin(
     tables: AcceptanceTables,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """The results of ``replay.acceptance_stats``: same arguments, same values, bit for bit."""
+    """The results of ``acceptance.acceptance_stats``: same arguments, same values, bit for bit."""
     picked, picked_prob, given_prob = out
     used = (row_position >= 0).nonzero().flatten()
     request = row_request[used]

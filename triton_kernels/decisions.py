@@ -28,13 +28,17 @@ from vllm_refusion.triton_kernels.state_codes import (
 
 
 class Block(NamedTuple):
-    """What is known of the positions of a block, see ``PositionField``; confidence is float32."""
+    """What is known of the positions of a block, see ``PositionField``; confidence is float32.
+
+    ``pick_row`` is that of the pass being decided.
+    """
 
     status: tl.tensor
     token: tl.tensor
     confidence: tl.tensor
     rounds: tl.tensor
     origin: tl.tensor
+    pick_row: tl.tensor
 
 
 class Statistics(NamedTuple):
@@ -59,6 +63,21 @@ class Tests(NamedTuple):
     failed: tl.tensor
     good: tl.tensor
     reached: tl.tensor
+
+
+@triton.jit
+def with_status(block, status):
+    return Block(status, block.token, block.confidence, block.rounds, block.origin, block.pick_row)
+
+
+@triton.jit
+def with_rounds(block, rounds):
+    return Block(block.status, block.token, block.confidence, rounds, block.origin, block.pick_row)
+
+
+@triton.jit
+def with_origin(block, origin):
+    return Block(block.status, block.token, block.confidence, block.rounds, origin, block.pick_row)
 
 
 @triton.jit
@@ -109,6 +128,7 @@ def pick(block, takes, row, stats):
         tl.where(takes, confidence, block.confidence),
         block.rounds,
         block.origin,
+        tl.where(takes, row, block.pick_row),
     )
 
 
@@ -122,8 +142,14 @@ def plan(block, row, stats, threshold, counters_ptr, lanes):
     tl.atomic_add(counters_ptr + COUNT_SLOTS_CHOSEN, tl.sum(opens_chosen, axis=0))
     chosen = masked & (tl.gather(opens_chosen, lanes.slot_start, axis=0) == 1)
     block = pick(block, chosen, row, stats)
-    origin = tl.where(chosen, lanes.slot_start, block.origin)
-    return Block(block.status, block.token, block.confidence, block.rounds, origin)
+    return Block(
+        block.status,
+        block.token,
+        block.confidence,
+        block.rounds,
+        tl.where(chosen, lanes.slot_start, block.origin),
+        tl.where(masked, row, block.pick_row),
+    )
 
 
 @triton.jit
@@ -145,16 +171,14 @@ def accept(block, tests, lanes):
     status = tl.where(fails, BLANK, block.status)
     status = tl.where(tests.proposed & tests.good, ACCEPTED, status)
     starts = lanes.slot_start + in_slot(tests.good, lanes)
-    origin = tl.where(fails, starts, block.origin)
-    return Block(status, block.token, block.confidence, block.rounds, origin)
+    return with_origin(with_status(block, status), tl.where(fails, starts, block.origin))
 
 
 @triton.jit
 def cut_after(block, cut, lanes):
     """EOS at ``cut``: what lies after it and is not committed is dropped."""
     dropped = (lanes.p > cut) & (block.status != COMMITTED)
-    status = tl.where(dropped, DROPPED, block.status)
-    return Block(status, block.token, block.confidence, block.rounds, block.origin)
+    return with_status(block, tl.where(dropped, DROPPED, block.status))
 
 
 @triton.jit
@@ -167,12 +191,11 @@ def accept_eos(block, eos, lanes):
 @triton.jit
 def verify(block, row, tests, eos, lanes):
     """Section 3.2. Returns the block, the rows to commit (0: infill follows), where EOS cuts."""
-    rounds = tl.where(block.status == CHOSEN, 0, block.rounds)
-    block = Block(block.status, block.token, block.confidence, rounds, block.origin)
+    block = with_rounds(block, tl.where(block.status == CHOSEN, 0, block.rounds))
     commits, cut = committed_prefix(block.token, tests, eos, lanes)
     if commits > 0:
-        status = tl.where(tests.proposed & (row >= commits), MASKED, block.status)
-        block = Block(status, block.token, block.confidence, block.rounds, block.origin)
+        back = tests.proposed & (row >= commits)
+        block = with_status(block, tl.where(back, MASKED, block.status))
         block = cut_after(block, cut, lanes)
     else:
         block, cut = accept_eos(accept(block, tests, lanes), eos, lanes)
@@ -187,8 +210,7 @@ def infill(block, row, tests, stats, eos, lanes):
     takes = blank & (row >= 0)
     begins = blank & (in_slot(takes, lanes) > 0)
     block = pick(accept(block, tests, lanes), takes, row, stats)
-    rounds = block.rounds + begins.to(tl.int32)
-    block = Block(block.status, block.token, block.confidence, rounds, block.origin)
+    block = with_rounds(block, block.rounds + begins.to(tl.int32))
     return accept_eos(block, eos, lanes)
 
 

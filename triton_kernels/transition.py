@@ -28,6 +28,8 @@ from vllm_refusion.triton_kernels.decisions import (
     run_tests,
     verify,
     waiting,
+    with_rounds,
+    with_status,
 )
 from vllm_refusion.triton_kernels.lanes import (
     NOWHERE,
@@ -78,6 +80,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_RESUME,
     F_ROWS,
     F_SLOT_SIZE,
+    F_TEST_BLOCK,
     F_TESTED,
     FLOAT_SLOT_THRESHOLD,
     FLOAT_TOKEN_THRESHOLD,
@@ -95,10 +98,14 @@ from vllm_refusion.triton_kernels.state_codes import (
     P_CANVAS_ROW,
     P_CONFIDENCE,
     P_ORIGIN,
+    P_PICK_ROW,
     P_RIDER_ROW,
     P_RIDER_WIDTH,
     P_ROUNDS,
     P_STATUS,
+    P_STAYS,
+    P_TEST_ROW,
+    P_TESTED_TOKEN,
     P_TOKEN,
     PLAN,
     PREFILL,
@@ -132,6 +139,13 @@ class Decision(NamedTuple):
     counter: tl.tensor
 
 
+class Verified(NamedTuple):
+    """What was under verification, see ``PositionField``."""
+
+    token: tl.tensor
+    row: tl.tensor
+
+
 @triton.jit
 def _position(positions, field: tl.constexpr, other, lanes, CANVAS: tl.constexpr):
     return tl.load(positions + field * CANVAS + lanes.p, mask=lanes.p < CANVAS, other=other)
@@ -145,6 +159,7 @@ def _load_block(positions, lanes, CANVAS: tl.constexpr):
         _position(positions, P_CONFIDENCE, 0, lanes, CANVAS).to(tl.float32, bitcast=True),
         _position(positions, P_ROUNDS, 0, lanes, CANVAS),
         _position(positions, P_ORIGIN, 0, lanes, CANVAS),
+        tl.zeros_like(lanes.p) - 1,
     )
 
 
@@ -157,6 +172,15 @@ def _store_block(block, positions, lanes, CANVAS: tl.constexpr):
     tl.store(at + P_CONFIDENCE * CANVAS, confidence, mask=mask)
     tl.store(at + P_ROUNDS * CANVAS, block.rounds, mask=mask)
     tl.store(at + P_ORIGIN * CANVAS, block.origin, mask=mask)
+
+
+@triton.jit
+def _store_evidence(verified, stays, pick_row, positions, lanes, CANVAS: tl.constexpr):
+    at, mask = positions + lanes.p, lanes.p < CANVAS
+    tl.store(at + P_TESTED_TOKEN * CANVAS, verified.token, mask=mask)
+    tl.store(at + P_TEST_ROW * CANVAS, verified.row, mask=mask)
+    tl.store(at + P_STAYS * CANVAS, stays.to(tl.int32), mask=mask)
+    tl.store(at + P_PICK_ROW * CANVAS, pick_row, mask=mask)
 
 
 @triton.jit
@@ -182,6 +206,8 @@ def _replay(ints, query_len, computed):
 @triton.jit
 def _decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
     """What the rows of the phase decide: a plan, a verification, or a pass of an infill."""
+    nothing = tl.zeros_like(lanes.p) - 1
+    verified = Verified(nothing, nothing)
     if phase == PLAN:
         threshold = tl.load(floats + FLOAT_SLOT_THRESHOLD)
         block = plan(block, row, stats, threshold, counters_ptr, lanes)
@@ -190,6 +216,9 @@ def _decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
         eos = tl.load(ints + F_EOS)
         kept = tl.load(ints + F_KEPT)
         tests = run_tests(block, row, stats, tl.load(floats + FLOAT_TOKEN_THRESHOLD), lanes)
+        verified = Verified(
+            tl.where(tests.proposed, block.token, -1), tl.where(tests.tested, row - 1, -1)
+        )
         tested = count(tests.tested & tests.reached)
         passed = count(tests.tested & tests.good)
         if phase == VERIFY:
@@ -206,7 +235,7 @@ def _decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
             total = count(infilled(block.status))
             commits = tl.where(kept >= total, total, 0)
         decision = Decision(INFILL, commits, final, kept, cut, tested, passed, counter)
-    return block, decision
+    return block, decision, verified
 
 
 @triton.jit
@@ -231,15 +260,15 @@ def _commit(block, row, commits, phase, start, committed, history, max_response,
     tl.store(history + H_RESPONSE * max_response + position, block.token, mask=now)
     tl.store(entry + H_ORDER * max_response, position, mask=now)
     tl.store(entry + H_GROUP_CONTEXT * max_response, group, mask=now)
-    status = tl.where(now, COMMITTED, block.status)
-    return Block(status, block.token, block.confidence, block.rounds, block.origin), now
+    return with_status(block, tl.where(now, COMMITTED, block.status)), now
 
 
 @triton.jit
 def _start_block(block, start, ints, lanes):
     """A block that starts now at response position ``start``."""
     status = tl.where(lanes.p < block_length_at(start, ints), MASKED, DROPPED)
-    return Block(status, tl.zeros_like(lanes.p), block.confidence, block.rounds, block.origin)
+    token = tl.zeros_like(lanes.p)
+    return Block(status, token, block.confidence, block.rounds, block.origin, block.pick_row)
 
 
 @triton.jit
@@ -254,8 +283,7 @@ def _ride_predicts(block, rider_row, rider_width, rows, fed, stats, counters_ptr
     ridden = count(rides & (lanes.p == begin) & (rider >= rows))
     tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
     # an operation that goes on is counted already
-    rounds = block.rounds + (rides & (block.origin == begin)).to(tl.int32)
-    block = Block(block.status, block.token, block.confidence, rounds, block.origin)
+    block = with_rounds(block, block.rounds + (rides & (block.origin == begin)).to(tl.int32))
     return pick(block, rides & (lanes.p - begin < width), rider + lanes.p - begin, stats)
 
 
@@ -349,6 +377,7 @@ def _transition_kernel(
     fed = 0
     decided = 0
     decision = Decision(phase, 0, 0, tl.load(ints + F_KEPT), NOWHERE, 0, 0, -1)
+    verified = Verified(block.pick_row, block.pick_row)  # none yet
     if phase == PREFILL:
         prefill_len = tl.load(prefill_len_ptr + req)
         kept, fed, next_phase = _prefill(ints, query_len, computed, prefill_len)
@@ -365,7 +394,9 @@ def _transition_kernel(
         fed = tl.minimum(query_len, canvas_rows)
         passes += 1
         tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - rows)
-        block, decision = _decide(block, row, stats, phase, ints, floats, counters_ptr, lanes)
+        block, decision, verified = _decide(
+            block, row, stats, phase, ints, floats, counters_ptr, lanes
+        )
     next_phase = decision.next_phase
     commits = decision.commits
     infill_kept = decision.infill_kept
@@ -404,6 +435,8 @@ def _transition_kernel(
         with_prompt = (next_phase == START) & (phase == PREFILL) & (fed >= rows)
         last_slot = tl.where(with_prompt, -1, NOWHERE)
         next_start = tl.where(next_phase == START, 0, next_start)
+    stays = (verified.token >= 0) & ((block.status == ACCEPTED) | (block.status == COMMITTED))
+    tl.store(ints + F_TEST_BLOCK, block_start)
     if next_phase == START:
         decided = 1
         next_phase = PLAN
@@ -426,6 +459,7 @@ def _transition_kernel(
     elif (next_phase == INFILL) & (decided == 1):
         block = _ride_predicts(block, rider_row, rider_width, rows, fed, stats, counters_ptr, lanes)
 
+    _store_evidence(verified, stays, block.pick_row, positions, lanes, CANVAS)
     if decided == 1:
         _store_block(block, positions, lanes, CANVAS)
         course = Course(

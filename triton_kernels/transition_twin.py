@@ -1,5 +1,7 @@
 """PyTorch twin of the kernel in ``transition``: one request at a time, plain Python.
 
+Steps that both have are functions of the same names; rules are in ``vllm_refusion.decoding.rules``.
+
 The state and its fields are described in ``vllm_refusion.decoding.state``.
 """
 
@@ -21,6 +23,8 @@ from vllm_refusion.decoding.state import (
     Status,
 )
 from vllm_refusion.triton_kernels.compose_twin import INFILLED, OPEN, Request
+
+EVIDENCE = ("pick_row", "tested_token", "test_row", "stays")
 
 
 def transition_twin(
@@ -111,20 +115,41 @@ class _Step(Request):
             for column in (self.state.canvas_row, self.state.rider_row, self.state.rider_width)
         )
         self.first_rider = ints[Field.ROWS]
+        ints[Field.TEST_BLOCK] = ints[Field.BLOCK_START]
+        width = self.state.canvas_length
+        self.pick_row, self.tested_token, self.test_row = ([-1] * width for _ in range(3))
+        self.stays = [0] * width
         if phase == Phase.PREFILL:
-            if self.computed + self.query_len >= self.prefill_len:
-                self._resume(self.prefill_len - ints[Field.PROMPT_LEN])
-            return self.query_len - self.fed
+            return self._prefill()
         if phase == Phase.REPLAY:
-            done = self.computed - ints[Field.PROMPT_LEN]
-            kept = min(self.query_len, ints[Field.COMMITTED] - done)
-            self._count(Counter.REPLAY)
-            self._count(Counter.ROWS_FED, kept)
-            self._resume(done + kept)
-            return kept
+            return self._replay()
         if phase == Phase.DONE or self.decode_rows < max(self.query_len, ints[Field.ROWS]):
             self._count(Counter.IDLE)
             return 0
+        return self._decide()
+
+    def save(self) -> None:
+        super().save()
+        for name in EVIDENCE:
+            values = torch.tensor(getattr(self, name), dtype=torch.int32)
+            getattr(self.state, name)[self.req] = values
+
+    def _prefill(self) -> int:
+        if self.computed + self.query_len >= self.prefill_len:
+            self._resume(self.prefill_len - self.ints[Field.PROMPT_LEN])
+        return self.query_len - self.fed
+
+    def _replay(self) -> int:
+        done = self.computed - self.ints[Field.PROMPT_LEN]
+        kept = min(self.query_len, self.ints[Field.COMMITTED] - done)
+        self._count(Counter.REPLAY)
+        self._count(Counter.ROWS_FED, kept)
+        self._resume(done + kept)
+        return kept
+
+    def _decide(self) -> int:
+        """A plan, a verification, or a pass of an infill, and what rode with it."""
+        ints, phase = self.ints, self.ints[Field.PHASE]
         ints[Field.PASSES] += 1
         self._count(Counter.ROWS_FED, self.fed)
         self._count(Counter.RIDER_ROWS_FED, self.fed - ints[Field.ROWS])
@@ -181,6 +206,8 @@ class _Step(Request):
         opens = list(rows)[::size]
         certainties = [float(self.picked_prob[row]) for row in opens]
         chosen = rules.choose_slots(certainties, float(self.state.slot_threshold[self.req]))
+        for row, position in rows.items():
+            self.pick_row[position] = row
         for first in [opens[i] for i in chosen]:
             for row in range(first, first + size):
                 self._pick(rows[row], row, origin=rows[first])
@@ -192,13 +219,14 @@ class _Step(Request):
         self.token[position] = self.picked[row]
         self.confidence[position] = self.picked_prob[row]
         self.origin[position] = origin
+        self.pick_row[position] = row
 
     def _verify(self) -> int:
         ints = self.ints
         size = ints[Field.SLOT_SIZE]
         fed = [p for p, row in enumerate(self.canvas_row) if row >= 0]
         slots = self.by_slot(self.positions(Status.CHOSEN))
-        runs = [self._run(positions) for positions in slots]
+        runs = [self._run_tests(positions) for positions in slots]
         for p in sum(slots, []):
             self.rounds[p] = 0
         drafts = [self.token[p] for p in fed]
@@ -225,7 +253,7 @@ class _Step(Request):
         ints = self.ints
         waiting = self._waiting()
         for positions in self.by_slot(self.positions(Status.CHOSEN)):
-            self._accept(positions, self._run(positions))
+            self._accept(positions, self._run_tests(positions))
         for blank in waiting:
             fed = sum(self.canvas_row[p] >= 0 for p in blank)
             if fed:
@@ -245,9 +273,14 @@ class _Step(Request):
             self._after_commit(None if ends else last_slot)
         return kept
 
-    def _run(self, proposals: list[int]) -> int:
+    def _run_tests(self, proposals: list[int]) -> int:
         """How many of a slot's proposals are accepted in this pass."""
-        given = [self._given(p) for p in proposals if self.canvas_row[p] >= 0]
+        fed = [p for p in proposals if self.canvas_row[p] >= 0]
+        for p in fed:
+            self.tested_token[p] = self.token[p]
+            if self.origin[p] != p:
+                self.test_row[p] = self.canvas_row[p] - 1
+        given = [self._given(p) for p in fed]
         run = rules.accepted_run(given, float(self.state.token_threshold[self.req]))
         self.tested += sum(probability is not None for probability in given[: run + 1])
         self.passed += sum(probability is not None for probability in given[:run])
@@ -323,7 +356,13 @@ class _Step(Request):
         end = rules.until_eos([self.token[p] for p in accepted], self.ints[Field.EOS])
         if end:
             self._cut_after(accepted[end - 1])
+        self._stay(self.positions(Status.ACCEPTED))
         return end > 0
+
+    def _stay(self, positions: list[int]) -> None:
+        """Notes of tokens under verification that they are accepted, for infill or for good."""
+        for p in positions:
+            self.stays[p] = int(self.tested_token[p] >= 0)
 
     def _cut_after(self, position: int) -> None:
         """EOS at a block position: everything after it that is not committed is dropped."""
@@ -337,6 +376,7 @@ class _Step(Request):
         """Commits tokens whose KV is final, in this order."""
         ints, state, req = self.ints, self.state, self.req
         committed = ints[Field.COMMITTED]
+        self._stay(positions)
         for row, position in enumerate(positions):
             response_position = ints[Field.BLOCK_START] + position
             self.status[position] = Status.COMMITTED

@@ -1,4 +1,4 @@
-"""Acceptance replay: the kernel against its twin, and the promises made about the outcomes."""
+"""Drawn acceptance: the kernel against its twin, and the promises made about the outcomes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllm_refusion.triton_kernels.acceptance import acceptance_stats  # noqa: E4
 from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin  # noqa: E402
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
-    "replay", [acceptance_stats, acceptance_stats_twin], ids=["kernel", "twin"]
+    "stats", [acceptance_stats, acceptance_stats_twin], ids=["kernel", "twin"]
 )
 PROFILES = [Profile(0.3, 0.7), Profile(0.9, 0.4, shape=2.0, first=0.2)]
 REQUESTS = 5
@@ -65,7 +65,7 @@ def random_rows(count: int, used: bool = True) -> list[torch.Tensor]:
     return [row.to(DEVICE) for row in rows]
 
 
-def run(replay, rows, vocab=VOCAB, excluded=(MASK, EOS), profiles=PROFILES, state=None):
+def run(stats, rows, vocab=VOCAB, excluded=(MASK, EOS), profiles=PROFILES, state=None):
     count = len(rows[0])
     out = (
         torch.full((count,), -7, dtype=torch.int32, device=DEVICE),
@@ -73,7 +73,7 @@ def run(replay, rows, vocab=VOCAB, excluded=(MASK, EOS), profiles=PROFILES, stat
         torch.full((count,), float("nan"), device=DEVICE),
     )
     tables = build_tables(profiles, vocab, excluded, DEVICE)
-    replay(*rows, **(state or per_request()), tables=tables, out=out)
+    stats(*rows, **(state or per_request()), tables=tables, out=out)
     return out
 
 
@@ -91,42 +91,42 @@ def test_kernel_equals_twin_bit_for_bit(count, excluded):
 
 
 @IMPLEMENTATIONS
-def test_results_do_not_depend_on_the_chunk_of_rows(replay):
+def test_results_do_not_depend_on_the_chunk_of_rows(stats):
     rows = random_rows(300)
-    whole = run(replay, rows)
+    whole = run(stats, rows)
     for start, end in ((0, 1), (1, 130), (130, 300)):
-        part = run(replay, [row[start:end].clone() for row in rows])
+        part = run(stats, [row[start:end].clone() for row in rows])
         assert all(torch.equal(a[start:end], b) for a, b in zip(whole, part, strict=True))
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("vocab", [3, 4, 97])
-def test_only_ordinary_tokens_are_picked_and_all_of_them(replay, vocab):
-    picked = run(replay, random_rows(2000), vocab, excluded=(1, vocab - 1))[0]
+def test_only_ordinary_tokens_are_picked_and_all_of_them(stats, vocab):
+    picked = run(stats, random_rows(2000), vocab, excluded=(1, vocab - 1))[0]
     assert set(picked.tolist()) == set(range(vocab)) - {1, vocab - 1}
 
 
 @IMPLEMENTATIONS
-def test_asking_anywhere_gives_the_same_outcome(replay):
+def test_asking_anywhere_gives_the_same_outcome(stats):
     """given_prob is a function of the given token, the next position and the seed alone."""
     request, position, given, draw = random_rows(400)
-    first = run(replay, [request, position, given, draw])[2]
-    other = run(replay, [request, position, given, draw + 17])[2]
+    first = run(stats, [request, position, given, draw])[2]
+    other = run(stats, [request, position, given, draw + 17])[2]
     assert torch.equal(first, other) and set(first.tolist()) == {0.0, 1.0}
     assert not first[given < 0].any()
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("index", [0, 1])
-def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(replay, index):
+def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(stats, index):
     count, size, profile = 16_000, 8, PROFILES[index]
     state = one_request(index, size)
     position = torch.arange(count, dtype=torch.int32, device=DEVICE) % 512 + size
     draw = torch.arange(count, dtype=torch.int32, device=DEVICE) // 512
     request = torch.zeros(count, dtype=torch.int64, device=DEVICE)
     nothing = torch.full_like(draw, -1)
-    picked, probability, _ = run(replay, [request, position, nothing, draw], state=state)
-    passes = run(replay, [request, position - 1, picked, draw], state=state)[2]
+    picked, probability, _ = run(stats, [request, position, nothing, draw], state=state)
+    passes = run(stats, [request, position - 1, picked, draw], state=state)[2]
     first = position % size == 0
     error = 4 * 0.5 / (first.sum().item() ** 0.5)
     assert abs((probability[first] > 0.8).float().mean().item() - profile.slot) < error
@@ -141,11 +141,11 @@ def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(replay, in
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("index, chance", [(0, 0.3), (1, 0.2)])
-def test_the_first_slot_has_a_chance_of_its_own(replay, index, chance):
+def test_the_first_slot_has_a_chance_of_its_own(stats, index, chance):
     state = one_request(index, 8)
     draw = torch.arange(8000, dtype=torch.int32, device=DEVICE)
     nothing = torch.full_like(draw, -1)
-    certainty = run(replay, [draw.long() * 0, draw * 0, nothing, draw], state=state)[1]
+    certainty = run(stats, [draw.long() * 0, draw * 0, nothing, draw], state=state)[1]
     # as many outcomes as tokens
     assert abs((certainty > 0.8).float().mean().item() - chance) < 4 * 0.5 / VOCAB**0.5
 
@@ -167,12 +167,12 @@ def vllm_config(load_format: str = "dummy", **additional) -> SimpleNamespace:
     )
 
 
-def test_replay_is_off_unless_asked_for():
+def test_acceptance_is_drawn_only_if_asked_for():
     assert acceptance_tables(vllm_config(), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("load_format, marked", [("dummy", False), ("auto", True)])
-def test_only_the_benchmark_may_switch_replay_on(monkeypatch, load_format, marked):
+def test_only_the_benchmark_may_have_it_drawn(monkeypatch, load_format, marked):
     monkeypatch.delenv(BENCHMARK_ENV, raising=False)
     if marked:
         monkeypatch.setenv(BENCHMARK_ENV, "1")
@@ -180,7 +180,7 @@ def test_only_the_benchmark_may_switch_replay_on(monkeypatch, load_format, marke
         acceptance_tables(vllm_config(load_format, **to_config(PROFILES)), torch.device("cpu"))
 
 
-def test_the_benchmark_switches_replay_on(monkeypatch):
+def test_the_benchmark_has_it_drawn(monkeypatch):
     monkeypatch.setenv(BENCHMARK_ENV, "1")
     tables = acceptance_tables(vllm_config(**to_config(PROFILES)), torch.device("cpu"))
     assert tables.excluded == (EOS, MASK)

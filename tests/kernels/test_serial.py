@@ -94,7 +94,7 @@ def test_whatever_is_drafted(seed: int):
     def disturbed(state: DecodeState, *args, **kwargs) -> None:
         serial_transition_twin(state, *args, **kwargs)
         for req in range(state.max_requests):
-            tests = int(state.ints[req, 21])
+            tests = int(state.ints[req, Field.TESTS])
             if rng.random() < 0.7 and tests:
                 lie = torch.randint(0, MASK_TOKEN_ID, (tests,), dtype=torch.int32)
                 keep = torch.rand(tests) < 0.5

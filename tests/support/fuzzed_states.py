@@ -110,6 +110,7 @@ class Fuzz:
             Field.PASSES: rng.randrange(100),
             Field.TESTED: (tested := rng.randrange(ACCEPTANCE_WINDOW)),
             Field.PASSED: rng.randint(0, tested),
+            Field.TEST_BLOCK: rng.randrange(budget),
         }
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL

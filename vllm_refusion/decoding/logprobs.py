@@ -8,22 +8,20 @@ The probability of a token is the one that accepted it: of the row that
 
 The most likely tokens are those of the same row. All are of the full softmax at temperature 1.
 
-So each token that is picked or tested in a pass takes the row that did it, in this order; the last
-one that a token took before it was committed is the one that accepted it, since a token that fails
-its test is picked anew. A pass is described in two halves:
-
-``describe``, before the transition, notes what each row of the canvas says: a mask's row of its own
-position, a token's row of the next one. ``take``, after it, hands that on to the positions: which
-riders were used shows in what the transition made of the statuses.
+So each token that is picked or tested in a pass takes the row that did it. The last that it took
+before it was committed is the one that accepted it: a token that fails its test is picked anew. The
+transition records the row (``PositionField``). ``describe``, before it, notes what each row of the
+canvas says: a mask's row of its own position, a token's row of the next one. ``take``, after it,
+hands that on to the positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from vllm_refusion.decoding.state import DecodeState, Field, Phase, Status
+from vllm_refusion.decoding.state import DecodeState, Field
 
 MAX_LOGPROBS = 20
 ROWS_AT_ONCE = 64  # of logits in float32
@@ -78,7 +76,6 @@ class Record:
 
     said: _Table
     taken: _Table
-    _before: dict[str, torch.Tensor] = field(default_factory=dict)  # the state it was decided from
 
     @classmethod
     def empty(cls, length: int, canvas_length: int, count: int, device: torch.device) -> Record:
@@ -104,8 +101,6 @@ class Record:
             logits: [n, V], of the rows of the step from ``start`` on.
             picked, given: [rows of the step] int32, picks, and tokens of the rows behind.
         """
-        names = "ints status origin canvas_row rider_row rider_width row_position row_own_start"
-        self._before = {name: getattr(state, name)[req].clone() for name in names.split()}
         is_mask = state.canvas_token[req] == state.mask_token_id
         width = min(most, state.canvas_length)
         count = self.said.ids.shape[1] - 1
@@ -119,55 +114,12 @@ class Record:
 
     def take(self, state: DecodeState, req: int) -> None:
         """Hands on what the rows said, once the pass is decided; waits for nothing."""
-        if not self._before:
-            return
-        before, after, status = self._before, state.ints[req], state.status[req]
-        self._before = {}
-        ints = before["ints"]
-        size, block = ints[Field.SLOT_SIZE], ints[Field.BLOCK_START]
-        phase, now = ints[Field.PHASE], after[Field.PHASE]
-        decided = after[Field.PASSES] > ints[Field.PASSES]
-        tests = decided & ((phase == int(Phase.VERIFY)) | (phase == int(Phase.INFILL)))
-        planned = now == int(Phase.VERIFY)  # what follows a plan
-        p = torch.arange(state.canvas_length, device=ints.device)  # block positions
-
-        def was(wanted: Status) -> torch.Tensor:
-            return before["status"] == int(wanted)
-
-        def hand_on(wanted: torch.Tensor, row: torch.Tensor) -> None:
-            """What ``row`` said to the block positions that are ``wanted``."""
-            self.taken.write(block + p, wanted & (row >= 0), self.said.read(row))
-
-        # 1. The proposals that were tested, by the row before theirs.
-        canvas_row = before["canvas_row"]
-        proposed = was(Status.CHOSEN) & (canvas_row >= 0)
-        hand_on(tests & proposed & (before["origin"] != p), canvas_row - 1)
-
-        # 2. The masks of a predict.
-        hand_on(decided & (phase == int(Phase.INFILL)) & was(Status.BLANK), canvas_row)
-
-        # 3. Those behind the rows of the phase that were used: a position has got a new proposal.
-        opening = (before["rider_row"] >= 0) & (p % size != 0)
-        opening &= (status == int(Status.CHOSEN)) & (was(Status.CHOSEN) | was(Status.BLANK))
-        opening &= torch.roll(status, 1) == int(Status.ACCEPTED)
-        in_slot = torch.zeros_like(p).scatter_reduce(0, p // size, p * opening, "amax")
-        at = in_slot[p // size]  # 0: none
-        behind = (at > 0) & (p >= at) & (p < at + before["rider_width"][at])
-        infills = now == int(Phase.INFILL)
-        hand_on(tests & infills & behind, before["rider_row"][at] + p - at)
-
-        # 4. The masks of a plan. The first one may come with the end of the prompt.
-        with_prompt = (phase == int(Phase.PREFILL)) & (ints[Field.RESUME] == int(Phase.START))
-        plans = (decided & (phase == int(Phase.PLAN))) | (with_prompt & planned)
-        picks = plans & (p < ints[Field.ROWS])
-        last_token = state.order[req, (after[Field.COMMITTED] - 1).clamp_min(0).long()] - block
-        last_slot = (last_token - last_token % size).clamp(0, state.canvas_length - 1).long()
-        rides = (p >= ints[Field.ROWS]) & (
-            before["row_own_start"] == before["rider_row"][last_slot]
-        )
-        picks |= tests & planned & rides
-        position = before["row_position"]
-        self.taken.write(position, picks & (position >= 0), self.said)
+        p = torch.arange(state.canvas_length, device=state.device)
+        for block, row in (
+            (Field.TEST_BLOCK, state.test_row[req]),
+            (Field.BLOCK_START, state.pick_row[req]),
+        ):
+            self.taken.write(state.ints[req, block] + p, row >= 0, self.said.read(row))
 
     def emitted(self, start: torch.Tensor, width: int) -> _Table:
         """What stands for ``width`` response tokens from ``start`` (a scalar tensor) on."""

@@ -98,12 +98,13 @@ class Field(IntEnum):
     KEPT = 16  # accepted tokens of the present infill whose KV is final: the first in commit order
     TESTED = 17  # tokens tested of late
     PASSED = 18  # of TESTED
+    TEST_BLOCK = 19  # BLOCK_START before the last pass
     # of serial decoding
-    MASKED_STARTS = 19  # whether a slot's first token is picked in the row of a mask
-    DRAFTS = 20  # drafts at hand
-    TESTS = 21  # of them, those in the present canvas
-    MOST_TESTS = 22  # more are never fed at once
-    EXPECTED = 23  # tokens that the present canvas is expected to bring, in 1/256
+    MASKED_STARTS = 20  # whether a slot's first token is picked in the row of a mask
+    DRAFTS = 21  # drafts at hand
+    TESTS = 22  # of them, those in the present canvas
+    MOST_TESTS = 23  # more are never fed at once
+    EXPECTED = 24  # tokens that the present canvas is expected to bring, in 1/256
 
 
 class FloatField(IntEnum):
@@ -116,9 +117,9 @@ class FloatField(IntEnum):
 class PositionField(IntEnum):
     """What ``DecodeState.by_position`` holds, by block position.
 
-    Of serial decoding, TOKEN and CONFIDENCE are the drafts of the positions behind the known tokens,
-    in their order. RIDER_ROW and RIDER_WIDTH are the chain (``serial_twin``) behind so many of them.
-    CANVAS_ROW is by canvas row: the chain whose first mask is there, or -1.
+    Of serial decoding, TOKEN and CONFIDENCE are the drafts of the positions behind the known
+    tokens, in their order. RIDER_ROW and RIDER_WIDTH are the chain (``serial_twin``) behind so
+    many of them. CANVAS_ROW is by canvas row: the chain whose first mask is there, or -1.
     """
 
     STATUS = 0
@@ -134,6 +135,12 @@ class PositionField(IntEnum):
     # another: the predict of its slot if that is the first position not accepted.
     RIDER_ROW = 6
     RIDER_WIDTH = 7
+    # Evidence of the last pass; rows count from the first one of the request that has statistics.
+    PICK_ROW = 8  # the row that picked a token for it, taken or (in a plan) not; -1: none
+    # By position of the block at TEST_BLOCK, which may be the one before:
+    TESTED_TOKEN = 9  # the token that was under verification, -1: none
+    TEST_ROW = 10  # the row that tested it, -1: none
+    STAYS = 11  # 1 if it was accepted, for infill or for good
 
 
 class RowField(IntEnum):
@@ -208,8 +215,8 @@ class DecodeState:
         temperature: [R] float32. seed: [R] int64. min_tokens: [R] int32. stop_ids:
             [R, MAX_STOP_IDS] int32, padded with -1. How tokens are picked (``token_stats``).
         slot_threshold, token_threshold: [R] float32, of ``floats``.
-        status, token, rounds, origin, canvas_row, rider_row, rider_width: [R, W] int32, of
-            ``by_position``; confidence: [R, W] float32.
+        status, token, rounds, origin, canvas_row, rider_row, rider_width, pick_row, tested_token,
+            test_row, stays: [R, W] int32, of ``by_position``; confidence: [R, W] float32.
         row_position, row_draw, row_context, row_run_start, row_run_end, row_own_start,
             row_target: [R, W] int32, of ``by_row``.
         response, order, group_context: [R, P] int32, of ``history``.
@@ -268,6 +275,10 @@ class DecodeState:
         self.canvas_row = self.by_position[:, PositionField.CANVAS_ROW]
         self.rider_row = self.by_position[:, PositionField.RIDER_ROW]
         self.rider_width = self.by_position[:, PositionField.RIDER_WIDTH]
+        self.pick_row = self.by_position[:, PositionField.PICK_ROW]
+        self.tested_token = self.by_position[:, PositionField.TESTED_TOKEN]
+        self.test_row = self.by_position[:, PositionField.TEST_ROW]
+        self.stays = self.by_position[:, PositionField.STAYS]
 
         self.row_position = self.by_row[:, RowField.POSITION]
         self.row_draw = self.by_row[:, RowField.DRAW]

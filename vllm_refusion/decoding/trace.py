@@ -1,9 +1,10 @@
 """Traces: what decoding did in every pass of a request, told from the device state.
 
 An engine records only if it was started with ``additional_config={"refusion_trace": True}``, and
-then only requests with ``trace`` in their ``extra_args``. The recorder wraps the transition: for
-traced requests it copies their state to the host before and after, which waits for the device.
-The time that takes is kept out of the passes' durations. ``docs/trace.md`` describes the format.
+then only requests with ``trace`` in their ``extra_args``. The recorder wraps the transition, which
+notes in the state what it does (``PositionField``): for traced requests that is copied to the host,
+which waits for the device. The time that takes is kept out of the passes' durations.
+``docs/trace.md`` describes the format.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ MAX_KEPT = 256  # ended requests whose recordings wait to be taken; older ones a
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One request's part of ``DecodeState`` on the host."""
+    """One request's part of ``DecodeState`` on the host, after a pass."""
 
     ints: list[int]
     status: list[int]
     token: list[int]
     confidence: list[float]
-    origin: list[int]
-    canvas_row: list[int]
-    rider_row: list[int]
+    pick_row: list[int]
+    tested_token: list[int]
+    test_row: list[int]
+    stays: list[int]
     response: list[int]
     order: list[int]
 
@@ -40,19 +42,6 @@ class Snapshot:
     def of(cls, state: DecodeState, req: int) -> Snapshot:
         names = [field.name for field in fields(cls)]
         return cls(*(getattr(state, name)[req].tolist() for name in names))
-
-    def field(self, name: Field) -> int:
-        return self.ints[name]
-
-    def in_block(self, status: Status) -> list[int]:
-        """Response positions of the current block in that state."""
-        start = self.field(Field.BLOCK_START)
-        return [start + p for p, found in enumerate(self.status) if found == status]
-
-    def picks(self, positions: Sequence[int]) -> list[list[Any]]:
-        """[position, token, probability of the pick] of positions of the current block."""
-        start = self.field(Field.BLOCK_START)
-        return [[p, self.token[p - start], _rounded(self.confidence[p - start])] for p in positions]
 
 
 @dataclass(frozen=True)
@@ -64,90 +53,66 @@ class Rows:
     given_prob: list[float]
 
 
-def describe_pass(before: Snapshot, after: Snapshot, rows: Rows) -> dict[str, Any]:
-    """What one pass did to a request, from its state before and after.
+def describe_pass(before: Sequence[int], after: Snapshot, rows: Rows) -> dict[str, Any]:
+    """What one pass did to a request.
 
-    A pass does what its phase says, and beyond that what its riders made possible. What took place
-    shows in the state after it: proposals of an infill that goes on, drafts where a plan followed.
+    Args:
+        before: its ``ints`` before the pass: what the pass was to do.
     """
-    phase, next_phase = before.field(Field.PHASE), after.field(Field.PHASE)
-    committed = after.order[before.field(Field.COMMITTED) : after.field(Field.COMMITTED)]
+    phase = before[Field.PHASE]
     operations: list[dict[str, Any]] = []
-    first_plan_row = None
-    if phase == Phase.REPLAY:
-        operations.append({"kind": "replay"})
-    elif phase == Phase.PREFILL:
-        operations.append({"kind": "prefill"})
-        if before.field(Field.RESUME) == Phase.START and next_phase == Phase.VERIFY:
-            first_plan_row = 0
-    elif phase == Phase.PLAN:
-        first_plan_row = 0
-    else:
-        tests = _tests(before, after, rows, committed)
-        if tests:
-            kind = "verify" if phase == Phase.VERIFY else "infill_verify"
-            operations.append({"kind": kind, "tests": tests})
-        if next_phase == Phase.INFILL and (proposed := _proposed(before, after)):
-            operations.append({"kind": "predict", "proposals": after.picks(proposed)})
-        if next_phase == Phase.VERIFY:  # a plan rode behind the last slot that was committed
-            block, size = before.field(Field.BLOCK_START), before.field(Field.SLOT_SIZE)
-            first_plan_row = before.rider_row[(committed[-1] - block) // size * size]
-    if first_plan_row is not None:
-        operations.append(_plan(after, rows, first_plan_row))
+    if phase in (Phase.PREFILL, Phase.REPLAY):
+        operations.append({"kind": Phase(phase).name.lower()})
+    if tests := _tests(after, rows):
+        kind = "verify" if phase == Phase.VERIFY else "infill_verify"
+        operations.append({"kind": kind, "tests": tests})
+    operations += _picks(after, rows)
     described: dict[str, Any] = {"operations": operations}
-    if phase in (Phase.PLAN, Phase.VERIFY, Phase.INFILL) and rows.fed > before.field(Field.ROWS):
-        described["rider_rows"] = rows.fed - before.field(Field.ROWS)
+    if phase in (Phase.PLAN, Phase.VERIFY, Phase.INFILL) and rows.fed > before[Field.ROWS]:
+        described["rider_rows"] = rows.fed - before[Field.ROWS]
+    committed = after.order[before[Field.COMMITTED] : after.ints[Field.COMMITTED]]
     if committed:
         described["committed"] = [[position, after.response[position]] for position in committed]
-    if after.field(Field.LIMIT) < before.field(Field.LIMIT):
-        described["end"] = after.field(Field.LIMIT)
+    if after.ints[Field.LIMIT] < before[Field.LIMIT]:
+        described["end"] = after.ints[Field.LIMIT]
     return described
 
 
-def _tests(
-    before: Snapshot, after: Snapshot, rows: Rows, committed: Sequence[int]
-) -> list[list[Any]]:
+def _tests(after: Snapshot, rows: Rows) -> list[list[Any]]:
     """[position, token, probability or None, accepted] of the tokens that were verified."""
-    block = before.field(Field.BLOCK_START)
-    stays = after.field(Field.BLOCK_START) == block
-    accepted = {*committed, *(after.in_block(Status.ACCEPTED) if stays else ())}
-    tests = []
-    for position in before.in_block(Status.CHOSEN):
-        row = before.canvas_row[position - block]
-        if row < 0:
-            continue
-        untested = before.origin[position - block] == position - block
-        probability = None if untested else _rounded(rows.given_prob[row - 1])
-        token = before.token[position - block]
-        tests.append([position, token, probability, position in accepted])
-    return tests
-
-
-def _proposed(before: Snapshot, after: Snapshot) -> list[int]:
-    """Positions with a new proposal. Others wait for their test."""
-    start = after.field(Field.BLOCK_START)
+    block = after.ints[Field.TEST_BLOCK]
+    verified = zip(after.tested_token, after.test_row, after.stays, strict=True)
     return [
-        position
-        for position in after.in_block(Status.CHOSEN)
-        if before.status[position - start] == Status.BLANK
-        or before.origin[position - start] != after.origin[position - start]
+        [block + p, token, None if row < 0 else _rounded(rows.given_prob[row]), bool(stays)]
+        for p, (token, row, stays) in enumerate(verified)
+        if token >= 0
     ]
 
 
-def _plan(after: Snapshot, rows: Rows, first_row: int) -> dict[str, Any]:
-    """The plan that led to the state ``after``, its masks being the rows from ``first_row`` on."""
-    size = after.field(Field.SLOT_SIZE)
-    chosen = after.in_block(Status.CHOSEN)
-    planned = sorted(chosen + after.in_block(Status.MASKED))
+def _picks(after: Snapshot, rows: Rows) -> list[dict[str, Any]]:
+    """The plan or the predict that the pass made, if any."""
+    block, size = after.ints[Field.BLOCK_START], after.ints[Field.SLOT_SIZE]
+    # what was picked for a slot that an end-of-sequence token dropped is nothing
+    kept = (Status.CHOSEN, Status.MASKED)
+    picked = {
+        p: row for p, row in enumerate(after.pick_row) if row >= 0 and after.status[p] in kept
+    }
+    taken = [
+        [block + p, after.token[p], _rounded(after.confidence[p])]
+        for p in picked
+        if after.status[p] == Status.CHOSEN
+    ]
+    if after.ints[Field.PHASE] != Phase.VERIFY:
+        return [{"kind": "predict", "proposals": taken}] if taken else []
     slots = [
         {
-            "start": start,
-            "certainty": _rounded(rows.picked_prob[first_row + index * size]),
-            "chosen": start in chosen,
+            "start": block + p,
+            "certainty": _rounded(rows.picked_prob[picked[p]]),
+            "chosen": after.status[p] == Status.CHOSEN,
         }
-        for index, start in enumerate(planned[::size])
+        for p in list(picked)[::size]
     ]
-    return {"kind": "plan", "slots": slots, "drafts": after.picks(chosen)}
+    return [{"kind": "plan", "slots": slots, "drafts": taken}] if slots else []
 
 
 def _rounded(probability: float | None) -> float | None:
@@ -205,7 +170,7 @@ class Recorder:
                 return transition(*args, **kwargs)
             traced = [(row, req) for row, req in enumerate(reqs.tolist()) if req in self._running]
             start = time.perf_counter()  # tolist() has waited for the forward pass
-            before = [Snapshot.of(self._state, req) for _, req in traced]
+            before = [self._state.ints[req].tolist() for _, req in traced]
             self._overhead += time.perf_counter() - start
             transition(*args, **kwargs)
             if self._state.device.type == "cuda":
@@ -224,28 +189,29 @@ class Recorder:
         return time.perf_counter() - self._overhead
 
     def _append(
-        self, req: int, row: int, before: Snapshot, arguments: Mapping[str, Any], end: float
+        self, req: int, row: int, before: list[int], arguments: Mapping[str, Any], end: float
     ) -> None:
         recording = self._running[req]
-        phase = before.field(Field.PHASE)
+        phase = before[Field.PHASE]
         if phase in (Phase.IDLE, Phase.DONE):
             return
         if "parameters" not in recording:
             recording["parameters"] = self._parameters(req, before)
             recording["mask_token_id"] = self._state.mask_token_id
-        query_len = _length(arguments["query_start_loc"], row)
+        after = Snapshot.of(self._state, req)
         decodes = phase not in (Phase.PREFILL, Phase.REPLAY)
         described: dict[str, Any]
-        # the end of a prompt may be followed by masks, which alone have statistics
-        first, end_row = arguments["logits_start"][row : row + 2].tolist()
-        if decodes and end_row - first < max(query_len, before.field(Field.ROWS)):
+        if decodes and after.ints[Field.PASSES] == before[Field.PASSES]:
             described, rows_fed = {"operations": [{"kind": "idle"}]}, 0
         else:
-            rows_fed = min(query_len, before.field(Field.CANVAS)) if decodes else query_len
+            rows_fed = _length(arguments["query_start_loc"], row)
+            rows_fed = min(rows_fed, before[Field.CANVAS]) if decodes else rows_fed
+            # the end of a prompt may be followed by masks, which alone have statistics
+            first, end_row = arguments["logits_start"][row : row + 2].tolist()
             window = slice(first, min(end_row, first + rows_fed))
             names = ("picked_prob", "given_prob")
             rows = Rows(rows_fed, *(arguments[name][window].tolist() for name in names))
-            described = describe_pass(before, Snapshot.of(self._state, req), rows)
+            described = describe_pass(before, after, rows)
         # the clock stands still while recordings are written
         seconds = end - recording["last"]
         recording["last"] = end
@@ -258,18 +224,18 @@ class Recorder:
             }
         )
 
-    def _parameters(self, req: int, snapshot: Snapshot) -> dict[str, Any]:
+    def _parameters(self, req: int, ints: list[int]) -> dict[str, Any]:
         state = self._state
         values = {
             name: _rounded(float(getattr(state, name)[req]))
             for name in ("slot_threshold", "token_threshold", "temperature")
         }
         return {
-            "slot_size": snapshot.field(Field.SLOT_SIZE),
-            "block_length": snapshot.field(Field.BLOCK_LENGTH),
+            "slot_size": ints[Field.SLOT_SIZE],
+            "block_length": ints[Field.BLOCK_LENGTH],
             **values,
             "seed": int(state.seed[req]),
-            "max_tokens": snapshot.field(Field.MAX_TOKENS),
+            "max_tokens": ints[Field.MAX_TOKENS],
         }
 
 

@@ -111,12 +111,12 @@ class CanvasSampler:
     ) -> LogprobsTensors | None:
         """Of the requests that ask for them, a canvas's number of rows each."""
         width, start, starts, tables = self.state.canvas_length, 0, [], []
-        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
+        for row, req in enumerate(input_batch.idx_mapping_np.tolist()):
             starts.append(start)
-            if slot in self.records:
-                self.records[slot].take(self.state, slot)
-                first = self.state.ints[slot, Field.EMITTED] - num_sampled[row]
-                tables.append(self.records[slot].emitted(first, width))
+            if req in self.records:
+                self.records[req].take(self.state, req)
+                first = self.state.ints[req, Field.EMITTED] - num_sampled[row]
+                tables.append(self.records[req].emitted(first, width))
                 start += width
         if not tables:
             return None
@@ -136,13 +136,12 @@ class CanvasSampler:
 
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         state = self.state
-        requests = input_batch.expanded_idx_mapping
-        flat = requests * state.canvas_length + input_batch.expanded_local_pos
-        positions = state.row_position.view(-1)[flat]
+        requests, row = input_batch.expanded_idx_mapping, input_batch.expanded_local_pos
+        positions = state.row_position[requests, row]
         # What a row may be asked about is the token of the row after it.
-        following = (flat + 1).clamp_max(state.canvas_token.numel() - 1)
-        given = state.canvas_token.view(-1)[following].int()
-        draws = state.row_draw.view(-1)[flat]
+        following = (row + 1).clamp_max(state.canvas_length - 1)
+        given = state.canvas_token[requests, following].int()
+        draws = state.row_draw[requests, row]
         for start in range(0, hidden_states.shape[0], self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
             logits = self.model.row_logits(hidden_states[rows])
@@ -184,11 +183,11 @@ class CanvasSampler:
         Which rows a request has is known on the device only; on the host, the most it may have.
         """
         most = input_batch.num_draft_tokens_per_req.tolist()
-        for row, slot in enumerate(input_batch.idx_mapping_np.tolist()):
-            if slot in self.records and most[row]:
-                self.records[slot].describe(
+        for row, req in enumerate(input_batch.idx_mapping_np.tolist()):
+            if req in self.records and most[row]:
+                self.records[req].describe(
                     self.state,
-                    slot,
+                    req,
                     input_batch.cu_num_logits[row : row + 2],
                     most[row],
                     logits,
