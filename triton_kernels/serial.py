@@ -40,6 +40,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     COUNT_SERIAL,
     COUNT_TOKENS,
     DONE,
+    F_BLOCK_START,
     F_CANVAS,
     F_DRAFTS,
     F_EMITTED,
@@ -64,8 +65,10 @@ from vllm_refusion.triton_kernels.state_codes import (
     NUM_ROW_FIELDS,
     P_CANVAS_ROW,
     P_CONFIDENCE,
+    P_PICK_ROW,
     P_RIDER_ROW,
     P_RIDER_WIDTH,
+    P_TEST_ROW,
     P_TOKEN,
     PREFILL,
     R_CONTEXT,
@@ -102,11 +105,12 @@ class Picks(NamedTuple):
     """What a pass picked; ``accepted``, ``new``, ``tested``: numbers of tokens.
 
     Attributes:
-        token: [LANES], the token behind so many accepted drafts.
+        token, row: [LANES], the token behind so many accepted drafts, and the row that picks it.
         refused: whether a draft is not what was picked. ends: whether the response does.
     """
 
     token: tl.tensor
+    row: tl.tensor
     accepted: tl.tensor
     new: tl.tensor
     tested: tl.tensor
@@ -178,7 +182,7 @@ def _decide(drafts, chain_row, picked, ints, known, fed, lanes):
     cut = first((token == eos) & (j < new) & (eos >= 0), lanes)
     ends = (cut < NOWHERE) | (new == left)
     new = tl.minimum(new, cut + 1)
-    return Picks(token, accepted, new, tested, refused, ends.to(tl.int32))
+    return Picks(token, row, accepted, new, tested, refused, ends.to(tl.int32))
 
 
 @triton.jit
@@ -339,9 +343,11 @@ def _serial_kernel(
     fed = tl.minimum(query_len - kept, tl.load(ints + F_CANVAS))
     decides = decides & (needed <= tl.minimum(fed, decode_rows))
     new = 0
+    lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
+    at, mask = positions + lanes.p, lanes.p < CANVAS
+    nowhere = tl.zeros_like(lanes.p) - 1
+    pick_row = nowhere
     if decides:
-        lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
-        at, mask = positions + lanes.p, lanes.p < CANVAS
         confidence = tl.load(at + P_CONFIDENCE * CANVAS, mask=mask, other=0)
         drafts = Drafts(
             tl.load(at + P_TOKEN * CANVAS, mask=mask, other=0),
@@ -353,6 +359,7 @@ def _serial_kernel(
         picked, picked_prob = picked_ptr + first_row, picked_prob_ptr + first_row
         picks = _decide(drafts, chain_row, picked, ints, known, fed, lanes)
         new = picks.new
+        pick_row = tl.where(lanes.p < new, picks.row, -1)
         kept += tl.where(known > 0, new, 0)
         tested = tl.load(ints + F_TESTED) + picks.tested
         passed = tl.load(ints + F_PASSED) + picks.accepted
@@ -379,6 +386,7 @@ def _serial_kernel(
         tl.store(ints + F_TESTED, tested >> halves)
         tl.store(ints + F_PASSED, passed >> halves)
         tl.store(ints + F_EMITTED, known + new)
+        tl.store(ints + F_BLOCK_START, known)
         tl.atomic_add(counters_ptr + COUNT_SERIAL, 1)
         tl.atomic_add(counters_ptr + COUNT_ROWS_FED, fed)
         tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - needed)
@@ -387,6 +395,8 @@ def _serial_kernel(
         tl.atomic_add(counters_ptr + COUNT_DRAFTS_PASSED, picks.accepted)
     elif (phase == SERIAL) | (phase == DONE):
         tl.atomic_add(counters_ptr + COUNT_IDLE, 1)
+    tl.store(at + P_PICK_ROW * CANVAS, pick_row, mask=mask)
+    tl.store(at + P_TEST_ROW * CANVAS, nowhere, mask=mask)
     tl.store(num_sampled_ptr + index, new)
     tl.store(num_rejected_ptr + index, query_len - kept)
     tl.store(ints + F_PHASE, next_phase)

@@ -73,6 +73,7 @@ def serial_transition_twin(
                 request.ints[Field.PHASE] = Phase.SERIAL
                 decides = known == 0
         tokens: list[int] = []
+        state.pick_row[req] = state.test_row[req] = -1
         if decides and ints[Field.ROWS] <= min(fed, decode_rows):
             rows = slice(first_logit[row], first_logit[row] + fed)
             tokens = request.decide(picked[rows].tolist(), picked_prob[rows])
@@ -131,10 +132,13 @@ class _Request:
         chain_row = self.state.rider_row[self.req].tolist()
         under_test = max(0, min(ints[Field.TESTS], fed - 1))
 
+        def row_of(accepted: int) -> int:
+            """The row that picks the token behind so many accepted drafts."""
+            return chain_row[accepted] if self.starts_slot(known + accepted) else accepted
+
         def pick(accepted: int) -> int | None:
-            """The token behind so many accepted drafts; None where no row that picks it was fed."""
-            masked = self.starts_slot(known + accepted)
-            row = chain_row[accepted] if masked else accepted
+            """That token; None where the row was not fed."""
+            row = row_of(accepted)
             return picked[row] if 0 <= row < fed else None
 
         accepted = 0
@@ -149,6 +153,10 @@ class _Request:
         if ints[Field.EOS] >= 0 and ints[Field.EOS] in tokens:
             del tokens[tokens.index(ints[Field.EOS]) + 1 :]
             ends = True
+        ints[Field.BLOCK_START] = known
+        self.state.pick_row[self.req, : len(tokens)] = torch.tensor(
+            [row_of(accepted) for accepted in range(len(tokens))], dtype=torch.int32
+        )
         ints[Field.EMITTED] += len(tokens)
         self.state.counters[Counter.TOKENS] += len(tokens)
         self.state.response[self.req, known : known + len(tokens)] = torch.tensor(tokens).int()

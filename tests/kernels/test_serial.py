@@ -8,12 +8,21 @@ from functools import cache
 import pytest
 import torch
 from simulated_engine import Request, SimulatedEngine, Weather
-from test_transition import MASK_TOKEN_ID, TWINS, WEATHERS, build_request, tiny_model
+from test_transition import (
+    BOTH,
+    MASK_TOKEN_ID,
+    TWINS,
+    WEATHERS,
+    build_request,
+    same,
+    tiny_model,
+)
 
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Decoded, decode
 from vllm_refusion.decoding.speculation import CERTAIN, Speculation
-from vllm_refusion.decoding.state import Counter, DecodeState
+from vllm_refusion.decoding.state import Counter, DecodeState, Field
+from vllm_refusion.triton_kernels.serial import serial_transition
 from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 
 # slot size; what differs from the defaults
@@ -103,8 +112,14 @@ def test_whatever_is_drafted(seed: int):
                 state.token[req, :tests] = drafts
                 state.canvas_token[req, 1 : tests + 1] = drafts
 
-    simulate(replace_serial(disturbed), Weather(riders=1.0, ragged=True, preempt=0.02), seed)
+    operations = TWINS._replace(serial_transition=disturbed)
+    simulate(operations, Weather(riders=1.0, ragged=True, preempt=0.02), seed)
 
 
-def replace_serial(transition):
-    return TWINS._replace(serial_transition=transition)
+# The kernel against its twin
+
+
+@pytest.mark.parametrize("weather", ["calm", "sometimes_riders"])
+def test_kernels_equal_twins_in_simulation(weather: str):
+    operations = BOTH._replace(serial_transition=same(serial_transition_twin, serial_transition))
+    simulate(operations, WEATHERS[weather], seed=2, canvas_length=40)
