@@ -32,6 +32,23 @@ def tiny_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tiny_checkpoint):
+    """The tiny checkpoint's."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
 def dev_problems_file() -> Path:
     """60 word problems, one JSON object a line: query, response, answer."""
     return EXAMPLES / "dev_problems.jsonl"

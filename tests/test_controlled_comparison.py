@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
+import compare
+import decoders
+import evaluation
 import numpy as np
 import pytest
 import torch
-from training_reference import random_model
-
-from vllm_refusion.training.collator import Example, autoregressive, collate, draw, sequence
-from vllm_refusion.training.loss import attach, label_counts
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES / "controlled_comparison"))
-
-import compare  # noqa: E402
-import decoders  # noqa: E402
-import evaluation  # noqa: E402
-import training_run  # noqa: E402
-from decoders import Tokens  # noqa: E402
-from objectives import (  # noqa: E402
+import training_run
+from decoders import Tokens
+from objectives import (
     CAUSAL,
     METHODS,
     Objective,
@@ -31,8 +22,13 @@ from objectives import (  # noqa: E402
     loss_of,
     see_both_ways,
 )
-from variants import SAME_TEXT, VARIANTS  # noqa: E402
+from training_reference import assert_close, random_model
+from variants import SAME_TEXT, VARIANTS
 
+from vllm_refusion.training.collator import Example, autoregressive, collate, draw, sequence
+from vllm_refusion.training.loss import attach, label_counts
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS, MASK, PAD, EOS = 40, 39, 38, 37
 SPECIAL = Tokens(MASK, EOS)
 
@@ -78,10 +74,6 @@ def log_probabilities(model, ids, positions, sees):
         use_cache=False,
     )
     return output.logits[0].float().log_softmax(-1)
-
-
-def assert_close(ours, literal):
-    torch.testing.assert_close(ours.double(), literal.double(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", CAUSAL)

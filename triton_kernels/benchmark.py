@@ -13,17 +13,19 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_refusion.triton_kernels.canvas_attention import canvas_attention
-from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
+from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE
 from vllm_refusion.triton_kernels.token_stats import token_stats
+from vllm_refusion.triton_kernels.token_stats_twin import allocate_stats
 from vllm_refusion.triton_kernels.write_kv import write_kv
 
 HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 32, 8, 128, 151_936
@@ -63,7 +65,7 @@ class Ceilings:
     flop_per_s: float
 
 
-def time_calls(calls: list[Callable[[], object]]) -> float:
+def time_calls(calls: Sequence[Callable[[], object]]) -> float:
     """Median microseconds of a call when all are captured in one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -166,13 +168,13 @@ class Attention:
         view = torch.tensor([shape.context, 0, 0, shape.context], dtype=torch.int32)
         self.visibility = view.repeat(rows, 1).to(DEVICE)
 
-    def call(self, cache: torch.Tensor, **options) -> Callable[[], None]:
+    def call(self, cache: torch.Tensor, **options: Any) -> Callable[[], None]:
         return lambda: canvas_attention(
             self.query, cache, self.output, self.table, self.starts, self.lengths,
             self.visibility, SCALE, **options,
         )  # fmt: skip
 
-    def time(self, **options) -> float:
+    def time(self, **options: Any) -> float:
         return time_calls([self.call(cache, **options) for cache in self.caches])
 
     def time_flash(self) -> float:
@@ -182,7 +184,7 @@ class Attention:
         """
         return min(self._time_flash(num_splits) for num_splits in (32, 0))
 
-    def flash_call(self, cache: torch.Tensor, **options) -> Callable[[], None]:
+    def flash_call(self, cache: torch.Tensor, **options: Any) -> Callable[[], None]:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
         key, value = cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
@@ -223,7 +225,9 @@ def flash_attention_3_is_installed() -> bool:
     return is_fa_version_supported(3)
 
 
-def measured(name: str, shape: object, us: float, moved: float, flops: float, ceilings: Ceilings):
+def measured(
+    name: str, shape: object, us: float, moved: float, flops: float, ceilings: Ceilings
+) -> Measured:
     floor = max(moved / ceilings.bytes_per_s, flops / ceilings.flop_per_s) * 1e6
     return Measured(name, str(shape), us, moved / us * 1e-3, flops / us * 1e-6, floor / us)
 
@@ -277,17 +281,14 @@ def token_stats_call(rows: int, temperature: float) -> Callable[[], object]:
     logits = torch.randn(rows, VOCAB, **_like_served()) * 4
     row_request = torch.arange(rows, device=DEVICE) % requests
     positions, given, draws = integers(rows, 4096), integers(rows, VOCAB), integers(rows, 100)
-    state = dict(
+    state: dict[str, Any] = dict(
         temperature=torch.full((requests,), temperature, device=DEVICE),
         seed=torch.arange(requests, device=DEVICE),
         min_tokens=torch.zeros(requests, dtype=torch.int32, device=DEVICE),
         stop_ids=torch.full((requests, 64), -1, dtype=torch.int32, device=DEVICE),
         mask_token_id=VOCAB - 1,
     )
-    out = tuple(
-        torch.zeros(rows, dtype=dtype, device=DEVICE)
-        for dtype in (torch.int32, torch.float32, torch.float32)
-    )
+    out = allocate_stats(logits)
     return lambda: token_stats(logits, row_request, positions, given, draws, **state, out=out)
 
 

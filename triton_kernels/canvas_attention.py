@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE
-from vllm_refusion.triton_kernels.tiling import Tiling, choose_tiling
+from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE, Tiling, choose_tiling
 
 _LOG2_E = 1.4426950408889634
 

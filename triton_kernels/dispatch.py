@@ -16,8 +16,6 @@ from functools import cache
 import torch
 
 CPU_KERNELS_ENV = "VLLM_REFUSION_CPU_KERNELS"
-# entries of a KV page, or a divisor of them, with which canvas_attention is fastest on Hopper
-HOPPER_PAGE = 64
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+# entries of a KV page, or a divisor of them, with which canvas_attention is fastest on Hopper
+HOPPER_PAGE = 64
 _MAX_SPLITS = 32
 
 

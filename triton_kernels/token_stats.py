@@ -290,9 +290,10 @@ def token_stats(
     widest = GPU_TILE if logits.is_cuda else CPU_TILE
     block = min(widest, triton.next_power_of_2(vocab))
     num_warps = max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD))
-    biased, cut = limits is not None and limits.biased, limits is not None and limits.cuts
+    biased = limits if limits is not None and limits.biased else None
+    cut = limits if limits is not None and limits.cuts else None
     lowest = None
-    if cut:
+    if cut is not None:
         lowest = lowest_kept(
             logits,
             row_request,
@@ -301,7 +302,7 @@ def token_stats(
             min_tokens=min_tokens,
             stop_ids=stop_ids,
             mask_token_id=mask_token_id,
-            limits=limits,
+            limits=cut,
             block=block,
             num_warps=num_warps,
         )
@@ -315,9 +316,9 @@ def token_stats(
     _token_stats_kernel[(rows * parts,)](
         logits, row_request, row_position, temperature, seed, row_draw, min_tokens, stop_ids,
         maximum, total, best, token,
-        limits.bias_index if biased else None, limits.bias if biased else None, lowest,
+        biased.bias_index if biased else None, biased.bias if biased else None, lowest,
         logits.stride(0), vocab, num_stop_ids, mask_token_id, tiles, parts, tiles_per_part,
-        BIASED=biased, CUT=cut, BLOCK=block, num_warps=num_warps,
+        BIASED=biased is not None, CUT=cut is not None, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     rows_at_once = 1 if logits.is_cuda else triton.next_power_of_2(rows)
     _combine_tiles_kernel[(triton.cdiv(rows, rows_at_once),)](

@@ -67,10 +67,12 @@ def seal(folder: Path, name: str, **about: Any) -> None:
 def damage(folder: Path, name: str) -> str | None:
     """What is wrong with a sealed folder: a file and its fault; None if it is whole."""
     try:
-        files = read_json(folder / name)["files"]
-    except (ValueError, TypeError, KeyError) as error:
+        files = read_json(folder / name)["files"].items()
+    except ValueError as error:
         return str(error)
-    for file, digest in files.items():
+    except (TypeError, KeyError, AttributeError):
+        return f"{folder / name} is no list of what the folder holds"
+    for file, digest in files:
         if not (folder / file).is_file():
             return f"{folder / file} is missing"
         if _digest(folder / file) != digest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from device import ON_GPU
 
 from conformance import build_model
-from engine import ON_GPU, engine
-from vllm_refusion.bench import BENCHMARK_ENV, contributions, report
+from engine import engine
+from vllm_refusion.bench import contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
 from vllm_refusion.bench.load import Load, Trace, run_load, summarise
 from vllm_refusion.bench.server import serve_command
-from vllm_refusion.bench.settings import Settings
+from vllm_refusion.bench.settings import Settings, read_prompts
 from vllm_refusion.bench.shapes import SHAPES, matrix_parameters, shape_config
 from vllm_refusion.bench.simulate import DrawnOutcomes, simulate, tokens_per_forward
 from vllm_refusion.cli import build_parser, main
@@ -27,6 +29,7 @@ from vllm_refusion.decoding.speculation import NO_RIDERS, Saving
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.acceptance import CONFIG_KEY, Profile, build_tables, seed_of, to_config
 from vllm_refusion.engine.metrics import snapshot
+from vllm_refusion.engine.settings import BENCHMARK_ENV
 
 TINY_SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -91,6 +94,10 @@ def test_real_weights_are_not_replayed(tmp_path):
         (["--shape", "qwen3-8b", "--concurrency", "0,1"], "--concurrency"),
         (["--shape", "qwen3-8b", "--sides", "ours"], "--sides"),
         (["--shape", "qwen3-8b", "--prompts", "x.jsonl"], "--prompts"),
+        (["--model", "a", "--prompts", "x.jsonl"], "x.jsonl: No such file"),
+        (["--shape", "qwen3-8b", "--engine-args", "[1]"], "--engine-args: allowed is a JSON obj"),
+        (["--shape", "qwen3-8b", "--engine-args", "{"], "--engine-args: not JSON"),
+        (["--shape", "qwen3-8b", "--engine-args", "[" * 100_000], "nested too deeply"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, capsys, arguments, message):
@@ -290,10 +297,32 @@ def test_report_command_writes_table_and_plot(tmp_path, capsys):
     assert not ended.value.code
     assert (tmp_path / "page.md").read_text() == report.table([result()])
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(SystemExit) as ended:
-        main(["bench-report", str(tmp_path)])
-    assert ended.value.code == 2 and "b.json" in capsys.readouterr().err
+    for content in ("{}", "", "3", '{"sides": [{}]}', '{"sides": 3, "settings": {}}', "[" * 10**5):
+        (tmp_path / "b.json").write_text(content)
+        with pytest.raises(SystemExit) as ended:
+            main(["bench-report", str(tmp_path)])
+        assert ended.value.code == 2 and "b.json: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": "a"}', ":2: no query; its keys are text"),
+        ('{"prompt": 3}', ":2: prompt must be text, not int"),
+        (r'{"query": "\ud83d"}', r":2: query has \ud83d, half of a character"),
+        ("{", ":2: not JSON"),
+    ],
+)
+def test_prompts_are_texts_of_a_data_file(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "one", "query": "other"}\n')
+    assert read_prompts(path) == ["one"]
+    path.write_text('{"query": "two"}\n' + line)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_prompts(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="a.jsonl: no rows"):
+        read_prompts(path)
 
 
 def test_every_replayed_preset_gives_the_published_rate():
@@ -375,7 +404,7 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
     options["override_generation_config"] = vars(params[0])
     config = to_config(profiles) | {"refusion_schedule": "plain"}
     with engine(model, **options, additional_config=config) as llm:
-        watch = compat.ScheduleWatch(llm.llm_engine.engine_core.engine_core.scheduler)
+        watch = compat.ScheduleWatch(compat.engine_core_of(llm).scheduler)
         before = snapshot(llm)
         outputs = llm.generate(
             [TokensPrompt(prompt_token_ids=[5, 6, 7])] * len(seeds),

@@ -35,14 +35,7 @@ REQUIRED = {
 # About 30 times what two attention implementations of transformers differ by on these cases.
 THRESHOLD_MARGIN, ARGMAX_MARGIN = 1e-4, 1e-3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=MODELS)

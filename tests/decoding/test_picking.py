@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
+from device import DEVICE
+from kernel_inputs import random_logits
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from vllm_refusion.decoding.noise import gumbel_noise  # noqa: E402
-from vllm_refusion.decoding.picking import PickLimits, bias_row, lowest_kept_score  # noqa: E402
-from vllm_refusion.triton_kernels import token_stats as kernel_module  # noqa: E402
-from vllm_refusion.triton_kernels.token_stats import token_stats  # noqa: E402
-from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin  # noqa: E402
+from vllm_refusion.decoding.noise import gumbel_noise
+from vllm_refusion.decoding.picking import PickLimits, bias_row, lowest_kept_score
+from vllm_refusion.triton_kernels import token_stats as kernel_module
+from vllm_refusion.triton_kernels.token_stats import token_stats
+from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "stats", [token_stats, token_stats_twin], ids=["kernel", "twin"]
@@ -103,11 +100,6 @@ def rows_of(requests: list[int], per_request: int) -> tuple:
     return tuple(rows.to(DEVICE) for rows in (request, position, given, request.int()))
 
 
-def random_logits(count: int, vocab: int, dtype=torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(vocab)
-    return (4 * torch.randn(count, vocab, generator=generator)).to(dtype).to(DEVICE)
-
-
 def biases_of(vocab: int) -> list:
     """Of the first requests: none, some, and only a few tokens allowed."""
     every_third = range(0, vocab, 3)
@@ -136,7 +128,7 @@ def test_kernel_equals_twin(vocab, dtype, kind, monkeypatch):
     state["stop_ids"][:, 1] = vocab - 2
     state["temperature"][2::4] = 0.0
     rows = rows_of(list(requests), 3)
-    logits = random_logits(len(rows[0]), vocab, dtype)
+    logits = random_logits(len(rows[0]), vocab, dtype, seed=vocab)
     options = state | {"mask_token_id": 1, "limits": limits}
     actual = token_stats(logits, *rows, **options)
     expected = token_stats_twin(logits, *rows, **options)
@@ -150,7 +142,7 @@ def test_kernel_equals_twin(vocab, dtype, kind, monkeypatch):
 @IMPLEMENTATIONS
 def test_limits_of_others_change_nothing(stats):
     """Bit for bit: a request without limits, and one with limits that keep everything."""
-    logits = random_logits(20, 257)
+    logits = random_logits(20, 257, seed=257)
     rows = rows_of([0, 3], 10)
     state = requests_state(len(CUTS))
     without = stats(logits, *rows, **state, mask_token_id=1)
@@ -167,14 +159,15 @@ def test_forbidden_tokens_are_never_picked(stats, temperature):
     limits = limits_of(vocab, [(0, 1.0, 0.0)], [bias])
     state = requests_state(1, temperature=torch.tensor([temperature]))
     rows = rows_of([0], 200)
-    picked = stats(random_logits(200, vocab), *rows, **state, mask_token_id=31, limits=limits)[0]
+    logits = random_logits(200, vocab, seed=vocab)
+    picked = stats(logits, *rows, **state, mask_token_id=31, limits=limits)[0]
     assert set(picked[:-1].tolist()) == {30, 98}
 
 
 @IMPLEMENTATIONS
 def test_a_pick_is_the_best_perturbed_score_of_those_kept(stats):
     vocab = 60
-    logits = random_logits(40, vocab)
+    logits = random_logits(40, vocab, seed=vocab)
     rows = rows_of(list(range(len(CUTS) - 1)), 4)
     bias = bias_row(vocab, {2: 1.5, 9: -2.0})
     limits = limits_of(vocab, biases=[bias] * len(CUTS))

@@ -19,14 +19,7 @@ VOCAB, MASK, EOS, STOP = 16, 15, 14, 13
 NAMES = {"M": MASK, "E": EOS, "S": STOP}
 PROMPT = [1, 2, 3]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Script:

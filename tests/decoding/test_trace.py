@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import torch
 from simulated_engine import Operations, Request, SimulatedEngine, Weather
+from synthetic_trace import SCHEMA
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
@@ -29,7 +29,6 @@ from vllm_refusion.viewer.record import TRACING, record
 from vllm_refusion.viewer.timeline import Timeline
 
 EOS = 9
-SCHEMA = json.loads((files("vllm_refusion.viewer") / "trace.schema.json").read_text())
 REQUESTS = {
     "several_slots": Request([3, 1, 4], DecodingParams(4, 16, 0.2, 0.4), 24, None, 0.7),
     "infill": Request([5, 9, 2, 6], DecodingParams(4, 16, 0.2, 0.4), 20, None, 1.5, 7),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from device import DEVICE
 
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.attention import (
@@ -18,7 +19,6 @@ from vllm_refusion.engine.attention import (
 from vllm_refusion.engine.model_state import ReFusionModelState
 from vllm_refusion.triton_kernels.canvas_attention_twin import canvas_attention_twin
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 4, 2, 64, 16
 SCALE = HEAD_SIZE**-0.5
 # (entries before this pass, rows of this pass): two canvases, then two prompts

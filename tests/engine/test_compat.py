@@ -9,15 +9,25 @@ import ast
 import importlib
 import inspect
 import math
+import re
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from vllm import SamplingParams
+import torch
+from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from vllm_refusion import register
+from vllm_refusion.backbones import ARCHITECTURES
+from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine import compat
+from vllm_refusion.engine.config_hook import ReFusionConfig
+from vllm_refusion.engine.pass_cost import ASSUMED_COST
+from vllm_refusion.engine.row_budget import RowBudget
+from vllm_refusion.triton_kernels.dispatch import operations
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +46,15 @@ def test_routing_is_still_needed(tiny_checkpoint):
     assert stock().parse(str(tiny_checkpoint), False)[1].architectures == ["Qwen3ForCausalLM"]
     ours = parser().parse(str(tiny_checkpoint), False)[1].architectures
     assert ours == ["ReFusionQwen3ForCausalLM"]
+
+
+def test_configurations_are_still_hooked_by_architecture():
+    from vllm.config import VllmConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    assert {MODELS_CONFIG_MAP[name] for name in ARCHITECTURES.values()} == {ReFusionConfig}
+    source = inspect.getsource(VllmConfig.try_verify_and_update_config)
+    assert "MODELS_CONFIG_MAP" in source and "verify_and_update_config(self)" in source
 
 
 def test_request_validation_is_still_needed():
@@ -98,7 +117,7 @@ def test_figures_are_still_reported_where_vllm_logs_its_own():
 def test_passes_still_travel_as_figures_of_speculative_decoding():
     from vllm.entrypoints.generate.base.protocol import PerRequestMetrics
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     assert getattr(OutputProcessor.process_outputs, compat._PATCHED)
     assert not getattr(OutputProcessor.process_outputs.__wrapped__, compat._PATCHED, False)
@@ -108,6 +127,11 @@ def test_passes_still_travel_as_figures_of_speculative_decoding():
         request.spec_decode_metrics.observe(num_draft_tokens=4, num_accepted=accepted)
     compat.uncount_pass(request)
     assert sum(request.spec_decode_metrics.histogram) == 2
+    # where the output's request finds its statistics
+    assert "self.request_states[request_id] = req_state" in inspect.getsource(OutputProcessor)
+    assert "stats" in inspect.signature(RequestState).parameters or "self.stats" in (
+        inspect.getsource(RequestState)
+    )
     # vLLM sets none of its own where its option is off, and ours refuses speculative decoding
     assert 'spec_decode_metrics_level != "none"' in inspect.getsource(Scheduler.add_request)
     for name in compat._RESPONSES:
@@ -124,6 +148,129 @@ def test_model_state_is_still_not_told_why_a_request_leaves():
     assert getattr(GPUModelRunner.finish_requests, compat._PATCHED)
     assert not getattr(GPUModelRunner.finish_requests.__wrapped__, compat._PATCHED, False)
     assert list(inspect.signature(ModelState.remove_request).parameters) == ["self", "req_id"]
+
+
+def targets_of(method: str) -> int:
+    """To how many names the runner assigns what ``method`` of its manager returns."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(GPUModelRunner)))):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            if getattr(node.value.func, "attr", None) == method:
+                (target,) = node.targets
+                return len(target.elts) if isinstance(target, ast.Tuple) else 1
+    raise AssertionError(f"the runner does not use what {method} returns")
+
+
+# Called where something speculates, or while graphs are captured: never on our manager.
+OF_SPECULATION = {"batches_to_profile", "set_initial_cost_curves", "record_confidences"}
+
+
+def test_row_manager_answers_what_the_runner_asks():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
+
+    assert getattr(GPUModelRunner.add_requests, compat._PATCHED)
+    assert not getattr(GPUModelRunner.add_requests.__wrapped__, compat._PATCHED, False)
+    calls = set(re.findall(r"adaptive_verification\.(\w+)\(", inspect.getsource(GPUModelRunner)))
+    answered = {name for name in vars(compat.RowManager) if not name.startswith("_")}
+    assert answered == calls - OF_SPECULATION
+    for name in answered:
+        ours, theirs = (
+            list(inspect.signature(getattr(manager, name)).parameters)
+            for manager in (compat.RowManager, AdaptiveVerificationManager)
+        )
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("takes_drafts", [False, True], ids=["0.32", "0.33"])
+def test_row_manager_lays_out_a_step(takes_drafts, monkeypatch):
+    """A prompt of 5 tokens and a request in its decoding; the installed vLLM, and what differs."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    fields = dict(InputBatch.__dataclass_fields__)
+    installed = "num_admitted_draft_tokens" in fields
+    assert targets_of("reallocate_drafts") == 3 + installed
+    assert (targets_of("compact_batch"), targets_of("get_num_tokens")) == (2, 1)
+    fields.pop("num_admitted_draft_tokens", None)
+    if takes_drafts:
+        fields["num_admitted_draft_tokens"] = None
+    monkeypatch.setattr(InputBatch, "__dataclass_fields__", fields)
+
+    starts = torch.zeros(5, dtype=torch.int32)
+    computed = SimpleNamespace(gpu=torch.zeros(4, dtype=torch.int32))
+    state = DecodeState(4, 16, 64, 49, "cpu")
+    budget = RowBudget(
+        state,
+        operations(state.device),
+        SimpleNamespace(num_computed_tokens=computed),
+        starts,
+        sizes=[],
+        cost=ASSUMED_COST,
+        riders=True,
+    )
+    manager = compat.RowManager(budget)
+    manager.add_request(1)
+    assert manager.get_num_tokens({"a": 5, "b": 8}, {"b": [-1] * 8}) == 13
+    rows, decode_starts = manager.compact_batch(
+        np.array([0, 8]), np.array([5, 8]), np.array([0, 0, 8], dtype=np.int32)
+    )
+    assert (rows.tolist(), decode_starts.tolist()) == ([5, 8], [0, 0, 8])
+    assert rows.dtype == decode_starts.dtype == np.int32
+    layout = manager.reallocate_drafts(["a", "b"], torch.tensor([0, 1]))
+    assert layout[3:] == ((None,) if takes_drafts else ())
+    decode_starts, query_starts, decode_rows = layout[:3]
+    assert decode_starts.shape == (3,) and query_starts is starts
+    assert decode_rows == 8 and query_starts.tolist() == [0, 5, 5, 13, 13]  # idle: nothing
+
+
+def test_runner_still_has_what_the_row_budget_is_made_of():
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+    from vllm.v1.worker.gpu.input_batch import InputBuffers
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    runner = inspect.getsource(GPUModelRunner)
+    for name in ("adaptive_verification", "cudagraph_manager", "input_buffers", "model_state"):
+        assert re.search(rf"self\.{name}(: .*)? = ", runner), name
+    graphs = [SimpleNamespace(num_tokens=n, num_active_loras=0) for n in (8, 2, 8)]
+    sizes = ModelCudaGraphManager.captured_token_counts(SimpleNamespace(graphs=graphs))
+    assert sizes == [2, 8]
+    starts = InputBuffers(4, 16, torch.device("cpu")).query_start_loc
+    assert (starts.shape, starts.dtype) == ((5,), torch.int32)
+
+
+def test_passes_can_still_be_run_for_their_time():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    assert getattr(GPUModelRunner.capture_model, compat._PATCHED)
+    assert not getattr(GPUModelRunner.capture_model.__wrapped__, compat._PATCHED, False)
+    assert "profile_only" in inspect.signature(GPUModelRunner.capture_model).parameters
+    inspect.signature(GPUModelRunner._dummy_run).bind(None, 128)
+
+
+def test_runner_still_keeps_requests_as_decoding_reads_them(monkeypatch):
+    from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
+    from vllm.v1.worker.gpu import buffer_utils
+    from vllm.v1.worker.gpu.states import RequestState
+
+    monkeypatch.setattr(buffer_utils, "UvaBuffer", UvaBuffer)  # as in vLLM's CPU worker
+    states = RequestState(2, 64, 64, 16, 100, torch.device("cpu"))
+    assert states.draft_tokens.shape == (2, 16)
+    assert states.num_computed_tokens.gpu.shape == (2,)
+    states.prefill_len.np[1] = 7
+    assert states.prefill_len.copy_to_uva().tolist() == [0, 7]
+
+
+def test_engines_of_this_process_are_still_reached_and_ended_the_same_way():
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    assert not hasattr(LLM, "shutdown")
+    assert "self.engine_core = " in inspect.getsource(LLMEngine)
+    assert "self.engine_core = EngineCore(" in inspect.getsource(InprocClient)
+    inspect.signature(InprocClient.shutdown).bind(None)
+    assert "self.scheduler" in inspect.getsource(EngineCore)
 
 
 def test_cpu_platform_still_ignores_the_attention_backend():
@@ -150,11 +297,6 @@ def test_attention_backend_is_restored():
 
 def test_diffusion_models_still_lack_temperature_and_seed():
     """Why ReFusion does not set canvas_length in the config, and adapts the scheduler instead."""
-    from types import SimpleNamespace
-
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMValidationError
-
     model_config = SimpleNamespace(is_diffusion=True)
     for params in (SamplingParams(temperature=0.5), SamplingParams(seed=1)):
         with pytest.raises(VLLMValidationError, match="with diffusion models"):
@@ -169,15 +311,39 @@ def test_scheduler_still_has_one_lookahead_for_all_requests():
     assert list(parameters)[:3] == ["self", "request", "num_new_tokens"]
 
 
+def test_scheduler_still_has_what_is_adapted():
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+    source = inspect.getsource(Scheduler.__init__)
+    for name in ("num_sampled_tokens_per_step", "max_model_len", "kv_cache_manager"):
+        assert f"self.{name} = " in source
+    source = inspect.getsource(KVCacheManager)
+    assert "self.max_model_len = " in source
+    assert "self.coordinator.cache_blocks(" in source
+    parameters = inspect.signature(KVCacheCoordinator.cache_blocks).parameters
+    assert list(parameters) == ["self", "request", "num_computed_tokens"]
+    assert "if self._block_hasher is not None" in inspect.getsource(Request)
+    # what our schedulers override
+    for scheduler in (Scheduler, AsyncScheduler):
+        parameters = inspect.signature(scheduler._update_after_schedule).parameters
+        assert list(parameters) == ["self", "scheduler_output"]
+    assert "make_spec_decoding_stats(" in inspect.getsource(Scheduler)
+
+
 def test_stock_models_on_a_cpu_still_break_in_the_interpreter():
     """What the interpreter cannot run: a kernel that samples top-k and top-p."""
-    import torch
     import triton
+    from vllm.config import VllmConfig
     from vllm.v1.sample.ops import topk_topp_sampler, topk_topp_triton
 
     if not triton.knobs.runtime.interpret:
         pytest.skip("only where Triton's interpreter is on")
     assert topk_topp_sampler.HAS_TRITON is False
+    assert getattr(VllmConfig.use_v2_model_runner.fget, compat._PATCHED)
     logits, k = torch.randn(2, 64), torch.tensor([5, 5], dtype=torch.int32)
     with pytest.raises(Exception, match="'int' object has no attribute 'to'"):
         topk_topp_triton.apply_top_k_top_p_triton(logits, k, torch.tensor([0.9, 0.9]))
@@ -205,7 +371,6 @@ def test_flash_attention_still_takes_our_arguments():
 def test_schedules_still_say_which_requests_and_prompts_they_hold():
     """ScheduleWatch on a made-up scheduler whose outputs and requests have vLLM's fields."""
     from dataclasses import fields
-    from types import SimpleNamespace
 
     from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -7,9 +7,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from device import ON_GPU
 
 from conformance import MODELS, Case, expected
-from engine import NARROW, ON_GPU, drive, engine, scheduler_of
+from engine import NARROW, drive, engine, scheduler_of
 from vllm_refusion.decoding.params import DecodingParams
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="counts the steps of synchronous scheduling")

@@ -10,12 +10,13 @@ import random
 from collections import Counter as Tally
 
 import pytest
+from device import ON_GPU
 from near_ties import assert_near_tie
 from vllm import TokensPrompt
 from vllm.exceptions import VLLMValidationError
 
 from conformance import MODELS, Case, expected
-from engine import NARROW, ON_GPU, assert_idle, engine, free_pages, run, sampling_params
+from engine import NARROW, assert_idle, engine, free_pages, run, sampling_params
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.speculation import MAX_PRICE, Speculation
 from vllm_refusion.engine.metrics import snapshot

@@ -8,15 +8,22 @@ import pytest
 from vllm import TokensPrompt
 
 from conformance import build_model, cases, expected
-from engine import NARROW, assert_idle, engine, free_pages, sampling_params, scheduler_of
+from engine import (
+    NARROW,
+    assert_idle,
+    engine,
+    free_pages,
+    model_runner_of,
+    sampling_params,
+    scheduler_of,
+)
 
 
 def poison_free_pages(llm, value):
     """Overwrites all pages of the KV cache that nobody holds, in every layer."""
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     pages = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-    core = llm.llm_engine.engine_core.engine_core
-    caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
+    caches = model_runner_of(llm).kv_caches
     assert caches
     for cache in caches:
         assert cache.shape[0] == pool.num_gpu_blocks

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from device import ON_GPU
 from server import DEFAULTS, MODEL_NAME, extras, serve
 
-from engine import ON_GPU, engine
+from engine import engine
 
 if not ON_GPU:
     pytestmark = pytest.mark.slow

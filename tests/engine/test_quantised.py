@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import ON_GPU
 from vllm import SamplingParams
 
-from engine import ON_GPU, engine
+from engine import engine
 from vllm_refusion.engine.metrics import snapshot
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -33,8 +33,7 @@ def request(prompt=10, emitted=0, max_tokens=100, **extra_args):
         num_prompt_tokens=prompt,
         num_output_tokens=emitted,
         num_tokens=prompt + emitted,
-        max_tokens=max_tokens,
-        sampling_params=SamplingParams(extra_args=extra_args or None),
+        sampling_params=SamplingParams(max_tokens=max_tokens, extra_args=extra_args or None),
     )
 
 
@@ -96,10 +95,10 @@ def test_the_first_canvas_comes_with_the_end_of_the_prompt():
     """Of short prompts that are new and end in this step, while the step has room."""
     made = scheduler(fuses_passes=True)
 
-    def rows(scheduled, **changes):
+    def rows(scheduled, max_tokens=100, **changes):
         made.requests = {}
         for name in scheduled:
-            made.requests[name] = request(prompt=100)
+            made.requests[name] = request(prompt=100, max_tokens=max_tokens)
             vars(made.requests[name]).update({"num_computed_tokens": 0, "num_preemptions": 0})
             vars(made.requests[name]).update(changes)
             count_passes(made.requests[name], canvas_length=32)
@@ -143,18 +142,13 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
     from vllm_refusion.triton_kernels.dispatch import operations
 
     return CanvasSampler(
-        SimpleNamespace(
-            row_budget=None,
-            vllm_config=SimpleNamespace(additional_config={}),
-            model=Model(),
-            operations=operations(torch.device("cpu")),
-            decode_state=state,
-            limits=PickLimits(max_requests, vocab_size, "cpu"),
-            records={},
-            req_states=SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
-            model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size),
-            dtype=torch.float32,
-        )
+        SimpleNamespace(additional_config={}, model_config=SimpleNamespace(dtype=torch.float32)),
+        Model(),
+        operations(torch.device("cpu")),
+        state,
+        SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
+        PickLimits(max_requests, vocab_size, "cpu"),
+        {},
     )
 
 

@@ -13,7 +13,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import StructuredOutputsParams
 
 from conformance import MODELS, build_model
-from engine import engine, scheduler_of
+from engine import engine, model_runner_of, scheduler_of
 
 NAME = "qwen3-gqa2"
 EOS = MODELS[NAME].eos_token_id
@@ -88,8 +88,7 @@ def test_nothing_of_the_engine_is_ours(llm):
     assert config.model_config.architecture == "Qwen3ForCausalLM"
     assert config.diffusion_config is None
     assert not config.parallel_config.worker_extension_cls
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    runner = executor.driver_worker.worker.model_runner
+    runner = model_runner_of(llm)
     parts = [scheduler_of(llm), runner, runner.model, runner.sampler]
     layers = config.compilation_config.static_forward_context.values()
     kinds = [type(part) for part in parts] + [layer.attn_backend for layer in layers]

@@ -7,11 +7,12 @@ from functools import cache
 
 import pytest
 import torch
+from device import ON_GPU
 from near_ties import assert_near_tie
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
-from engine import ON_GPU, engine
+from engine import engine
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.engine.metrics import snapshot
@@ -19,11 +20,6 @@ from vllm_refusion.engine.metrics import snapshot
 BUDGET = 256
 PRESETS = [DecodingParams(32, 128, 0.9, 0.4), DecodingParams(4, 16, 0.6, 0.3)]
 OPTIONS = {"skip_tokenizer_init": False, "max_model_len": 640, "max_num_batched_tokens": 4096}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_checkpoint):
-    return AutoTokenizer.from_pretrained(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")

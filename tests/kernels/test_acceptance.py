@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from vllm_refusion.bench import BENCHMARK_ENV  # noqa: E402
-from vllm_refusion.engine.acceptance import (  # noqa: E402
+from vllm_refusion.engine.acceptance import (
     CONFIG_KEY,
     Profile,
     acceptance_tables,
@@ -21,8 +16,9 @@ from vllm_refusion.engine.acceptance import (  # noqa: E402
     seed_of,
     to_config,
 )
-from vllm_refusion.triton_kernels.acceptance import acceptance_stats  # noqa: E402
-from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin  # noqa: E402
+from vllm_refusion.engine.settings import BENCHMARK_ENV
+from vllm_refusion.triton_kernels.acceptance import acceptance_stats
+from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "stats", [acceptance_stats, acceptance_stats_twin], ids=["kernel", "twin"]

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from fuzzed_states import DECODING, FUZZED, POISON, Fuzz
-from test_transition import KERNEL_DEVICE, assert_same, copy_state
+from twins import same
 
 from vllm_refusion.decoding.state import Field, Phase
 from vllm_refusion.triton_kernels.allocation import allocate
@@ -33,13 +33,7 @@ def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
             for n in (requests + 3, requests + 1, TOTALS)
         ]
         scalars = (decoding, rows, rng.randrange(decoding))
-        copied = copy_state(state, KERNEL_DEVICE)
-        copies = [tensor.to(KERNEL_DEVICE, copy=True) for tensor in outputs]
-        allocate(copied, *(tensor.to(KERNEL_DEVICE) for tensor in inputs), *copies, *scalars)
-        allocate_twin(state, *inputs, *outputs, *scalars)
-        assert_same("ints", copied.ints, state.ints)
-        for name, got, expected in zip(("starts", "logits", "totals"), copies, outputs):
-            assert_same(name, got, expected)
+        same(allocate_twin, allocate)(state, *inputs, *outputs, *scalars)
 
         query_start_loc, logits_start, totals = outputs
         given = logits_start.diff()

@@ -3,24 +3,17 @@
 Without a GPU the kernels run in Triton's interpreter. What must not be read or written holds NaN.
 """
 
-import os
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from device import DEVICE, ON_GPU
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when a kernel is defined, hence before the imports below
-    )
+from vllm_refusion.triton_kernels import canvas_attention as kernels
+from vllm_refusion.triton_kernels import canvas_attention_twin as twin
+from vllm_refusion.triton_kernels import write_kv as write_kv_module
+from vllm_refusion.triton_kernels.tiling import Tiling, choose_tiling
 
-from vllm_refusion.triton_kernels import canvas_attention as kernels  # noqa: E402
-from vllm_refusion.triton_kernels import canvas_attention_twin as twin  # noqa: E402
-from vllm_refusion.triton_kernels import write_kv as write_kv_module  # noqa: E402
-from vllm_refusion.triton_kernels.tiling import Tiling, choose_tiling  # noqa: E402
-
-DEVICE = "cuda" if HAS_GPU else "cpu"
 # several tiles in either direction even at the small shapes that the interpreter can afford
 SMALL = Tiling(block_m=32, block_n=16)
 # the memory order of a cache's (block, head, entry) dimensions
@@ -320,7 +313,7 @@ def test_kernel_matches_twin(case):
     check_kernel(case)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="too large for the interpreter")
+@pytest.mark.skipif(not ON_GPU, reason="too large for the interpreter")
 @pytest.mark.parametrize("case", **by_id(GPU_CASES))
 def test_kernel_matches_twin_at_served_shapes(case):
     check_kernel(case)
@@ -433,7 +426,7 @@ def test_addresses_are_64_bit():
     torch.testing.assert_close(output[0], value[0], rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs")
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs")
 @pytest.mark.parametrize("tiling", [SMALL, replace(SMALL, num_splits=4)], ids=["whole", "splits"])
 def test_captured_graph_serves_other_values(tiling):
     """The launch depends on shapes only: a graph captured on one batch is right for another."""

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import torch
+from device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from vllm_refusion.triton_kernels import benchmark  # noqa: E402
+from vllm_refusion.triton_kernels import benchmark
 
 
 @pytest.mark.parametrize("operation", benchmark.BENCHMARKS)

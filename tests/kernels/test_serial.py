@@ -8,15 +8,8 @@ from functools import cache
 import pytest
 import torch
 from simulated_engine import Request, SimulatedEngine, Weather
-from test_transition import (
-    BOTH,
-    MASK_TOKEN_ID,
-    TWINS,
-    WEATHERS,
-    build_request,
-    same,
-    tiny_model,
-)
+from test_transition import BOTH, MASK_TOKEN_ID, TWINS, WEATHERS, build_request, tiny_model
+from twins import same
 
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Decoded, decode

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+import triton
+import triton.language as tl
+from device import DEVICE
+from kernel_inputs import random_logits
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-
-from vllm_refusion.decoding.noise import gumbel_noise, philox_4x32  # noqa: E402
-from vllm_refusion.triton_kernels import token_stats as kernel_module  # noqa: E402
-from vllm_refusion.triton_kernels.token_stats import token_stats  # noqa: E402
-from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin  # noqa: E402
+from vllm_refusion.decoding.noise import gumbel_noise, philox_4x32
+from vllm_refusion.triton_kernels import token_stats as kernel_module
+from vllm_refusion.triton_kernels.token_stats import token_stats
+from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "stats", [token_stats, token_stats_twin], ids=["kernel", "twin"]
@@ -65,11 +60,6 @@ def random_rows(count: int, vocab: int, seed: int = 0) -> tuple:
         [-1 if skip else row // 3 for row, skip in enumerate(unused)],
         given,
     )
-
-
-def random_logits(count: int, vocab: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (4 * torch.randn(count, vocab, generator=generator)).to(dtype).to(DEVICE)
 
 
 def poisoned(count: int) -> tuple:

@@ -6,30 +6,29 @@ The kernels run on the GPU where there is one, else in Triton's interpreter.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from fuzzed_states import DECODING, FUZZED, MASK_TOKEN_ID, POISON, Fuzz, tensors
+from fuzzed_states import DECODING, FUZZED, MASK_TOKEN_ID, POISON, Fuzz
 from simulated_engine import Operations, Outcome, Request, SimulatedEngine, Weather
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from twins import same
 
 import conformance
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Decoded, decode
 from vllm_refusion.decoding.speculation import Speculation
-from vllm_refusion.decoding.state import Counter, DecodeState, Phase
+from vllm_refusion.decoding.state import Counter, Phase
 from vllm_refusion.triton_kernels.layout import layout
 from vllm_refusion.triton_kernels.layout_twin import layout_twin
-from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin
 from vllm_refusion.triton_kernels.transition import transition
 from vllm_refusion.triton_kernels.transition_twin import transition_twin
 
-KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TWINS = Operations(layout_twin, token_stats_twin, transition_twin, serial_transition_twin)
+TWINS = Operations(layout_twin, token_stats_twin, transition_twin)
 
 # slot_size, block_length, slot_threshold, token_threshold; then what differs from the defaults
 REQUESTS: dict[str, tuple[tuple, dict[str, Any]]] = {
@@ -82,15 +81,7 @@ WEATHERS = {
     "everything": EVERYTHING,
 }
 PREEMPTED = (Phase.PREFILL, *DECODING, Phase.REPLAY, Phase.DONE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost far more than they give on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
@@ -271,52 +262,7 @@ def test_conformance_cases(name: str, every: int, tmp_path):
 # Kernels against the twins
 
 
-def same(twin: Callable[..., None], kernel: Callable[..., None]) -> Callable[..., None]:
-    """``twin``, with an assertion that ``kernel`` does the same to a copy of everything."""
-
-    def both(state: DecodeState, *args: Any) -> None:
-        copied = copy_state(state, KERNEL_DEVICE)
-        copies = [
-            arg.to(KERNEL_DEVICE, copy=True) if isinstance(arg, torch.Tensor) else arg
-            for arg in args
-        ]
-        kernel(copied, *copies)
-        twin(state, *args)
-        for name, tensor in tensors(state).items():
-            assert_same(name, getattr(copied, name), tensor)
-        for index, (got, expected) in enumerate(zip(copies, args, strict=True)):
-            if isinstance(expected, torch.Tensor):
-                assert_same(f"argument {index}", got, expected)
-
-    return both
-
-
-def copy_state(state: DecodeState, device: str) -> DecodeState:
-    copied = DecodeState(
-        state.max_requests, state.canvas_length, state.max_response, state.mask_token_id, device
-    )
-    for name, tensor in tensors(state).items():
-        getattr(copied, name).copy_(tensor)
-    return copied
-
-
-def assert_same(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
-    got = got.cpu()
-    if got.is_floating_point():  # an input; NaN where it must not be read
-        got, expected = got.view(torch.int32), expected.view(torch.int32)
-    where = got != expected
-    assert not where.any(), (
-        f"{name} differs at {where.nonzero().tolist()[:9]}: "
-        f"{got[where].tolist()[:9]}, expected {expected[where].tolist()[:9]}"
-    )
-
-
-BOTH = Operations(
-    same(layout_twin, layout),
-    token_stats_twin,
-    same(transition_twin, transition),
-    serial_transition_twin,
-)
+BOTH = Operations(same(layout_twin, layout), token_stats_twin, same(transition_twin, transition))
 BRANCHY = dict.fromkeys(
     ("slots_of_three", "partial_prefixes", "noise_and_eos", "eos_in_infill", "eos_held_back")
 )

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device import ON_GPU
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from conformance import Case, build_model, cases, expected
+from vllm_refusion.engine import compat
 from vllm_refusion.engine.worker import SIZES
 
-ON_GPU = torch.cuda.is_available()
 # A canvas of 32 rows, and server defaults that fit it.
 NARROW = {
     "diffusion_config": {"canvas_length": 32},
@@ -46,7 +47,7 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        compat.shut_down(llm)
         del llm
         gc.collect()
         if ON_GPU:
@@ -69,12 +70,7 @@ def sampling_params(case: Case) -> SamplingParams:
         allowed_token_ids=list(case.allowed_token_ids) or None,
         logprobs=case.logprobs,
         detokenize=False,
-        extra_args={
-            "slot_size": params.slot_size,
-            "block_length": params.block_length,
-            "slot_threshold": params.slot_threshold,
-            "token_threshold": params.token_threshold,
-        },
+        extra_args=vars(params).copy(),
     )
 
 
@@ -89,12 +85,15 @@ def run(llm: LLM, cases: Sequence[Case]) -> list[list[int]]:
 
 
 def scheduler_of(llm: LLM) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
+    return compat.engine_core_of(llm).scheduler
+
+
+def model_runner_of(llm: LLM) -> Any:
+    return compat.engine_core_of(llm).model_executor.driver_worker.worker.model_runner
 
 
 def model_state_of(llm: LLM) -> Any:
-    core = llm.llm_engine.engine_core.engine_core
-    return core.model_executor.driver_worker.worker.model_runner.model_state
+    return model_runner_of(llm).model_state
 
 
 def free_pages(llm: LLM) -> int:
@@ -102,7 +101,7 @@ def free_pages(llm: LLM) -> int:
 
 
 def assert_idle(llm, pages):
-    """All KV pages and request slots are free again."""
+    """All KV pages and decoding states are free again."""
     llm.llm_engine.step()  # tells the worker about the last finished requests
     assert free_pages(llm) == pages
     (held,) = llm.collective_rpc("refusion_held")

@@ -21,9 +21,9 @@ def assert_near_tie(llm: LLM, checkpoint: Path, prompt: Sequence[int], answer: D
     closer than twice the error that plain PyTorch makes in bfloat16 on the same tokens.
     """
     state = model_state_of(llm).decode_state
-    (slot,) = model_state_of(llm)._slot_of.values()
-    order = state.order[slot, : state.ints[slot, Field.COMMITTED]].tolist()
-    tokens = dict(enumerate(state.response[slot].tolist()))
+    (req,) = model_state_of(llm)._req_of.values()
+    order = state.order[req, : state.ints[req, Field.COMMITTED]].tolist()
+    tokens = dict(enumerate(state.response[req].tolist()))
     common = 0  # committed tokens that agree
     for ours, theirs in zip(order, answer.commit_order, strict=False):
         if ours != theirs or tokens[ours] != answer.committed[theirs]:

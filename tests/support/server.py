@@ -18,6 +18,7 @@ import httpx
 import openai
 import psutil
 import torch
+from device import ON_GPU
 from transformers import AutoTokenizer
 
 from conformance import Case, expected
@@ -90,7 +91,7 @@ def serve(model: Path | str, folder: Path, *options: str) -> Iterator[Server]:
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
         *("--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "512", "--max-num-batched-tokens", "1024"),
-        *(GPU_OPTIONS if torch.cuda.is_available() else ()),
+        *(GPU_OPTIONS if ON_GPU else ()),
         *options,
     ]
     log = folder / "server.log"

@@ -18,6 +18,7 @@ import torch
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.speculation import CERTAIN, Speculation
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
+from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 
 # What nobody may look at: outputs before they are written, rows that are not used.
 POISON = 1_000_003
@@ -30,7 +31,7 @@ class Operations(NamedTuple):
     layout: Callable[..., None]
     token_stats: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     transition: Callable[..., None]
-    serial_transition: Callable[..., None]
+    serial_transition: Callable[..., None] = serial_transition_twin
 
 
 @dataclass(frozen=True)

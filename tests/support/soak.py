@@ -7,7 +7,8 @@ what vLLM installs. First each distinct request is sent alone and its answer kep
 time is up, bursts of them arrive, streamed and not; some clients hang up in mid-answer. Everything
 that finishes must equal the answer kept, token for token (start it in float32; on a GPU set
 TRITON_F32_DEFAULT=ieee). The time is cut into windows; at the end of each the server is idle, no
-request may be left, all KV pages and request slots must be free, and memory is read: see ``leaks``.
+request may be left, all KV pages and decoding states must be free, and memory is read: see
+``leaks``.
 The figures are printed as one JSON object; the exit status is 1 if anything is wrong.
 """
 

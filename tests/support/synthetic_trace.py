@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
+from importlib.resources import files
 from typing import Any
 
 from vllm_refusion.viewer.record import FORMAT, VERSION
 
+SCHEMA = json.loads((files("vllm_refusion.viewer") / "trace.schema.json").read_text())
 ENGLISH = ["The ", "quick ", "brown ", "fox\n", "jumps ", "over ", "the ", "lazy ", "dog", "."] * 4
 WRONG = 1  # a token that drafts get wrong
 

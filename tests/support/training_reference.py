@@ -121,3 +121,7 @@ def one_token_at_a_time(model, fed):
         )
         rows.append(output.logits[0, 0])
     return torch.stack(rows)
+
+
+def assert_close(ours, literal):
+    torch.testing.assert_close(ours.double(), literal.double(), rtol=1e-4, atol=1e-6)

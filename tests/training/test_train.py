@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from vllm_refusion.decoding.reference import decode
 from vllm_refusion.training import run
 from vllm_refusion.training.run import Recipe, ReFusionTrainer
 from vllm_refusion.training.train_command import settings_from
+from vllm_refusion.training.trainer import SEAL
 
 pytest.importorskip("accelerate")
 GENERATION = {"eos_token_id": 0, **vars(DecodingParams(4, 8, 0.9, 0.4))}
@@ -211,6 +213,87 @@ def test_a_resumed_run_ends_bit_equal(checkpoint, data, tmp_path, monkeypatch):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     losses = [[(r["step"], r["loss"]) for r in log(f) if "loss_ar" in r] for f in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 9
+
+
+@pytest.fixture(scope="module")
+def crashed(checkpoint, data, tmp_path_factory):
+    """A run of four steps as a crash behind the last checkpoint leaves it, and its outcome."""
+    folder = tmp_path_factory.mktemp("crashed")
+    train(checkpoint, data, folder / "run", *CRASHED)
+    outcome = weights(folder / "run")
+    shutil.rmtree(folder / "run/model")
+    return folder / "run", outcome
+
+
+CRASHED = (*SHORT, "--steps", 4, "--save-every", 2)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(crashed, tmp_path, capsys):
+    """Whichever of its files it is; without one before the run starts anew."""
+    source, _ = crashed
+    names = [path.name for path in (source / "checkpoint-4").iterdir()]
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json", SEAL} < set(names)
+    for name in names:
+        shutil.copytree(source, tmp_path / name)
+        path = tmp_path / name / "checkpoint-4" / name
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert run.latest_checkpoint(tmp_path / name).name == "checkpoint-4"
+        run._set_damaged_aside(tmp_path / name)
+        assert run.latest_checkpoint(tmp_path / name).name == "checkpoint-2"
+        said = capsys.readouterr().err
+        assert str(path) in said and f"goes on from {tmp_path / name}/checkpoint-2" in said
+    (tmp_path / name / "checkpoint-2/trainer_state.json").unlink()
+    run._set_damaged_aside(tmp_path / name)
+    assert run.latest_checkpoint(tmp_path / name) is None
+    assert "starts anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("log.jsonl", '{"step": 3, "lo'),
+        ("samples.jsonl", '{"step": 1, "text": "a"}\n{"step": 4, "text": "b"}\n{"st'),
+        ("data/about.json", ""),
+        ("data/tokens.bin", ""),
+        ("checkpoint-4/optimizer.pt", ""),
+    ],
+)
+def test_a_run_goes_on_after_a_crash_in_the_midst_of_writing(
+    checkpoint, data, crashed, tmp_path, name, content
+):
+    source, outcome = crashed
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    if not name.startswith("checkpoint"):
+        shutil.rmtree(folder / "checkpoint-4")
+    with open(folder / name, "a" if name.endswith("jsonl") else "w") as file:
+        file.write(content)
+    train(checkpoint, data, folder, *CRASHED, "--resume")
+    assert all(torch.equal(outcome[n], w) for n, w in weights(folder).items())
+    assert [row["step"] for row in log(folder) if "loss_ar" in row] == [1, 2, 3, 4]
+    if name == "samples.jsonl":
+        assert (folder / name).read_text() == '{"step": 1, "text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("settings.json", "", "settings.json: not JSON: Expecting value at column 1: restore it"),
+        ("settings.json", "[]", "settings.json: not settings: restore it"),
+        ("log.jsonl", 'x\n{"step": 1}\n', "log.jsonl:1: no line of this run (not JSON"),
+        ("log.jsonl", '{"step": "1"}\n', "log.jsonl:1: no line of this run"),
+        ("log.jsonl", "[]\n", "log.jsonl:1: no line of this run"),
+    ],
+)
+def test_other_broken_files_of_a_run_are_named(
+    checkpoint, data, crashed, tmp_path, capsys, name, content, message
+):
+    folder = tmp_path / "run"
+    shutil.copytree(crashed[0], folder)
+    (folder / name).write_text(content)
+    train(checkpoint, data, folder, *CRASHED, "--resume", code=2)
+    assert message in capsys.readouterr().err
 
 
 def test_batches_may_be_cut_otherwise(checkpoint, data, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from vllm_refusion.training.collator import Example, autoregressive
@@ -22,11 +24,6 @@ from vllm_refusion.training.order import Course
 
 ROWS = [{"query": f"What is {n}?", "response": f"It is {n}.\n#### {n}"} for n in range(9)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_checkpoint):
-    return AutoTokenizer.from_pretrained(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +74,15 @@ def test_places_in_an_array(tmp_path):
         ("a.json", '{"query": "x"}', ":1: not a JSON array of rows: '{', not '['"),
         ("a.json", '[\n{"query": "x", "response": ""}]', ":2: empty response"),
         ("a.txt", LINES, ": allowed are files ending in .jsonl"),
+        (
+            "a.json",
+            '[{"query": "x", "response": "y"}]\n[]',
+            ":2: not a JSON array of rows: '[' beh",
+        ),
+        ("a.json", json.dumps(ROWS)[:-1], ":1: not a JSON array of rows: the end of the file"),
+        ("a.json", '[{"query": "x", "response": "y"},]', ":1: not JSON: "),
+        ("a.jsonl", LINES.encode("utf-16"), ":1: not UTF-8"),
+        ("a.jsonl", LINES + "\ufeff" + LINES, ":10: not JSON: Unexpected UTF-8 BOM"),
     ],
 )
 def test_bad_data_is_refused_with_file_and_line(tmp_path, name, content, message):
@@ -85,6 +91,38 @@ def test_bad_data_is_refused_with_file_and_line(tmp_path, name, content, message
     with pytest.raises(DataError) as error:
         list(read_rows([path]))
     assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+BAD_VALUES = {
+    "a missing key": ("{}", "no query and no response; it is empty"),
+    "a name that is half a character": (r'{"\ud83d": 1}', r"its keys are \ud83d"),
+    "half a character": (
+        r'{"query": "a \ud83d b", "response": "c"}',
+        r"query has \ud83d, half of a character, at character 2",
+    ),
+    "another half": (r'{"query": "a", "response": "\udc00"}', r"response has \udc00, half"),
+    "5000 digits": ('{"query": "a", "response": "b", "n": %s}' % ("9" * 5000), "4300 digits"),
+    "deep lists": ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+    "deep objects": ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
+    "a number": ("3", "a row must be an object, not int"),
+    "nothing": ("null", "a row must be an object, not NoneType"),
+    "a list as text": ('{"query": "a", "response": ["b"]}', "response must be text, not list"),
+    "true as text": ('{"query": true, "response": "b"}', "query must be text, not bool"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("bad, message", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_bad_values_are_refused_with_file_and_line(tmp_path, name, bad, message):
+    path, good = tmp_path / name, json.dumps(ROWS[0])
+    content = (f"[{good},\n{bad}]" if name == "a.json" else f"{good}\n{bad}\n").encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    rows = read_rows([path])
+    next(rows)
+    with pytest.raises(DataError) as error:
+        next(rows)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+    str(error.value).encode()  # can be printed
 
 
 def test_truncated_gz_says_how_far_it_goes(tmp_path):
@@ -132,6 +170,64 @@ def test_text_with_the_mask_token_is_refused(tmp_path, encoder, tokenizer):
     row = Row("a.jsonl:7", {"query": "x", "response": f"a {tokenizer.mask_token}"})
     with pytest.raises(DataError, match="a.jsonl:7: the text contains the mask token"):
         write_store([row], encoder, tmp_path, 40)
+
+
+@pytest.mark.parametrize("ending, refused", [("", None), ("<|endoftext|>" * 2, None),
+    ("<|endoftext|> more", "a:1: the response goes on behind <|endoftext|>")])  # fmt: skip
+def test_eos_ends_a_response_once(encoder, tokenizer, ending, refused):
+    rows = [Row("a:1", {"query": "x", "response": "It is." + ending})]
+    if refused:
+        with pytest.raises(DataError, match=re.escape(refused)):
+            encoder.encode(rows)
+    else:
+        (example,) = encoder.encode(rows)
+        assert tokenizer.decode(example.response) == "It is.<|endoftext|>"
+
+
+def test_eos_alone_is_an_empty_response(encoder):
+    with pytest.raises(DataError, match="a:1: empty response"):
+        encoder.encode([Row("a:1", {"query": "x", "response": "<|endoftext|>"})])
+
+
+def test_a_plain_prompt_is_tokenised_as_the_server_does_it(tiny_checkpoint):
+    """vLLM's completions add what the tokenizer adds to a text; chat templates write it."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", 3)]
+    )
+    bos = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert (
+        tokenizer("What?")["input_ids"][0] != tokenizer.encode("What?", add_special_tokens=False)[0]
+    )
+    row = Row("a:1", {"query": "What?", "response": "That."})
+    assert CompletionRequest(prompt="What?").add_special_tokens
+    plain, templated = Encoder(tokenizer, 1, plain=True), Encoder(tokenizer, 1)
+    assert plain.prompt("What?") == plain.encode([row])[0].prompt == tokenizer("What?")["input_ids"]
+    assert templated.prompt("What?").count(bos) == 1
+    for encoder in (plain, templated):
+        assert bos not in encoder.encode([row])[0].response
+
+
+def test_a_chat_template_that_fails_is_named(tokenizer):
+    options = {"chat_template": "{{ raise_exception('no such role') }}"}
+    with pytest.raises(DataError, match="a:1: the chat template fails: no such role"):
+        Encoder(tokenizer, 1, options).encode([Row("a:1", ROWS[0])])
+
+
+@pytest.mark.parametrize("name", ["about.json", "bounds.npy", "tokens.bin"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half"])
+def test_a_damaged_store_is_none(tmp_path, encoder, name, damage):
+    write_store([Row("a:1", ROWS[0])], encoder, tmp_path, 100, key="key")
+    path = tmp_path / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2] if damage == "half" else b"")
+    assert stored(tmp_path, "key") is None
+    write_store([Row("a:1", ROWS[0])], encoder, tmp_path, 100, key="key")
+    assert stored(tmp_path, "key") and len(TokenStore(tmp_path)) == 1
 
 
 def test_stores_differ_by_fingerprint(tmp_path, encoder):

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import compile_regions
-from training_reference import fed_again, feeding_order, losses, one_token_at_a_time, random_model
+from training_reference import (
+    assert_close,
+    fed_again,
+    feeding_order,
+    losses,
+    one_token_at_a_time,
+    random_model,
+)
 
 from vllm_refusion.training.collator import (
     BLOCKS,
@@ -69,10 +76,6 @@ def random_batch(seed):
     draws = [random_draw(len(e.response), generator) for e in examples]
     rows = [sequence(e, d, MASK, *extras(seed)) for e, d in zip(examples, draws, strict=True)]
     return examples, draws, collate(rows, PAD)
-
-
-def assert_close(ours, literal):
-    torch.testing.assert_close(ours.double(), literal.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_collator_equals_the_literal_order():

@@ -6,19 +6,16 @@ import copy
 import io
 import json
 import re
-from importlib.resources import files
 
 import jsonschema
 import pytest
 from PIL import Image
 from rich.console import Console
-from synthetic_trace import synthetic_trace
+from synthetic_trace import SCHEMA, synthetic_trace
 
 from vllm_refusion.cli import main
 from vllm_refusion.viewer import image, page, terminal
 from vllm_refusion.viewer.timeline import Event, Timeline
-
-SCHEMA = json.loads((files("vllm_refusion.viewer") / "trace.schema.json").read_text())
 
 
 @pytest.fixture
@@ -200,7 +197,21 @@ def test_view_refuses(trace_file, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": "vllm-refusion trace", "version": 9}'])
+TRACE = '{"format": "vllm-refusion trace", "version": 1'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"format": "vllm-refusion trace", "version": 9}',
+        TRACE + "}",
+        TRACE + ', "requests": 3}',
+        TRACE + ', "requests": [{"passes": [1]}]}',
+    ],
+)
 def test_not_a_trace(tmp_path, content, capsys):
     path = tmp_path / "trace.json"
     path.write_text(content)

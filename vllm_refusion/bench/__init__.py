@@ -3,6 +3,3 @@
 ``command`` starts one child process per side (``child``), each with one engine that runs all levels
 of concurrency (``load``); ``report`` renders what they measured.
 """
-
-# Set in the ReFusion child: marks an engine that the benchmark started.
-BENCHMARK_ENV = "REFUSION_BENCHMARK"

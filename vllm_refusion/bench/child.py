@@ -18,6 +18,7 @@ from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.load import Load, run_load, summarise
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import matrix_parameters
+from vllm_refusion.engine import compat
 from vllm_refusion.files import read_json, write_text
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
@@ -81,8 +82,6 @@ class Side:
     def __init__(self, settings: Settings, side: str) -> None:
         from vllm import LLM, envs
 
-        from vllm_refusion.engine import compat
-
         self.settings, self.side = settings, side
         budget = max(8192, max(settings.levels) * settings.canvas_length)
         prompts = Prompts(settings, side)
@@ -102,8 +101,7 @@ class Side:
         self.args = args
         self.watch = None
         if self.in_process:
-            client: Any = self.llm.llm_engine.engine_core  # of its kinds, the one in this process
-            self.watch = compat.ScheduleWatch(client.engine_core.scheduler)
+            self.watch = compat.ScheduleWatch(compat.engine_core_of(self.llm).scheduler)
 
     def describe(self) -> dict[str, Any]:
         config = self.llm.llm_engine.vllm_config
@@ -290,7 +288,7 @@ def main(side: str, settings_file: str, result_file: str) -> None:
         result["levels"].append(level)
         write_text(target, json.dumps(result, default=str))
         say(line)
-    running.llm.llm_engine.engine_core.shutdown()
+    compat.shut_down(running.llm)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_refusion.bench import BENCHMARK_ENV, report
+from vllm_refusion.bench import report
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import SHAPES, write_checkpoints
+from vllm_refusion.engine.settings import BENCHMARK_ENV
 from vllm_refusion.files import json_object, read_json, write_text
 
 HELP = "Measure stock autoregressive decoding and ReFusion on the same vLLM."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_refusion.bench import BENCHMARK_ENV
+from vllm_refusion.engine.settings import BENCHMARK_ENV
 from vllm_refusion.triton_kernels.acceptance_twin import QUANTILES, AcceptanceTables
 
 if TYPE_CHECKING:

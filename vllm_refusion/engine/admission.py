@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_refusion.decoding.logprobs import MAX_LOGPROBS
 from vllm_refusion.decoding.params import ParameterError
 from vllm_refusion.decoding.state import MAX_STOP_IDS
+from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.settings import (
     TRACE_OPTION,
     canvas_length,
@@ -76,31 +77,24 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             raise ParameterError("pooling_params", "...", "ReFusion only generates text")
         if request.resumable:
             raise ParameterError("resumable", True, "ReFusion does not take streamed input")
-        _resolve_eos(params, vllm_config)  # EOS counts among the stop tokens checked next
+        _resolve_eos(params, vllm_config)
         _check_sampling_params(params)
-        _check_picks(params, vllm_config)
         _check_prompt(request.prompt_token_ids, vllm_config)
-        decoding = server_defaults(vllm_config.model_config).updated(params.extra_args)
-        decoding.check_canvas(canvas_length(vllm_config))
-        _check_trace((params.extra_args or {}).get("trace", False), vllm_config)
+        model = vllm_config.model_config
+        spec = RequestSpec.of(
+            params, len(request.prompt_token_ids), server_defaults(model), model.max_model_len
+        )
+        spec.decoding.check_canvas(canvas_length(vllm_config))
+        _check_stops(spec)
+        _check_picks(spec, params, vllm_config)
+        _check_trace(spec, vllm_config)
     except ParameterError as error:
         raise VLLMValidationError(
             str(error), parameter=error.parameter, value=error.value
         ) from error
-    room = vllm_config.model_config.max_model_len - len(request.prompt_token_ids)
-    params.max_tokens = min(params.max_tokens or room, room)
+    params.max_tokens = spec.max_tokens  # vLLM's scheduler ends the request by it
     if params.temperature > 0 and params.seed is None:
         params.seed = secrets.randbits(62)
-
-
-def ending_token_ids(params: SamplingParams) -> set[int]:
-    """Tokens that end the request, hence are held back before ``min_tokens``.
-
-    Not vLLM's ``all_stop_token_ids``: that one holds EOS even where ``ignore_eos`` makes it an
-    ordinary token.
-    """
-    eos = params.eos_token_id
-    return set(params.stop_token_ids or ()) | ({eos} if eos is not None else set())
 
 
 def _check_sampling_params(params: SamplingParams) -> None:
@@ -115,27 +109,25 @@ def _check_sampling_params(params: SamplingParams) -> None:
             raise ParameterError(name, value, f"ReFusion allows only {allowed!r}")
     if params.seed is not None and not -INT64_MAX <= params.seed <= INT64_MAX:
         raise ParameterError("seed", params.seed, "allowed is a 64-bit integer")
-    if params.min_tokens and len(ending_token_ids(params)) > MAX_STOP_IDS:
+
+
+def _check_stops(spec: RequestSpec) -> None:
+    if len(spec.held_back) > MAX_STOP_IDS:
         raise ParameterError(
             "stop_token_ids",
-            len(ending_token_ids(params)),
+            len(spec.held_back),
             f"with min_tokens allowed are at most {MAX_STOP_IDS} stop tokens, EOS included",
         )
 
 
-def banned_token_ids(params: SamplingParams) -> list[int]:
-    """Tokens that ``bad_words`` forbids; words of several tokens are not admitted."""
-    return [token_ids[0] for token_ids in params.bad_words_token_ids or ()]
-
-
-def _check_picks(params: SamplingParams, vllm_config: VllmConfig) -> None:
+def _check_picks(spec: RequestSpec, params: SamplingParams, vllm_config: VllmConfig) -> None:
     """Checks what limits the tokens that may be picked."""
     vocab_size = vllm_config.model_config.get_vocab_size()
     if params.top_k >= vocab_size:
         params.top_k = 0
-    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
-        raise ParameterError("logprobs", params.logprobs, f"allowed is 0 to {MAX_LOGPROBS}")
-    for token, bias in (params.logit_bias or {}).items():
+    if spec.logprobs is not None and not 0 <= spec.logprobs <= MAX_LOGPROBS:
+        raise ParameterError("logprobs", spec.logprobs, f"allowed is 0 to {MAX_LOGPROBS}")
+    for token, bias in spec.logit_bias.items():
         if not math.isfinite(bias):
             raise ParameterError("logit_bias", {token: bias}, "allowed are finite numbers")
     if params.bad_words and params.bad_words_token_ids is None:
@@ -144,10 +136,9 @@ def _check_picks(params: SamplingParams, vllm_config: VllmConfig) -> None:
         raise ParameterError(
             "bad_words", params.bad_words, "allowed are words of a single token of the model"
         )
-    forbidden = {vllm_config.model_config.hf_text_config.mask_token_id, *banned_token_ids(params)}
-    if params.min_tokens:
-        forbidden |= ending_token_ids(params)
-    allowed = params.allowed_token_ids
+    mask = vllm_config.model_config.hf_text_config.mask_token_id
+    forbidden = {mask, *spec.banned_token_ids, *spec.held_back}
+    allowed = spec.allowed_token_ids
     if forbidden.issuperset(allowed) if allowed else len(forbidden) >= vocab_size:
         raise ParameterError(
             "allowed_token_ids",
@@ -173,13 +164,11 @@ def _check_prompt(token_ids: list[int] | None, vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_trace(value: Any, vllm_config: VllmConfig) -> None:
-    if value not in (True, False):
-        raise ParameterError("trace", value, "allowed are true and false")
-    if value and not tracing_enabled(vllm_config):
+def _check_trace(spec: RequestSpec, vllm_config: VllmConfig) -> None:
+    if spec.trace and not tracing_enabled(vllm_config):
         raise ParameterError(
             "trace",
-            value,
+            True,
             "the engine does not record traces; start it with "
             f"--additional-config '{{\"{TRACE_OPTION}\": true}}'",
         )

@@ -24,7 +24,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.settings import position_slack
-from vllm_refusion.triton_kernels.dispatch import HOPPER_PAGE, operations
+from vllm_refusion.triton_kernels.dispatch import operations
+from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 PLAIN_KV_DTYPES = ("auto", "float32", "bfloat16", "float16")  # a quantised checkpoint may ask else

@@ -1,5 +1,6 @@
 """Every private part of vLLM that this project uses or patches, with the reason.
 
+Nothing of ours is imported here: what vLLM is to call comes in as ``Hooks``.
 tests/engine/test_compat.py fails once a patch is no longer needed or no longer fits.
 """
 
@@ -10,13 +11,36 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from vllm import LLM
     from vllm.v1.core.sched.scheduler import Scheduler
 
 _PATCHED = "_vllm_refusion_patched"
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What of ours vLLM is to call.
+
+    Attributes:
+        architectures: of stock backbones, each with the one that serves it as ReFusion.
+        config_hook: vLLM's per-architecture configuration hook for the latter.
+        is_ours: whether a ``ModelConfig`` is of a ReFusion model.
+        admit: checks a request under a ``VllmConfig``; raises VLLMValidationError.
+        report: reports the figures of an ``AsyncLLM``.
+    """
+
+    architectures: Mapping[str, str]
+    config_hook: type
+    is_ours: Callable[[Any], bool]
+    admit: Callable[[Any, Any], None]
+    report: Callable[[Any], Awaitable[None]]
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -41,25 +65,26 @@ def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
     return install
 
 
-def install(architectures: Mapping[str, str], config_hook: type) -> None:
+def install(hooks: Hooks) -> None:
     """Routes checkpoints with a mask token to us and applies the process-wide patches, once."""
     import triton
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for architecture in architectures.values():
-        MODELS_CONFIG_MAP[architecture] = config_hook
-    _route_checkpoints(architectures)
-    _validate_requests()
-    _refuse_beam_search()
-    _report_figures()
+    for architecture in hooks.architectures.values():
+        MODELS_CONFIG_MAP[architecture] = hooks.config_hook
+    _route_checkpoints(hooks)
+    _validate_requests(hooks)
+    _refuse_beam_search(hooks)
+    _report_figures(hooks)
     _report_passes_of_requests()
     _tell_preempted_from_finished()
+    _settle_rows_before_each_step()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
-        _keep_stock_models_off_the_interpreter()
+        _keep_stock_models_off_the_interpreter(hooks)
 
 
-def _route_checkpoints(architectures: Mapping[str, str]) -> None:
+def _route_checkpoints(hooks: Hooks) -> None:
     """The published checkpoints say e.g. ``Qwen3ForCausalLM`` and differ only in mask_token_id.
 
     vLLM offers no hook between reading config.json and choosing the model class other than the
@@ -77,7 +102,7 @@ def _route_checkpoints(architectures: Mapping[str, str]) -> None:
             config_dict, config = super().parse(*args, **kwargs)
             if getattr(config, "mask_token_id", None) is not None:
                 config.architectures = [
-                    architectures.get(name, name) for name in config.architectures or ()
+                    hooks.architectures.get(name, name) for name in config.architectures or ()
                 ]
             return config_dict, config
 
@@ -85,7 +110,7 @@ def _route_checkpoints(architectures: Mapping[str, str]) -> None:
     parsers["hf"] = ReFusionConfigParser
 
 
-def _validate_requests() -> None:
+def _validate_requests(hooks: Hooks) -> None:
     """Admission checks that need the engine's configuration and the prompt.
 
     vLLM's own hook (``LogitsProcessor.validate_params``) is a class method that sees neither. Every
@@ -96,16 +121,13 @@ def _validate_requests() -> None:
 
     @_patch(InputProcessor, "process_inputs")
     def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_refusion.backbones import is_refusion
-        from vllm_refusion.engine.admission import admit
-
         request = original(self, *args, **kwargs)
-        if is_refusion(self.model_config):
-            admit(request, self.vllm_config)
+        if hooks.is_ours(self.model_config):
+            hooks.admit(request, self.vllm_config)
         return request
 
 
-def _refuse_beam_search() -> None:
+def _refuse_beam_search(hooks: Hooks) -> None:
     """vLLM's beam search sends requests of one token each, which look like any other.
 
     The one method of the engine that it calls with its own parameters, on every front end, is
@@ -118,9 +140,7 @@ def _refuse_beam_search() -> None:
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import BeamSearchParams
 
-        from vllm_refusion.backbones import is_refusion
-
-        if isinstance(params, BeamSearchParams) and is_refusion(self.model_config):
+        if isinstance(params, BeamSearchParams) and hooks.is_ours(self.model_config):
             raise VLLMValidationError(
                 "use_beam_search=True is not supported: ReFusion does not extend texts token by "
                 "token; allowed is False.",
@@ -178,7 +198,7 @@ def _with_body_checked(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return check
 
 
-def _report_figures() -> None:
+def _report_figures(hooks: Hooks) -> None:
     """Counters of the device in the server's log and among its Prometheus metrics.
 
     A stat logger plugin would see vLLM's own figures only: what the worker counts reaches the front
@@ -189,14 +209,10 @@ def _report_figures() -> None:
 
     @_patch(AsyncLLM, "do_log_stats")
     async def do_log_stats(original: Any, self: Any) -> None:
-        from vllm_refusion.backbones import is_refusion
-
         # of several front ends one reports
         first = getattr(self.engine_core, "client_index", 0) == 0
-        if first and self.logger_manager and is_refusion(self.model_config) and not self.errored:
-            from vllm_refusion.engine.metrics import report
-
-            await report(self)
+        if first and self.logger_manager and hooks.is_ours(self.model_config) and not self.errored:
+            await hooks.report(self)
         await original(self)
 
 
@@ -252,7 +268,7 @@ def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_toke
     return shown
 
 
-def _keep_stock_models_off_the_interpreter() -> None:
+def _keep_stock_models_off_the_interpreter(hooks: Hooks) -> None:
     """On the CPU build Triton is there for ReFusion only: stock models run as without it.
 
     Two kernels do not run in the interpreter, and that ends the engine: top-k/top-p sampling
@@ -263,13 +279,11 @@ def _keep_stock_models_off_the_interpreter() -> None:
     from vllm.config import VllmConfig
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from vllm_refusion.backbones import is_refusion
-
     topk_topp_sampler.HAS_TRITON = False
 
     @_patch(VllmConfig, "use_v2_model_runner")
     def use_v2_model_runner(original: Any, self: Any) -> bool:
-        ours = self.model_config is not None and is_refusion(self.model_config)
+        ours = self.model_config is not None and hooks.is_ours(self.model_config)
         if ours or envs.VLLM_USE_V2_MODEL_RUNNER is not None:  # the user's choice
             return original(self)
         return False
@@ -278,9 +292,7 @@ def _keep_stock_models_off_the_interpreter() -> None:
 def _tell_preempted_from_finished() -> None:
     """``ModelState.remove_request`` is not told why a request leaves.
 
-    A preempted one comes back and must go on exactly where it was, so its state is kept. The same
-    call, first in every step, puts our row budget where vLLM's manager for adaptive verification
-    would be: that one exists for speculative decoding only, and wants graphs of its own.
+    A preempted one comes back and must go on exactly where it was, so its state is kept.
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -289,20 +301,88 @@ def _tell_preempted_from_finished() -> None:
         leaving = getattr(self.model_state, "requests_leaving", None)
         if leaving is not None:
             leaving(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set())
-            if self.adaptive_verification is None:
-                self.adaptive_verification = self.model_state.start_row_budget(self)
         original(self, scheduler_output)
 
 
+def _settle_rows_before_each_step() -> None:
+    """Puts our row budget where vLLM's manager for adaptive verification would be.
+
+    That one exists for speculative decoding only, and wants graphs of its own; the runner asks it
+    how many rows a step has, and whose. ``add_requests`` is the first call of a step that would use
+    it; vLLM's warm-up drops it again, since its passes are to have rows of their own choice.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "add_requests")
+    def add_requests(original: Any, self: Any, scheduler_output: Any) -> None:
+        start = getattr(self.model_state, "start_row_budget", None)
+        if start is not None and self.adaptive_verification is None:
+            graphs = self.cudagraph_manager
+            sizes = [] if graphs is None else graphs.captured_token_counts()
+            budget = start(self.input_buffers.query_start_loc, sizes)
+            self.adaptive_verification = RowManager(budget)
+        original(self, scheduler_output)
+
+
+class RowManager:
+    """vLLM's ``AdaptiveVerificationManager``, as far as the runner calls it, on our row budget.
+
+    In each step that decodes the runner calls ``get_num_tokens``, ``compact_batch`` and
+    ``reallocate_drafts``, in this order.
+
+    Args:
+        budget: see ``row_budget.RowBudget``, which says how many rows there are, and whose.
+    """
+
+    def __init__(self, budget: Any) -> None:
+        self._budget = budget
+
+    def add_request(self, req_idx: int) -> None:
+        """Nothing is kept by request."""
+
+    def get_num_tokens(
+        self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]
+    ) -> int:
+        """Rows of the step in all: those of prompts, and the decode rows."""
+        scheduled = [len(tokens) for tokens in draft_tokens.values()]
+        rows = self._budget.settle(len(scheduled), sum(scheduled))
+        return sum(num_tokens_per_req.values()) - sum(scheduled) + rows
+
+    def compact_batch(
+        self,
+        num_draft_tokens_per_req: np.ndarray,
+        num_scheduled_tokens: np.ndarray,
+        cu_num_logits_np: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A layout of the same size for the host: rows [R], starts of the decode rows [R+1]."""
+        prompt_rows = num_scheduled_tokens - num_draft_tokens_per_req
+        return self._budget.assume(num_draft_tokens_per_req, prompt_rows)
+
+    def reallocate_drafts(self, req_ids: list[str], idx_mapping: torch.Tensor) -> tuple[Any, ...]:
+        """The device's layout: cu_num_logits [R+1], query_start_loc, decode rows.
+
+        vLLM 0.33 takes the admitted drafts of each request besides. Only batch-sharded sampling,
+        which is refused, reads them.
+        """
+        from vllm.v1.worker.gpu.input_batch import InputBatch
+
+        layout = self._budget.deal(idx_mapping)
+        takes_drafts = "num_admitted_draft_tokens" in InputBatch.__dataclass_fields__
+        return (*layout, None) if takes_drafts else layout
+
+
 def _measure_passes_once_captured() -> None:
-    """How long passes of various sizes take, measured where vLLM calibrates its own cost models."""
+    """How long passes of various sizes take, measured where vLLM calibrates its own cost models.
+
+    Its own way to run a pass of so many made-up tokens is the runner's ``_dummy_run``.
+    """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     @_patch(GPUModelRunner, "capture_model")
     def capture_model(original: Any, self: Any, *, profile_only: bool = False) -> int:
         captured = original(self, profile_only=profile_only)
         if not profile_only and hasattr(self.model_state, "measure_passes"):
-            self.model_state.measure_passes(self)
+            self.model_state.measure_passes(self._dummy_run)
         return captured
 
 
@@ -399,6 +479,19 @@ def canonicalize_singleton_dim_strides(tensor: Any) -> Any:
     from vllm.utils.torch_utils import canonicalize_singleton_dim_strides as canonicalize
 
     return canonicalize(tensor)
+
+
+def engine_core_of(llm: LLM) -> Any:
+    """The engine core, with its scheduler and its workers, of an LLM that runs it in this process.
+
+    For what looks at single steps, the benchmark and tests: vLLM's statistics do not.
+    """
+    return llm.llm_engine.engine_core.engine_core
+
+
+def shut_down(llm: LLM) -> None:
+    """Ends an LLM's engine now, so that another finds its memory free; LLM has no method for it."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 class ScheduleWatch:

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import prometheus_client
-
 from vllm_refusion.decoding.state import Counter
 
 logger = logging.getLogger("vllm.refusion")
@@ -48,6 +46,8 @@ class Figures:
     """
 
     def __init__(self, model_name: str) -> None:
+        import prometheus_client  # reads the environment that a server with several processes sets
+
         labels = {"model_name": model_name}
         passes = prometheus_client.Counter(
             "vllm:refusion_passes", "Forward passes of requests.", ["model_name", "kind"]

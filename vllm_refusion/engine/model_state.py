@@ -8,6 +8,7 @@ Nothing here waits for the device or loops over requests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +26,14 @@ from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits, bias_row
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
-from vllm_refusion.engine.admission import banned_token_ids, ending_token_ids
 from vllm_refusion.engine.attention import PromptTail
-from vllm_refusion.engine.pass_cost import PassCost, measure_passes
+from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
+from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.engine.sampler import CanvasSampler
 from vllm_refusion.engine.settings import (
     canvas_length,
+    fuses_passes,
     position_slack,
     server_defaults,
     tracing_enabled,
@@ -59,15 +61,14 @@ class ReFusionModelState(ModelState):
         # Addresses captured by CUDA graphs.
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
-        self.row_budget: RowBudget | None = None
         self.pass_cost: PassCost | None = None
-        self._slot_of: dict[str, int] = {}
-        # by slot: its prefill repeats committed tokens, which saw what their slots could see
+        self._req_of: dict[str, int] = {}  # request id -> its index in all tables, a ``req``
+        # by req: its prefill repeats committed tokens, which saw what their slots could see
         self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
         self.limits = PickLimits(self.max_num_reqs, self.model_config.get_vocab_size(), device)
-        self.records: dict[int, Record] = {}  # by request slot: logprobs, of who asks for them
+        self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
@@ -87,65 +88,73 @@ class ReFusionModelState(ModelState):
             self.recorder = Recorder(self.decode_state)
             transition = self.recorder.around(self.operations.transition)
             self.operations = replace(self.operations, transition=transition)
-        return CanvasSampler(self), None
+        self.sampler = CanvasSampler(
+            self.vllm_config,
+            self.model,
+            self.operations,
+            self.decode_state,
+            self.req_states,
+            self.limits,
+            self.records,
+        )
+        return self.sampler, None
 
-    def add_request(self, req_index: int, new_req_data: Any) -> None:
-        params = new_req_data.sampling_params
+    def add_request(self, req: int, new_req_data: Any) -> None:
         prompt_len = len(new_req_data.prompt_token_ids)
-        room = self.max_model_len - prompt_len
-        self._slot_of[new_req_data.req_id] = req_index
-        if self.recorder is not None and (params.extra_args or {}).get("trace"):
-            self.recorder.add(req_index, new_req_data.req_id, new_req_data.prompt_token_ids)
-        decoding = self.defaults.updated(params.extra_args)
-        max_tokens = min(params.max_tokens or room, room)  # vLLM's own warm-up sets none
-        self._limit_picks(req_index, params)
-        if params.logprobs is not None:
-            self.records[req_index] = self._suspended_records.pop(
+        spec = RequestSpec.of(
+            new_req_data.sampling_params, prompt_len, self.defaults, self.max_model_len
+        )
+        self._req_of[new_req_data.req_id] = req
+        if self.recorder is not None and spec.trace:
+            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
+        self._limit_picks(req, spec)
+        if spec.logprobs is not None:
+            self.records[req] = self._suspended_records.pop(
                 new_req_data.req_id, None
             ) or Record.empty(
-                decoding.budget(max_tokens),
-                self.decode_state.canvas_length,
-                params.logprobs,
-                self.device,
+                spec.budget, self.decode_state.canvas_length, spec.logprobs, self.device
             )
         saved = self._suspended.pop(new_req_data.req_id, None)
-        self._repeats_tokens[req_index] = saved is not None
+        self._repeats_tokens[req] = saved is not None
         if saved is not None:
             emitted = len(new_req_data.prefill_token_ids) - prompt_len
-            self.req_states.prefill_len.np[req_index] = prompt_len + decoding.whole_slots(emitted)
-            self.decode_state.restore(req_index, saved, emitted)
+            self.req_states.prefill_len.np[req] = prompt_len + spec.decoding.whole_slots(emitted)
+            self.decode_state.restore(req, saved, emitted)
             return
         self.decode_state.add(
-            req_index,
+            req,
             prompt_len,
-            decoding,
-            max_tokens,
-            params.eos_token_id,
-            min_tokens=params.min_tokens,
-            stop_ids=sorted(ending_token_ids(params)) if params.min_tokens else (),
-            temperature=params.temperature,
-            seed=params.seed or 0,
+            spec.decoding,
+            spec.max_tokens,
+            spec.eos_token_id,
+            min_tokens=spec.min_tokens,
+            stop_ids=spec.held_back,
+            temperature=spec.temperature,
+            seed=spec.seed,
         )
 
-    def measure_passes(self, runner: Any) -> None:
-        """Times forward passes, after the graphs are captured; see ``PassCost``."""
-        self.pass_cost = measure_passes(runner)
+    def measure_passes(self, run: Callable[[int], Any]) -> None:
+        """Times ``run(rows)``, a forward pass, after the graphs are captured; see ``PassCost``."""
+        self.pass_cost = measure_passes(run, self.max_num_tokens, self.device)
 
-    def start_row_budget(self, runner: Any) -> RowBudget:
-        """The row budget, in its beginning."""
-        manager = runner.cudagraph_manager
-        sizes = manager.captured_token_counts() if manager is not None else []
-        self.row_budget = RowBudget(self, runner.input_buffers.query_start_loc, sizes)
-        return self.row_budget
+    def start_row_budget(self, query_start_loc: torch.Tensor, sizes: list[int]) -> RowBudget:
+        """The row budget, in its beginning; see there."""
+        self.sampler.row_budget = RowBudget(
+            self.decode_state,
+            self.operations,
+            self.req_states,
+            query_start_loc,
+            sizes,
+            self.pass_cost or ASSUMED_COST,
+            fuses_passes(self.vllm_config),
+        )
+        return self.sampler.row_budget
 
-    def _limit_picks(self, slot: int, params: Any) -> None:
+    def _limit_picks(self, req: int, spec: RequestSpec) -> None:
         bias = bias_row(
-            self.limits.vocab,
-            params.logit_bias,
-            params.allowed_token_ids,
-            banned_token_ids(params),
+            self.limits.vocab, spec.logit_bias, spec.allowed_token_ids, spec.banned_token_ids
         )
-        self.limits.add(slot, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, bias=bias)
+        self.limits.add(req, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p, bias=bias)
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""
@@ -155,18 +164,18 @@ class ReFusionModelState(ModelState):
             self._suspended_records.pop(req_id, None)
 
     def remove_request(self, req_id: str) -> None:
-        slot = self._slot_of.pop(req_id, None)
-        if slot is None:
+        req = self._req_of.pop(req_id, None)
+        if req is None:
             return
         if req_id in self._preempting:
-            self._suspended[req_id] = self.decode_state.save(slot)
-            if slot in self.records:
-                self._suspended_records[req_id] = self.records[slot]
-        self.records.pop(slot, None)
-        self.limits.remove(slot)
-        self.decode_state.remove(slot)
+            self._suspended[req_id] = self.decode_state.save(req)
+            if req in self.records:
+                self._suspended_records[req_id] = self.records[req]
+        self.records.pop(req, None)
+        self.limits.remove(req)
+        self.decode_state.remove(req)
         if self.recorder is not None:
-            self.recorder.remove(slot)
+            self.recorder.remove(req)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,21 +56,23 @@ class PassCost:
 ASSUMED_COST = PassCost((1, 128, 1024), (1.0, 1.0, 3.0))
 
 
-def measure_passes(runner: Any) -> PassCost | None:
-    """Times the forward pass of a model runner; None on a CPU.
+def measure_passes(
+    run: Callable[[int], Any], most_rows: int, device: torch.device
+) -> PassCost | None:
+    """Times ``run(rows)``, a forward pass of at most ``most_rows``; None on a CPU.
 
     All workers of a tensor parallel group take the first one's times, as they must choose alike.
     """
-    if runner.device.type != "cuda":
+    if device.type != "cuda":
         return None
-    sizes = [size for size in MEASURED_ROWS if size <= runner.max_num_tokens]
+    sizes = [size for size in MEASURED_ROWS if size <= most_rows]
     fastest = []
     for size in sizes:
         times = []
         for _ in range(REPETITIONS + 1):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            runner._dummy_run(size)
+            run(size)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))

@@ -6,8 +6,11 @@ import logging
 import re
 from importlib import metadata
 
-from vllm_refusion.backbones import ARCHITECTURES
+from vllm_refusion.backbones import ARCHITECTURES, is_refusion
+from vllm_refusion.engine import compat, metrics
+from vllm_refusion.engine.admission import admit
 from vllm_refusion.engine.config_hook import ReFusionConfig
+from vllm_refusion.triton_cpu_stub import INTERPRETER_NOTICE, interpreter_is_on
 
 logger = logging.getLogger("vllm.refusion")
 
@@ -19,14 +22,19 @@ def register() -> None:
     check_vllm_version()
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from vllm_refusion.engine import compat
-    from vllm_refusion.triton_cpu_stub import INTERPRETER_NOTICE, interpreter_is_on
-
     supported = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():
         if architecture not in supported:
             ModelRegistry.register_model(architecture, f"vllm_refusion.engine.model:{architecture}")
-    compat.install(ARCHITECTURES, ReFusionConfig)
+    compat.install(
+        compat.Hooks(
+            architectures=ARCHITECTURES,
+            config_hook=ReFusionConfig,
+            is_ours=is_refusion,
+            admit=admit,
+            report=metrics.report,
+        )
+    )
     if interpreter_is_on():
         logger.warning(INTERPRETER_NOTICE)  # vLLM sets logging up later and would lose an info
 

@@ -1,27 +1,24 @@
 """How many rows each step feeds, and how many of them riders may take.
 
-The engine's scheduler gives every decoding request as many rows as its next pass could need. This
-takes the place of vLLM's manager for adaptive verification (speculative decoding with a trimmed
-number of drafts), which the model runner asks for the size of a batch and then for its layout on
-the device. Nothing here waits for the step that is running.
+The engine's scheduler gives every decoding request as many rows as its next pass could need. Before
+a step the model runner asks for the size of the batch and then for its layout on the device (see
+``compat.RowManager``). Nothing here waits for the step that is running.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation
+from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.config_hook import CAPTURE_SIZES
-from vllm_refusion.engine.pass_cost import ASSUMED_COST
-from vllm_refusion.engine.settings import fuses_passes
+from vllm_refusion.engine.pass_cost import PassCost
 from vllm_refusion.triton_kernels.allocation_twin import TOTALS
-
-if TYPE_CHECKING:
-    from vllm_refusion.engine.model_state import ReFusionModelState
+from vllm_refusion.triton_kernels.dispatch import Operations
 
 # What a request's riders are worth beside its pass itself.
 RIDERS_WORTH = 0.5
@@ -34,29 +31,36 @@ LEAST_PRICE = 4
 class RowBudget:
     """Chooses the rows of a step on the host and deals them out on the device.
 
-    ``get_num_tokens``, ``compact_batch`` and ``reallocate_drafts`` are called by the runner in this
-    order in each step that decodes, with what the scheduler scheduled. ``speculation`` then says
-    which riders the canvases after this step take.
+    ``settle``, ``assume`` and ``deal`` are called in this order in each step that decodes, with
+    what the scheduler scheduled. ``speculation`` then says which riders the canvases after this
+    step take.
 
     Args:
+        query_start_loc: [R+1] int32, where the runner reads the layout of every step.
         sizes: numbers of rows that CUDA graphs were captured for, ascending; empty for none.
+        cost: of forward passes.
+        riders: whether passes may carry riders.
     """
 
     def __init__(
         self,
-        model_state: ReFusionModelState,
+        state: DecodeState,
+        operations: Operations,
+        req_states: RequestState,
         query_start_loc: torch.Tensor,
         sizes: list[int],
+        cost: PassCost,
+        riders: bool,
     ) -> None:
-        self.state = model_state.decode_state
-        self.operations = model_state.operations
-        self.req_states = model_state.req_states
+        self.state = state
+        self.operations = operations
+        self.req_states = req_states
         self.query_start_loc = query_start_loc
         self.sizes = sizes or list(CAPTURE_SIZES)
-        self.riders = fuses_passes(model_state.vllm_config)
-        self.cost = model_state.pass_cost or ASSUMED_COST
+        self.cost = cost
+        self.riders = riders
         self.speculation = NO_RIDERS
-        device, requests = self.state.device, model_state.max_num_reqs
+        device, requests = state.device, state.max_requests
         self.scheduled: torch.Tensor | None = None  # [R] int32, most decode rows in this step
         self.logits_start = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self._totals = torch.zeros(TOTALS, dtype=torch.int32, device=device)
@@ -69,35 +73,41 @@ class RowBudget:
         self._rows = 0
         self.rows_run = 0  # of all steps, with those that nothing used
 
-    def add_request(self, req_index: int) -> None:
-        """Nothing is kept by request."""
-
-    def get_num_tokens(self, num_tokens: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
-        """Rows of the step in all: those of prompts, and the decode rows chosen here."""
+    def settle(self, decoding: int, scheduled: int) -> int:
+        """Decode rows of a step in which so many requests decode, of so many scheduled rows."""
         self._learn()
-        decode = [len(tokens) for tokens in draft_tokens.values()]
-        self._rows = self._choose(len(decode), sum(decode))
-        self.speculation = self._speculate(len(decode)) if self.riders else NO_RIDERS
-        return sum(num_tokens.values()) - sum(decode) + self._rows
+        self._rows = self._choose(decoding, scheduled)
+        self.speculation = self._speculate(decoding) if self.riders else NO_RIDERS
+        return self._rows
 
-    def compact_batch(
-        self, num_draft_tokens: np.ndarray, num_scheduled: np.ndarray, cu_num_logits: np.ndarray
+    def assume(
+        self, decode_rows: np.ndarray, prompt_rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A layout of the same size for the host, which does not know the device's."""
-        prompt_rows = num_scheduled - num_draft_tokens
-        self._dealt = np.stack((num_draft_tokens, prompt_rows)).astype(np.int32)
-        self._num_decoding = int((num_draft_tokens > 0).sum())
-        decode = np.minimum(np.cumsum(num_draft_tokens), self._rows)
-        decode = np.diff(decode, prepend=0)
-        starts = np.zeros_like(cu_num_logits)
-        np.cumsum(decode, out=starts[1:])
-        return (prompt_rows + decode).astype(np.int32), starts
+        """A layout of the settled size for the host, which does not know the device's.
 
-    def reallocate_drafts(
-        self, req_ids: list[str], idx_mapping: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Deals the rows out: cu_num_logits [R+1], query_start_loc, decode rows."""
-        requests, decoding = len(req_ids), self._num_decoding
+        Args:
+            decode_rows: [R], scheduled, before they are settled.
+            prompt_rows: [R].
+
+        Returns:
+            Rows of each request [R] int32, and where its decode rows start among all [R+1] int32.
+        """
+        self._dealt = np.stack((decode_rows, prompt_rows)).astype(np.int32)
+        self._num_decoding = int((decode_rows > 0).sum())
+        ends = np.minimum(np.cumsum(decode_rows), self._rows)
+        starts = np.concatenate(([0], ends)).astype(np.int32)
+        return (prompt_rows + np.diff(starts)).astype(np.int32), starts
+
+    def deal(self, req_of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Deals the rows out on the device.
+
+        Args:
+            req_of: [R], the batch's requests.
+
+        Returns:
+            Where each one's decode rows start [R+1], ``query_start_loc``, and all decode rows.
+        """
+        requests, decoding = len(req_of), self._num_decoding
         host = torch.from_numpy(self._dealt)
         if self._copied is not None:
             host = host.pin_memory()
@@ -108,7 +118,7 @@ class RowBudget:
         self.operations.allocate(
             self.state,
             self.req_states.num_computed_tokens.gpu,
-            idx_mapping,
+            req_of,
             self.scheduled,
             prompt_rows,
             self.query_start_loc,
@@ -139,10 +149,9 @@ class RowBudget:
         self._recent.append(self._totals_host.numpy() / self._decoding)
 
     def _choose(self, decoding: int, scheduled: int) -> int:
-        """Decode rows of a step in which so many requests decode, of so many scheduled rows.
+        """The size that would have served requests of late best for its time.
 
-        The size that would have served requests of late best for its time. A request served without
-        its riders counts less than one with them.
+        A request served without its riders counts less than one with them.
         """
         if not self._recent or decoding == 0:
             return scheduled

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
+from vllm.config import VllmConfig
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_refusion.decoding.logprobs import Record
+from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
-from vllm_refusion.decoding.state import Field
+from vllm_refusion.decoding.state import DecodeState, Field
 from vllm_refusion.engine.acceptance import acceptance_tables
-
-if TYPE_CHECKING:
-    from vllm_refusion.engine.model_state import ReFusionModelState
+from vllm_refusion.engine.row_budget import RowBudget
+from vllm_refusion.triton_kernels.dispatch import Operations
 
 # Logits of one step are computed and read in chunks of rows of about this size.
 LOGITS_CHUNK_BYTES = 512 * 2**20
@@ -28,18 +33,25 @@ class CanvasSampler:
     # The runner keeps counts for penalties there; ReFusion has none.
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
-    def __init__(self, model_state: ReFusionModelState) -> None:
-        self.model_state = model_state
-        self.model = model_state.model
-        self.operations = model_state.operations  # records, where the engine is to trace
-        self.state = model_state.decode_state
-        self.req_states = model_state.req_states
-        self.limits = model_state.limits
-        self.records = model_state.records
-        state = self.state
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        operations: Operations,
+        state: DecodeState,
+        req_states: RequestState,
+        limits: PickLimits,
+        records: Mapping[int, Record],
+    ) -> None:
+        self.model = model
+        self.operations = operations
+        self.state = state
+        self.req_states = req_states
+        self.limits = limits
+        self.records = records
+        self.row_budget: RowBudget | None = None  # starts with the first request
         rows = state.max_requests * state.canvas_length
-        vocab_size = model_state.model_config.get_vocab_size()
-        row_bytes = vocab_size * model_state.dtype.itemsize
+        row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
         self.chunk_rows = max(1, min(rows, LOGITS_CHUNK_BYTES // row_bytes))
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -48,7 +60,7 @@ class CanvasSampler:
         self.picked = buffer(rows)
         self.picked_prob = buffer(rows, dtype=torch.float32)
         self.given_prob = buffer(rows, dtype=torch.float32)
-        self.replay = acceptance_tables(model_state.vllm_config, state.device)  # benchmarks only
+        self.replay = acceptance_tables(vllm_config, state.device)  # benchmarks only
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """The model state holds the parameters."""
@@ -59,7 +71,7 @@ class CanvasSampler:
     def __call__(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Args: hidden_states: [canvas rows of the batch, hidden], see ``compute_logits``."""
         num_reqs, rows = input_batch.num_reqs, hidden_states.shape[0]
-        budget = self.model_state.row_budget
+        budget = self.row_budget
         if rows and not input_batch.num_draft_tokens:
             # Memory profiling: pay for the widest chunk a step can have.
             self.model.row_logits(hidden_states[:1].expand(self.chunk_rows, -1).contiguous())
@@ -99,7 +111,7 @@ class CanvasSampler:
 
     def _emit_limit(self, input_batch: InputBatch) -> torch.Tensor:
         """The most tokens [R] int32 that the scheduler takes from each request."""
-        budget, requests = self.model_state.row_budget, input_batch.num_reqs
+        budget, requests = self.row_budget, input_batch.num_reqs
         if not input_batch.num_draft_tokens:
             return torch.zeros(requests, dtype=torch.int32, device=self.state.device)
         if budget is not None:

@@ -16,8 +16,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.engine import compat
+from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.settings import (
     canvas_length,
     fuses_passes,
@@ -44,9 +44,10 @@ class _CanvasScheduling:
         That is what is left of its block, or more where there is room for riders. With them an
         operation of an infill may take a slot's rows more (``compose``).
         """
-        params = self._params(request)
+        spec = self._spec(request)
+        params = spec.decoding
         emitted = params.whole_slots(request.num_output_tokens)
-        left = params.budget(request.max_tokens) - emitted
+        left = spec.budget - emitted
         if not self.scheduler_config.async_scheduling:
             left = min(params.block_length - emitted % params.block_length, left)
         # else the pass in flight may finish the block
@@ -58,11 +59,15 @@ class _CanvasScheduling:
         share = self.max_num_scheduled_tokens // max(1, len(self.running))
         return max(needed, min(self.canvas_length, share))
 
-    def _params(self, request: Request) -> DecodingParams:
-        if not hasattr(request, "decoding_params"):
-            extra_args = request.sampling_params.extra_args
-            request.decoding_params = self.decoding_defaults.updated(extra_args)
-        return request.decoding_params
+    def _spec(self, request: Request) -> RequestSpec:
+        if not hasattr(request, "refusion_spec"):
+            request.refusion_spec = RequestSpec.of(
+                request.sampling_params,
+                request.num_prompt_tokens,
+                self.decoding_defaults,
+                self.vllm_config.model_config.max_model_len,
+            )
+        return request.refusion_spec
 
     def _lookahead(self, request: Request, scheduled_end: int) -> int:
         """KV entries to reserve past ``scheduled_end``, the end of what is scheduled now.
@@ -74,7 +79,7 @@ class _CanvasScheduling:
             return self.canvas_width(request)
         if self.fuses_passes:
             return 0
-        last = request.num_prompt_tokens + self._params(request).budget(request.max_tokens)
+        last = request.num_prompt_tokens + self._spec(request).budget
         return min(0, last - scheduled_end)
 
     def add_request(self, request: Request) -> None:
@@ -90,7 +95,7 @@ class _CanvasScheduling:
         for request_id, rows in scheduled.num_scheduled_tokens.items():
             request = self.requests[request_id]
             prompt = request.num_prompt_tokens
-            canvas = self._params(request).first_block(request.max_tokens)
+            canvas = self._spec(request).first_block
             if (
                 rows <= LONGEST_PROMPT_TO_PLAN_WITH
                 and request.num_computed_tokens + rows == prompt == request.num_tokens

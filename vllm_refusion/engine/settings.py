@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # in vLLM's additional_config
 TRACE_OPTION = "refusion_trace"
 SCHEDULE_OPTION = "refusion_schedule"
+# Set in the processes of `vllm-refusion bench`: marks an engine that the benchmark started.
+BENCHMARK_ENV = "REFUSION_BENCHMARK"
 
 
 def resolve_defaults(model_config: ModelConfig) -> DecodingParams:

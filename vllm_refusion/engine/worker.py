@@ -21,7 +21,7 @@ class WorkerExtension:
 
     def refusion_rows_run(self) -> int:
         """Decode rows of all steps since start, with those that no request used."""
-        budget = self.model_runner.model_state.row_budget
+        budget = self.model_runner.model_state.sampler.row_budget
         return 0 if budget is None else budget.rows_run
 
     def refusion_held(self) -> dict[str, int]:
@@ -32,8 +32,8 @@ class WorkerExtension:
         """
         state = self.model_runner.model_state
         held = {
-            "request slots": int((state.decode_state.ints[:, Field.PHASE] != Phase.IDLE).sum()),
-            "requests": len(state._slot_of),
+            "decoding states": int((state.decode_state.ints[:, Field.PHASE] != Phase.IDLE).sum()),
+            "requests": len(state._req_of),
             "suspended requests": len(state._suspended) + len(state._suspended_records),
             "logprob records": len(state.records),
             "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),

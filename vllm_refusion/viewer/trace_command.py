@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_refusion.decoding.params import PARAMETER_NAMES, PRESETS
+from vllm_refusion.engine import compat
 from vllm_refusion.files import json_object, write_text
 
 HELP = "record how prompts are decoded, pass by pass, as JSON"
@@ -97,7 +98,7 @@ def _engine(args: argparse.Namespace, model: str, options: dict[str, Any]) -> It
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        compat.shut_down(llm)
 
 
 def _warm_up(llm: Any, prompt: str, sampling: Any, chat: bool) -> None:

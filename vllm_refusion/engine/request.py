@@ -1,0 +1,100 @@
+"""What a request asks for, resolved in one place for all who serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_refusion.decoding.params import DecodingParams, ParameterError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """A request, its parameters and the server's defaults in one.
+
+    The front end, the scheduler and the workers each make it of the same ``SamplingParams``: those
+    travel between their processes anyway, and vLLM's warm-up requests come to the workers alone.
+
+    Attributes:
+        decoding: how it is decoded.
+        max_tokens: at most what fits max_model_len.
+        eos_token_id: ends the response; None where EOS is a token like others.
+        min_tokens: tokens before which nothing that ends the response may be picked.
+        held_back: those ending tokens, ascending; empty without ``min_tokens``.
+        temperature, seed: of the noise on logits; temperature 0 for none.
+        top_k, top_p, min_p: limits of picks; 0, 1 and 0 for none.
+        logit_bias: added to logits by token.
+        allowed_token_ids: all that may be picked; None for all.
+        banned_token_ids: what ``bad_words`` of one token forbids.
+        logprobs: alternatives to report with each token; None for no log-probabilities.
+        trace: whether its passes are recorded.
+    """
+
+    decoding: DecodingParams
+    max_tokens: int
+    eos_token_id: int | None
+    min_tokens: int
+    held_back: tuple[int, ...]
+    temperature: float
+    seed: int
+    top_k: int
+    top_p: float
+    min_p: float
+    logit_bias: Mapping[int, float]
+    allowed_token_ids: Sequence[int] | None
+    banned_token_ids: tuple[int, ...]
+    logprobs: int | None
+    trace: bool
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams, prompt_len: int, defaults: DecodingParams, max_model_len: int
+    ) -> RequestSpec:
+        """Resolves ``params`` of a request with a prompt of that many tokens.
+
+        Raises:
+            ParameterError: one of ``extra_args`` is unknown or out of range.
+        """
+        room = max_model_len - prompt_len
+        # Not vLLM's ``all_stop_token_ids``: that one holds EOS even where ``ignore_eos`` makes it
+        # an ordinary token.
+        ending = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
+        options = params.extra_args or {}
+        return cls(
+            decoding=defaults.updated(options),
+            max_tokens=min(params.max_tokens or room, room),
+            eos_token_id=params.eos_token_id,
+            min_tokens=params.min_tokens,
+            held_back=tuple(sorted(ending)) if params.min_tokens else (),
+            temperature=params.temperature,
+            seed=params.seed or 0,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            logit_bias=params.logit_bias or {},
+            allowed_token_ids=params.allowed_token_ids,
+            banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ()),
+            logprobs=params.logprobs,
+            trace=_trace(options),
+        )
+
+    @property
+    def budget(self) -> int:
+        """Response positions that are decoded: ``max_tokens`` rounded up to whole slots."""
+        return self.decoding.budget(self.max_tokens)
+
+    @property
+    def first_block(self) -> int:
+        """Positions of the first block."""
+        return self.decoding.first_block(self.max_tokens)
+
+
+def _trace(options: Mapping[str, Any]) -> bool:
+    value = options.get("trace", False)
+    if value not in (True, False):
+        raise ParameterError("trace", value, "allowed are true and false")
+    return bool(value)
