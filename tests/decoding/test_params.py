@@ -49,7 +49,7 @@ def test_names_that_mean_something_are_listed():
 
 def test_the_first_block_ends_with_the_budget():
     params = DecodingParams(8, 32)
-    assert [params.first_block(tokens) for tokens in (1, 8, 9, 31, 32, 33)] == [
+    assert [params.first_rows(tokens) for tokens in (1, 8, 9, 31, 32, 33)] == [
         8,
         8,
         16,

@@ -70,7 +70,7 @@ def decode(
         state.add(req, PROMPT, params, max_tokens, None, seed=seed_of(0, req))
     num_computed = torch.zeros(requests, dtype=torch.int32)
     prompts = torch.full_like(num_computed, PROMPT)
-    behind_prompts = params.first_block(max_tokens) if Saving.FIRST_PLAN in savings else 0
+    behind_prompts = params.first_rows(max_tokens) if Saving.FIRST_PLAN in savings else 0
     phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
     while len(running := (phase != Phase.DONE).nonzero().flatten()):
         prefills = phase[running] == Phase.PREFILL

@@ -9,6 +9,7 @@ from typing import Any
 
 MODES = ("parallel", "serial")
 SLOT_STARTS = ("mask", "next")
+FIRST_MASKS = 8  # of serial decoding, fed with the end of a prompt
 
 
 class ParameterError(ValueError):
@@ -92,9 +93,28 @@ class DecodingParams:
                 raise ParameterError(name, value, f"known names are {', '.join(OPTION_NAMES)}")
         return replace(self, **expand_preset(values))
 
+    def of_request(self, values: Mapping[str, Any] | None) -> DecodingParams:
+        """These defaults with what a request says in place of some of them.
+
+        Raises:
+            ParameterError: as ``updated``; or the request sets what its mode does not use, or what
+                only a checkpoint can know.
+        """
+        params = self.updated(values)
+        if "slot_start" in (values or {}):
+            raise ParameterError(
+                "slot_start", params.slot_start, "the checkpoint's generation config says it"
+            )
+        for name in OF_PARALLEL if params.mode == "serial" else ():
+            if name in (values or {}):
+                raise ParameterError(
+                    name, (values or {})[name], 'it has no effect beside mode="serial"'
+                )
+        return params
+
     def check_canvas(self, canvas_length: int) -> None:
         """Raises ParameterError when a block does not fit the served canvas of that many tokens."""
-        if self.block_length > canvas_length:
+        if self.mode == "parallel" and self.block_length > canvas_length:
             raise ParameterError(
                 "block_length",
                 self.block_length,
@@ -112,12 +132,21 @@ class DecodingParams:
         """
         return tokens - tokens % self.slot_size
 
-    def first_block(self, max_tokens: int) -> int:
-        """Positions of the first block."""
-        return min(self.block_length, self.budget(max_tokens))
+    def first_rows(self, max_tokens: int) -> int:
+        """Rows of the first canvas, which may be fed with the end of the prompt.
+
+        In parallel mode the masks of the first block; in serial mode a few masks, behind the
+        prompt's last token where its row picks the first token.
+        """
+        if self.mode == "parallel":
+            return min(self.block_length, self.budget(max_tokens))
+        return min(FIRST_MASKS, max_tokens) + (self.slot_start == "next")
 
 
 PARAMETER_NAMES = tuple(entry.name for entry in fields(DecodingParams))
+# What a preset stands for, all but the first without effect in serial mode.
+PRESET_NAMES = ("slot_size", "block_length", "slot_threshold", "token_threshold")
+OF_PARALLEL = (*PRESET_NAMES[1:], "preset")
 OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
 
 # The published settings (algorithm section 2).
@@ -144,4 +173,4 @@ def expand_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values["preset"]
     if not isinstance(name, str) or name not in PRESETS:
         raise ParameterError("preset", name, f"allowed presets are {', '.join(PRESETS)}")
-    return vars(PRESETS[name]) | own
+    return {part: getattr(PRESETS[name], part) for part in PRESET_NAMES} | own

@@ -48,7 +48,7 @@ from typing import Any
 
 import torch
 
-from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.params import FIRST_MASKS, DecodingParams
 
 
 class Phase(IntEnum):
@@ -194,7 +194,6 @@ class Counter(IntEnum):
 
 
 ACCEPTANCE_WINDOW = 128  # TESTED and PASSED are halved when so many have been tested
-FIRST_MASKS = 8  # of serial decoding, fed with the end of a prompt
 MAX_STOP_IDS = 64  # stop token ids that min_tokens can hold back, per request
 
 
@@ -323,7 +322,7 @@ class DecodeState:
         ints[Field.MAX_TOKENS] = max_tokens
         ints[Field.EOS] = -1 if eos_token_id is None else eos_token_id
         # The masks of the first block may be fed with the end of the prompt.
-        first = params.first_block(max_tokens)
+        first = params.first_rows(max_tokens)
         ints[Field.ROWS] = ints[Field.CANVAS] = first
         padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
         _write(self.ints[req], ints)
@@ -373,6 +372,7 @@ class DecodeState:
             (Field.MOST_TESTS, most if most_tests is None else min(most, most_tests)),
             (Field.ROWS, tokens + starts_slot if known else 1),
             (Field.CANVAS, tokens + masks),
+            (Field.EXPECTED, 256),
         ):
             _write(self.ints[req, field], int(value))
         # the prompt's last token is in the context: fed again, it does not see itself there
