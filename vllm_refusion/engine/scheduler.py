@@ -4,8 +4,8 @@ vLLM's scheduler sees a request as prompt + emitted tokens in position order and
 many draft tokens as the request's canvas may have rows. The device may have committed tokens ahead
 of a gap; they are emitted once the gap closes, at the latest with their block. The gap's first slot
 may have final tokens that are emitted before it is committed. So whole slots emitted are committed,
-and of a slot emitted in part nothing need be in the KV cache. Of a request in serial mode all tokens
-emitted are in the KV cache, in position order, but for the last one.
+and of a slot emitted in part nothing need be in the KV cache. Of a request in serial mode all
+tokens emitted are in the KV cache, in position order, but for the last one.
 """
 
 from __future__ import annotations
