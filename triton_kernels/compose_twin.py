@@ -148,6 +148,10 @@ class Request:
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]
 
+    def takes_test(self, proposal: int) -> bool:
+        """Whether it is not accepted without one."""
+        return self.origin[proposal] != proposal
+
     def by_slot(self, positions: list[int]) -> list[list[int]]:
         """Ascending positions, those of each slot."""
         size = self.ints[Field.SLOT_SIZE]
@@ -351,7 +355,7 @@ class Request:
 
     def _test_cost(self, position: int) -> int:
         """See ``speculation.py``; nothing where a proposal is accepted without a test."""
-        if self.origin[position] == position:
+        if not self.takes_test(position):
             return 0
         level = float(self.confidence[position]) * LEVELS
         return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]

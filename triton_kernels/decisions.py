@@ -16,37 +16,33 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.triton_kernels.lanes import NOWHERE, count, first, in_slot, infilled, rows_of
+from vllm_refusion.triton_kernels.packed import (
+    Block,
+    Verified,
+    with_origin,
+    with_rounds,
+    with_status,
+)
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
     BLANK,
     CHOSEN,
     COMMITTED,
+    COUNT_INFILL_VERIFY,
+    COUNT_PLAN,
+    COUNT_PREDICT,
     COUNT_SLOTS_CHOSEN,
+    COUNT_VERIFY,
     DROPPED,
+    F_EOS,
+    F_KEPT,
+    FLOAT_SLOT_THRESHOLD,
+    FLOAT_TOKEN_THRESHOLD,
+    INFILL,
     MASKED,
+    PLAN,
+    VERIFY,
 )
-
-
-class Block(NamedTuple):
-    """What is known of the positions of a block, see ``PositionField``; confidence is float32.
-
-    ``pick_row`` is that of the pass being decided.
-    """
-
-    status: tl.tensor
-    token: tl.tensor
-    confidence: tl.tensor
-    rounds: tl.tensor
-    origin: tl.tensor
-    pick_row: tl.tensor
-
-
-class Statistics(NamedTuple):
-    """Pointers to the statistics of a request's rows (``token_stats``)."""
-
-    picked: tl.tensor
-    picked_prob: tl.tensor
-    given_prob: tl.tensor
 
 
 class Tests(NamedTuple):
@@ -65,19 +61,24 @@ class Tests(NamedTuple):
     reached: tl.tensor
 
 
-@triton.jit
-def with_status(block, status):
-    return Block(status, block.token, block.confidence, block.rounds, block.origin, block.pick_row)
+class Decision(NamedTuple):
+    """What a pass made of its phase.
 
+    Attributes:
+        next_phase: INFILL also where tokens are committed: ``commit`` says what follows then.
+        commits: tokens to commit. kept: rows whose KV stays. infill_kept: see ``Field.KEPT``.
+        cut: the lane after which EOS ends the response, or NOWHERE.
+        tested, passed: tokens. counter: of the pass.
+    """
 
-@triton.jit
-def with_rounds(block, rounds):
-    return Block(block.status, block.token, block.confidence, rounds, block.origin, block.pick_row)
-
-
-@triton.jit
-def with_origin(block, origin):
-    return Block(block.status, block.token, block.confidence, block.rounds, origin, block.pick_row)
+    next_phase: tl.tensor
+    commits: tl.tensor
+    kept: tl.tensor
+    infill_kept: tl.tensor
+    cut: tl.tensor
+    tested: tl.tensor
+    passed: tl.tensor
+    counter: tl.tensor
 
 
 @triton.jit
@@ -153,10 +154,16 @@ def plan(block, row, stats, threshold, counters_ptr, lanes):
 
 
 @triton.jit
+def takes_test(block, lanes):
+    """Whether positions [LANES] have a proposal that is not accepted without a test."""
+    return (block.status == CHOSEN) & (block.origin != lanes.p)
+
+
+@triton.jit
 def run_tests(block, row, stats, threshold, lanes):
     """The ``Tests`` of a canvas."""
     proposed = (row >= 0) & (block.status == CHOSEN)
-    tested = proposed & (block.origin != lanes.p)
+    tested = proposed & takes_test(block, lanes)
     # the row before gives this row's token its probability
     given = tl.load(stats.given_prob + row - 1, mask=tested & (row > 0), other=-1.0)
     failed, good, reached = accepted_run(given, tested, threshold, lanes)
@@ -235,3 +242,38 @@ def keepable(block, row, kept, lanes):
     left = slots & (order >= 0)
     first_other = tl.min(tl.where(left & (final == 0), order, NOWHERE), axis=0)
     return count(left & (order < first_other))
+
+
+@triton.jit
+def decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
+    """What the rows of the phase decide: a plan, a verification, or a pass of an infill."""
+    nothing = tl.zeros_like(lanes.p) - 1
+    verified = Verified(nothing, nothing)
+    if phase == PLAN:
+        threshold = tl.load(floats + FLOAT_SLOT_THRESHOLD)
+        block = plan(block, row, stats, threshold, counters_ptr, lanes)
+        decision = Decision(VERIFY, 0, 0, 0, NOWHERE, 0, 0, COUNT_PLAN)
+    else:
+        eos = tl.load(ints + F_EOS)
+        kept = tl.load(ints + F_KEPT)
+        tests = run_tests(block, row, stats, tl.load(floats + FLOAT_TOKEN_THRESHOLD), lanes)
+        verified = Verified(
+            tl.where(tests.proposed, block.token, -1), tl.where(tests.tested, row - 1, -1)
+        )
+        tested = count(tests.tested & tests.reached)
+        passed = count(tests.tested & tests.good)
+        if phase == VERIFY:
+            counter = COUNT_VERIFY
+            block, commits, cut = verify(block, row, tests, eos, lanes)
+            final = tl.where(commits > 0, commits, keepable(block, row, 0, lanes))
+            kept = tl.where(commits > 0, 0, final)
+        else:
+            predicts = count(waiting(block, lanes)) > 0
+            counter = tl.where(predicts, COUNT_PREDICT, COUNT_INFILL_VERIFY)
+            block, cut = infill(block, row, tests, stats, eos, lanes)
+            final = keepable(block, row, kept, lanes)
+            kept += final
+            total = count(infilled(block.status))
+            commits = tl.where(kept >= total, total, 0)
+        decision = Decision(INFILL, commits, final, kept, cut, tested, passed, counter)
+    return block, decision, verified

@@ -17,19 +17,14 @@ import triton.language as tl
 
 from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation, device_table
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
-from vllm_refusion.triton_kernels.compose import Canvas, Course, block_length_at, compose
+from vllm_refusion.triton_kernels.compose import compose
 from vllm_refusion.triton_kernels.decisions import (
-    Block,
-    Statistics,
-    infill,
-    keepable,
+    Decision,
+    decide,
     pick,
     plan,
-    run_tests,
-    verify,
+    takes_test,
     waiting,
-    with_rounds,
-    with_status,
 )
 from vllm_refusion.triton_kernels.lanes import (
     NOWHERE,
@@ -42,17 +37,33 @@ from vllm_refusion.triton_kernels.lanes import (
     rows_of,
 )
 from vllm_refusion.triton_kernels.layout import check, check_starts
+from vllm_refusion.triton_kernels.packed import (
+    Block,
+    Canvas,
+    Course,
+    Memory,
+    Statistics,
+    Verified,
+    block_length_at,
+    history_of,
+    load_block,
+    load_course,
+    load_placed,
+    store_block,
+    store_course,
+    store_evidence,
+    with_phase,
+    with_rounds,
+    with_status,
+)
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
     CHOSEN,
     COMMITTED,
     COUNT_IDLE,
     COUNT_INFILL_ROUNDS,
-    COUNT_INFILL_VERIFY,
     COUNT_INFILLS,
-    COUNT_PLAN,
     COUNT_PLANS_RIDDEN,
-    COUNT_PREDICT,
     COUNT_PREDICTS_RIDDEN,
     COUNT_REPLAY,
     COUNT_RIDER_ROWS_FED,
@@ -60,33 +71,20 @@ from vllm_refusion.triton_kernels.state_codes import (
     COUNT_TOKENS,
     COUNT_TOKENS_PASSED,
     COUNT_TOKENS_TESTED,
-    COUNT_VERIFY,
     DONE,
     DROPPED,
     F_BLOCK_LENGTH,
-    F_BLOCK_START,
     F_CANVAS,
     F_COMMITTED,
-    F_DRAW,
     F_EMITTED,
-    F_EOS,
-    F_KEPT,
-    F_LIMIT,
     F_MAX_TOKENS,
-    F_PASSED,
     F_PASSES,
-    F_PHASE,
     F_PROMPT_LEN,
     F_RESUME,
     F_ROWS,
     F_SLOT_SIZE,
     F_TEST_BLOCK,
-    F_TESTED,
     FLOAT_SLOT_THRESHOLD,
-    FLOAT_TOKEN_THRESHOLD,
-    H_GROUP_CONTEXT,
-    H_ORDER,
-    H_RESPONSE,
     IDLE,
     INFILL,
     MASKED,
@@ -95,18 +93,6 @@ from vllm_refusion.triton_kernels.state_codes import (
     NUM_HISTORY_FIELDS,
     NUM_POSITION_FIELDS,
     NUM_ROW_FIELDS,
-    P_CANVAS_ROW,
-    P_CONFIDENCE,
-    P_ORIGIN,
-    P_PICK_ROW,
-    P_RIDER_ROW,
-    P_RIDER_WIDTH,
-    P_ROUNDS,
-    P_STATUS,
-    P_STAYS,
-    P_TEST_ROW,
-    P_TESTED_TOKEN,
-    P_TOKEN,
     PLAN,
     PREFILL,
     REPLAY,
@@ -114,172 +100,211 @@ from vllm_refusion.triton_kernels.state_codes import (
     START,
     VERIFY,
 )
+from vllm_refusion.triton_kernels.worth import prices_of
 
 LANES_PER_WARP = 128
 _ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
 
 
-class Decision(NamedTuple):
-    """What a pass made of its phase.
+class Fed(NamedTuple):
+    """What the pass fed: query rows, those of them with statistics, and KV entries.
 
-    Attributes:
-        next_phase: INFILL also where tokens are committed: ``commit`` says what follows then.
-        commits: tokens to commit. kept: rows whose KV stays. infill_kept: see ``Field.KEPT``.
-        cut: the lane after which EOS ends the response, or NOWHERE.
-        tested, passed: tokens. counter: of the pass.
+    ``computed``, ``prefill_len``: entries before the pass, entries that are prefill.
     """
 
-    next_phase: tl.tensor
+    rows: tl.tensor
+    decode_rows: tl.tensor
+    computed: tl.tensor
+    prefill_len: tl.tensor
+
+
+class Before(NamedTuple):
+    """Of ``ints``, what the pass found."""
+
+    emitted: tl.tensor
+    committed: tl.tensor
+    rows: tl.tensor
+    resume: tl.tensor
+    passes: tl.tensor
+
+
+class Outcome(NamedTuple):
+    """What is left to do after a decision.
+
+    Attributes:
+        commits: tokens to commit. kept: rows whose KV stays. cut: see ``Decision``.
+        fed: rows fed that count. decided: 1 if the pass was one of the request's.
+    """
+
     commits: tl.tensor
     kept: tl.tensor
-    infill_kept: tl.tensor
     cut: tl.tensor
-    tested: tl.tensor
-    passed: tl.tensor
-    counter: tl.tensor
-
-
-class Verified(NamedTuple):
-    """What was under verification, see ``PositionField``."""
-
-    token: tl.tensor
-    row: tl.tensor
+    fed: tl.tensor
+    decided: tl.tensor
 
 
 @triton.jit
-def _position(positions, field: tl.constexpr, other, lanes, CANVAS: tl.constexpr):
-    return tl.load(positions + field * CANVAS + lanes.p, mask=lanes.p < CANVAS, other=other)
-
-
-@triton.jit
-def _load_block(positions, lanes, CANVAS: tl.constexpr):
-    return Block(
-        _position(positions, P_STATUS, DROPPED, lanes, CANVAS),
-        _position(positions, P_TOKEN, 0, lanes, CANVAS),
-        _position(positions, P_CONFIDENCE, 0, lanes, CANVAS).to(tl.float32, bitcast=True),
-        _position(positions, P_ROUNDS, 0, lanes, CANVAS),
-        _position(positions, P_ORIGIN, 0, lanes, CANVAS),
-        tl.zeros_like(lanes.p) - 1,
+def _load_before(ints):
+    return Before(
+        tl.load(ints + F_EMITTED),
+        tl.load(ints + F_COMMITTED),
+        tl.load(ints + F_ROWS),
+        tl.load(ints + F_RESUME),
+        tl.load(ints + F_PASSES),
     )
 
 
 @triton.jit
-def _store_block(block, positions, lanes, CANVAS: tl.constexpr):
-    at, mask = positions + lanes.p, lanes.p < CANVAS
-    confidence = block.confidence.to(tl.int32, bitcast=True)
-    tl.store(at + P_STATUS * CANVAS, block.status, mask=mask)
-    tl.store(at + P_TOKEN * CANVAS, block.token, mask=mask)
-    tl.store(at + P_CONFIDENCE * CANVAS, confidence, mask=mask)
-    tl.store(at + P_ROUNDS * CANVAS, block.rounds, mask=mask)
-    tl.store(at + P_ORIGIN * CANVAS, block.origin, mask=mask)
-
-
-@triton.jit
-def _store_evidence(verified, stays, pick_row, positions, lanes, CANVAS: tl.constexpr):
-    at, mask = positions + lanes.p, lanes.p < CANVAS
-    tl.store(at + P_TESTED_TOKEN * CANVAS, verified.token, mask=mask)
-    tl.store(at + P_TEST_ROW * CANVAS, verified.row, mask=mask)
-    tl.store(at + P_STAYS * CANVAS, stays.to(tl.int32), mask=mask)
-    tl.store(at + P_PICK_ROW * CANVAS, pick_row, mask=mask)
-
-
-@triton.jit
-def _prefill(ints, query_len, computed, prefill_len):
+def _prefill(ints, fed):
     """Rows kept, rows fed of the first plan, the next phase."""
-    kept = tl.minimum(query_len, prefill_len - computed)
+    kept = tl.minimum(fed.rows, fed.prefill_len - fed.computed)
     next_phase = PREFILL
-    if computed + query_len >= prefill_len:
-        replayed = prefill_len - tl.load(ints + F_PROMPT_LEN)
+    if fed.computed + fed.rows >= fed.prefill_len:
+        replayed = fed.prefill_len - tl.load(ints + F_PROMPT_LEN)
         ended = replayed >= tl.load(ints + F_COMMITTED)
         next_phase = tl.where(ended, tl.load(ints + F_RESUME), REPLAY)
-    return kept, query_len - kept, next_phase
+    return kept, fed.rows - kept, next_phase
 
 
 @triton.jit
-def _replay(ints, query_len, computed):
+def _replay(ints, fed):
     """Rows kept, the next phase."""
-    left = tl.load(ints + F_COMMITTED) - (computed - tl.load(ints + F_PROMPT_LEN))
-    kept = tl.minimum(query_len, left)
+    left = tl.load(ints + F_COMMITTED) - (fed.computed - tl.load(ints + F_PROMPT_LEN))
+    kept = tl.minimum(fed.rows, left)
     return kept, tl.where(kept < left, REPLAY, tl.load(ints + F_RESUME))
 
 
 @triton.jit
-def _decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
-    """What the rows of the phase decide: a plan, a verification, or a pass of an infill."""
+def _run(block, row, stats, course, fed, memory, lanes):
+    """What the pass makes of its phase; stores nothing of the state.
+
+    Returns the block, what was under verification, the course, the outcome.
+    """
+    phase = course.phase
+    ints, counters_ptr = memory.ints, memory.counters
     nothing = tl.zeros_like(lanes.p) - 1
     verified = Verified(nothing, nothing)
-    if phase == PLAN:
-        threshold = tl.load(floats + FLOAT_SLOT_THRESHOLD)
-        block = plan(block, row, stats, threshold, counters_ptr, lanes)
-        decision = Decision(VERIFY, 0, 0, 0, NOWHERE, 0, 0, COUNT_PLAN)
+    counted = 0
+    decided = 0
+    decision = Decision(phase, 0, 0, course.kept, NOWHERE, 0, 0, -1)
+    if phase == PREFILL:
+        kept, counted, next_phase = _prefill(ints, fed)
+        decision = Decision(next_phase, 0, kept, course.kept, NOWHERE, 0, 0, -1)
+    elif phase == REPLAY:
+        kept, next_phase = _replay(ints, fed)
+        counted = kept
+        decision = Decision(next_phase, 0, kept, course.kept, NOWHERE, 0, 0, COUNT_REPLAY)
+    elif (phase == DONE) | (fed.rows < tl.load(ints + F_ROWS)) | (fed.decode_rows < fed.rows):
+        # rows without statistics are of a prefill: delivered tokens that it need not feed
+        decision = Decision(phase, 0, 0, course.kept, NOWHERE, 0, 0, COUNT_IDLE)
     else:
-        eos = tl.load(ints + F_EOS)
-        kept = tl.load(ints + F_KEPT)
-        tests = run_tests(block, row, stats, tl.load(floats + FLOAT_TOKEN_THRESHOLD), lanes)
-        verified = Verified(
-            tl.where(tests.proposed, block.token, -1), tl.where(tests.tested, row - 1, -1)
+        decided = 1
+        counted = tl.minimum(fed.rows, tl.load(ints + F_CANVAS))
+        tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, counted - tl.load(ints + F_ROWS))
+        block, decision, verified = decide(
+            block, row, stats, phase, ints, memory.floats, counters_ptr, lanes
         )
-        tested = count(tests.tested & tests.reached)
-        passed = count(tests.tested & tests.good)
-        if phase == VERIFY:
-            counter = COUNT_VERIFY
-            block, commits, cut = verify(block, row, tests, eos, lanes)
-            final = tl.where(commits > 0, commits, keepable(block, row, 0, lanes))
-            kept = tl.where(commits > 0, 0, final)
-        else:
-            predicts = count(waiting(block, lanes)) > 0
-            counter = tl.where(predicts, COUNT_PREDICT, COUNT_INFILL_VERIFY)
-            block, cut = infill(block, row, tests, stats, eos, lanes)
-            final = keepable(block, row, kept, lanes)
-            kept += final
-            total = count(infilled(block.status))
-            commits = tl.where(kept >= total, total, 0)
-        decision = Decision(INFILL, commits, final, kept, cut, tested, passed, counter)
-    return block, decision, verified
+    cut, limit = decision.cut, course.limit
+    limit = tl.minimum(limit, tl.where(cut < NOWHERE, course.block_start + cut + 1, limit))
+    tested, passed = _learn(course, decision)
+    course = Course(
+        decision.next_phase,
+        course.block_start,
+        course.next_start,
+        limit,
+        course.draw + (phase == PLAN).to(tl.int32) * decided,
+        decision.infill_kept,
+        tested,
+        passed,
+    )
+    if decision.counter >= 0:
+        tl.atomic_add(counters_ptr + decision.counter, 1)
+        tl.atomic_add(counters_ptr + COUNT_ROWS_FED, counted)
+        tl.atomic_add(counters_ptr + COUNT_TOKENS_TESTED, decision.tested)
+        tl.atomic_add(counters_ptr + COUNT_TOKENS_PASSED, decision.passed)
+    outcome = Outcome(decision.commits, decision.kept, cut, counted, decided)
+    return block, verified, course, outcome
 
 
 @triton.jit
-def _learn(ints, tested, passed):
+def _learn(course, decision):
     """Tokens tested and passed of late."""
-    tested += tl.load(ints + F_TESTED)
-    passed += tl.load(ints + F_PASSED)
+    tested = course.tested + decision.tested
+    passed = course.passed + decision.passed
     halves = (tested >= _ACCEPTANCE_WINDOW).to(tl.int32)
     return tested >> halves, passed >> halves
 
 
 @triton.jit
-def _commit(block, row, commits, phase, start, committed, history, max_response, lanes):
-    """Commits tokens, in the order of their KV; and which [LANES]."""
+def _commit(block, row, course, commits, phase, committed, memory, lanes):
+    """Commits tokens, in the order of their KV.
+
+    Returns the block, the course: a plan, START of the next block, or DONE follows; the lane where
+    the last slot committed begins.
+    """
+    history = memory.history
     slots = infilled(block.status)
     in_infill = phase == INFILL
     rank = tl.where(in_infill, tl.where(slots, rows_of(slots), commits), row)
     now = (slots | (row >= 0)) & (rank < commits)
-    position = start + lanes.p
+    position = course.block_start + lanes.p
+    entry = committed + rank
     group = tl.zeros_like(lanes.p) + tl.where(in_infill, committed, -1)
-    entry = history + committed + rank
-    tl.store(history + H_RESPONSE * max_response + position, block.token, mask=now)
-    tl.store(entry + H_ORDER * max_response, position, mask=now)
-    tl.store(entry + H_GROUP_CONTEXT * max_response, group, mask=now)
-    return with_status(block, tl.where(now, COMMITTED, block.status)), now
+    tl.store(history.response + position, block.token, mask=now)
+    tl.store(history.order + entry, position, mask=now)
+    tl.store(history.group_context + entry, group, mask=now)
+    block = with_status(block, tl.where(now, COMMITTED, block.status))
+
+    rounds = tl.where(in_infill, tl.max(tl.where(now, block.rounds, 0), axis=0), 0)
+    tl.atomic_add(memory.counters + COUNT_INFILLS, in_infill.to(tl.int32))
+    tl.atomic_add(memory.counters + COUNT_INFILL_ROUNDS, rounds)
+    following = tl.where(course.next_start >= course.limit, DONE, START)
+    course = Course(
+        tl.where(count(block.status == MASKED) > 0, PLAN, following),
+        course.block_start,
+        course.next_start,
+        course.limit,
+        course.draw + rounds,
+        0,
+        course.tested,
+        course.passed,
+    )
+    return block, course, tl.max(tl.where(now, lanes.slot_start, -1), axis=0)
 
 
 @triton.jit
-def _start_block(block, start, ints, lanes):
+def _start_block(block, course, start, ints, lanes):
     """A block that starts now at response position ``start``."""
-    status = tl.where(lanes.p < block_length_at(start, ints), MASKED, DROPPED)
-    token = tl.zeros_like(lanes.p)
-    return Block(status, token, block.confidence, block.rounds, block.origin, block.pick_row)
+    block = Block(
+        tl.where(lanes.p < block_length_at(start, ints), MASKED, DROPPED),
+        tl.zeros_like(lanes.p),
+        block.confidence,
+        block.rounds,
+        block.origin,
+        block.pick_row,
+    )
+    course = Course(
+        PLAN,
+        start,
+        start + tl.load(ints + F_BLOCK_LENGTH),
+        course.limit,
+        course.draw,
+        course.kept,
+        course.tested,
+        course.passed,
+    )
+    return block, course
 
 
 @triton.jit
-def _ride_predicts(block, rider_row, rider_width, rows, fed, stats, counters_ptr, lanes):
+def _ride_predicts(block, placed, rows, counted, stats, counters_ptr, lanes):
     """Takes the proposals for slots whose rider is in the canvas."""
     waits = waiting(block, lanes)
     begin = opening(waits, lanes)
     at_begin = tl.minimum(begin, lanes.last)
-    rider = tl.gather(rider_row, at_begin, axis=0)
-    width = tl.gather(rider_width, at_begin, axis=0)
-    rides = waits & (rider >= 0) & (rider + width <= fed)
+    rider = tl.gather(placed.rider_row, at_begin, axis=0)
+    width = tl.gather(placed.rider_width, at_begin, axis=0)
+    rides = waits & (rider >= 0) & (rider + width <= counted)
     ridden = count(rides & (lanes.p == begin) & (rider >= rows))
     tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
     # an operation that goes on is counted already
@@ -288,21 +313,72 @@ def _ride_predicts(block, rider_row, rider_width, rows, fed, stats, counters_ptr
 
 
 @triton.jit
-def _emit(block, start, limit, emitted, history, max_response, sampled, lanes):
-    """Hands out tokens newly final in position order; their number.
+def _ride(block, course, placed, last_slot, rows, counted, stats, memory, lanes):
+    """Does at once what comes next, where its rows were in the canvas.
+
+    ``last_slot``: the lane where the last slot committed begins, -1 for the prompt's end.
+    """
+    if (course.phase == PLAN) & (last_slot < NOWHERE):
+        masked = block.status == MASKED
+        rider = tl.where(last_slot < 0, 0, at_lane(placed.rider_row + 1, lanes, last_slot) - 1)
+        if (rider >= 0) & (rider + count(masked) <= counted):
+            threshold = tl.load(memory.floats + FLOAT_SLOT_THRESHOLD)
+            row = rider + rows_of(masked)
+            block = plan(block, row, stats, threshold, memory.counters, lanes)
+            course = with_phase(course, VERIFY, course.draw + 1)
+            tl.atomic_add(memory.counters + COUNT_PLANS_RIDDEN, 1)
+    elif course.phase == INFILL:
+        block = _ride_predicts(block, placed, rows, counted, stats, memory.counters, lanes)
+    return block, course
+
+
+@triton.jit
+def _go_on(block, course, placed, verified, outcome, phase, before, stats, memory, lanes):
+    """Commits and does what comes next.
+
+    Returns the block, the course, which tokens under verification stay, and whether there is a new
+    canvas to compose.
+    """
+    composes = outcome.decided
+    # after the prompt the first block starts; its plan may have been fed with the prompt
+    with_prompt = (phase == PREFILL) & (course.phase == START) & (outcome.fed >= before.rows)
+    last_slot = tl.where(with_prompt, -1, NOWHERE)
+    next_start = 0
+    if outcome.commits > 0:
+        next_start = course.next_start
+        block, course, last_slot = _commit(
+            block, placed.row, course, outcome.commits, phase, before.committed, memory, lanes
+        )
+    stays = (verified.token >= 0) & ((block.status == ACCEPTED) | (block.status == COMMITTED))
+    if course.phase == START:
+        composes = 1
+        block, course = _start_block(block, course, next_start, memory.ints, lanes)
+    if composes == 1:
+        last_slot = tl.where(outcome.cut < NOWHERE, NOWHERE, last_slot)
+        block, course = _ride(
+            block, course, placed, last_slot, before.rows, outcome.fed, stats, memory, lanes
+        )
+    elif (course.phase == INFILL) & (phase != INFILL):
+        composes = 1  # resumed: no accepted token is kept any more
+    return block, course, stays, composes
+
+
+@triton.jit
+def _emit(block, course, most, emitted, history, sampled, lanes):
+    """Hands out tokens newly final in position order, before position ``most``; their number.
 
     Also those of the first slot not committed that will not change any more. Its last one waits:
     whole slots delivered are slots committed.
     """
-    p, response = lanes.p, history + H_RESPONSE * max_response
+    p, start = lanes.p, course.block_start
     head = first(block.status != COMMITTED, lanes)
-    chosen_untested = (block.status == CHOSEN) & (block.origin == p)
-    final = ((block.status == ACCEPTED) | chosen_untested) & (p < head + lanes.size - 1)
+    untested = (block.status == CHOSEN) & (takes_test(block, lanes) == 0)
+    final = ((block.status == ACCEPTED) | untested) & (p < head + lanes.size - 1)
     end = tl.minimum(first((p >= head) & (final == 0), lanes), lanes.last + 1)
-    tl.store(response + start + p, block.token, mask=(p >= head) & (p < end))
-    number = tl.maximum(tl.minimum(start + end, limit) - emitted, 0)
+    tl.store(history.response + start + p, block.token, mask=(p >= head) & (p < end))
+    number = tl.maximum(tl.minimum(start + end, most) - emitted, 0)
     tl.debug_barrier()  # some of them are committed in this pass
-    tokens = tl.load(response + emitted + p, mask=p < number)
+    tokens = tl.load(history.response + emitted + p, mask=p < number)
     tl.store(sampled + p, tokens, mask=p < number)
     return number
 
@@ -340,7 +416,8 @@ def _transition_kernel(
     req = tl.load(idx_mapping_ptr + index).to(tl.int64)
     query_len = tl.load(query_start_loc_ptr + index + 1) - tl.load(query_start_loc_ptr + index)
     ints = ints_ptr + req * NUM_FIELDS
-    phase = tl.load(ints + F_PHASE)
+    course = load_course(ints)
+    phase = course.phase
     if (phase != IDLE) & (tl.load(ints + F_RESUME) == SERIAL):
         return  # see ``serial``
     if phase == IDLE:
@@ -348,155 +425,61 @@ def _transition_kernel(
         tl.store(num_rejected_ptr + index, query_len)
         return
 
-    floats = floats_ptr + req * NUM_FLOAT_FIELDS
-    positions = by_position_ptr + req * NUM_POSITION_FIELDS * CANVAS
-    history = history_ptr + req * NUM_HISTORY_FIELDS * max_response
-    lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
-    block = _load_block(positions, lanes, CANVAS)
-    row = _position(positions, P_CANVAS_ROW, -1, lanes, CANVAS)
-    rider_row = _position(positions, P_RIDER_ROW, -1, lanes, CANVAS)
-    rider_width = _position(positions, P_RIDER_WIDTH, 0, lanes, CANVAS)
+    memory = Memory(
+        ints,
+        floats_ptr + req * NUM_FLOAT_FIELDS,
+        history_of(history_ptr + req * NUM_HISTORY_FIELDS * max_response, max_response),
+        counters_ptr,
+    )
+    canvas = Canvas(
+        by_position_ptr + req * NUM_POSITION_FIELDS * CANVAS,
+        by_row_ptr + req * NUM_ROW_FIELDS * CANVAS,
+        canvas_token_ptr + req * CANVAS,
+        CANVAS,
+    )
     first_row = tl.load(logits_start_ptr + index).to(tl.int64)
     decode_rows = tl.load(logits_start_ptr + index + 1) - first_row
     stats = Statistics(
         picked_ptr + first_row, picked_prob_ptr + first_row, given_prob_ptr + first_row
     )
-    block_start = tl.load(ints + F_BLOCK_START)
-    limit = tl.load(ints + F_LIMIT)
-    emitted = tl.load(ints + F_EMITTED)
-    committed = tl.load(ints + F_COMMITTED)
-    rows = tl.load(ints + F_ROWS)
-    canvas_rows = tl.load(ints + F_CANVAS)
-    resume = tl.load(ints + F_RESUME)
-    draw = tl.load(ints + F_DRAW)
-    passes = tl.load(ints + F_PASSES)
-    computed = tl.load(num_computed_ptr + req)
-    next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
-
-    # Decide.
-    fed = 0
-    decided = 0
-    decision = Decision(phase, 0, 0, tl.load(ints + F_KEPT), NOWHERE, 0, 0, -1)
-    verified = Verified(block.pick_row, block.pick_row)  # none yet
-    if phase == PREFILL:
-        prefill_len = tl.load(prefill_len_ptr + req)
-        kept, fed, next_phase = _prefill(ints, query_len, computed, prefill_len)
-        decision = Decision(next_phase, 0, kept, decision.infill_kept, NOWHERE, 0, 0, -1)
-    elif phase == REPLAY:
-        kept, next_phase = _replay(ints, query_len, computed)
-        fed = kept
-        decision = Decision(next_phase, 0, kept, decision.infill_kept, NOWHERE, 0, 0, COUNT_REPLAY)
-    elif (phase == DONE) | (query_len < rows) | (decode_rows < query_len):
-        # rows without statistics are of a prefill: delivered tokens that it need not feed
-        decision = Decision(phase, 0, 0, decision.infill_kept, NOWHERE, 0, 0, COUNT_IDLE)
-    else:
-        decided = 1
-        fed = tl.minimum(query_len, canvas_rows)
-        passes += 1
-        tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - rows)
-        block, decision, verified = _decide(
-            block, row, stats, phase, ints, floats, counters_ptr, lanes
-        )
-    next_phase = decision.next_phase
-    commits = decision.commits
-    infill_kept = decision.infill_kept
-    cut = decision.cut
-    draw += (phase == PLAN).to(tl.int32) * decided
-    limit = tl.minimum(limit, tl.where(cut < NOWHERE, block_start + cut + 1, limit))
-    tested, passed = _learn(ints, decision.tested, decision.passed)
+    lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
+    block = load_block(canvas, lanes)
+    placed = load_placed(canvas, lanes)
+    before = _load_before(ints)
+    fed = Fed(
+        query_len, decode_rows, tl.load(num_computed_ptr + req), tl.load(prefill_len_ptr + req)
+    )
+    block, verified, course, outcome = _run(block, placed.row, stats, course, fed, memory, lanes)
 
     # Every load of the old state comes before every store of the new one: the threads of a
     # program share the state of its request.
     tl.debug_barrier()
 
-    if decision.counter >= 0:
-        tl.atomic_add(counters_ptr + decision.counter, 1)
-        tl.atomic_add(counters_ptr + COUNT_ROWS_FED, fed)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS_TESTED, decision.tested)
-        tl.atomic_add(counters_ptr + COUNT_TOKENS_PASSED, decision.passed)
-
-    # What follows a commit is either a plan, or START of the block at next_start, or DONE.
-    if commits > 0:
-        block, now = _commit(
-            block, row, commits, phase, block_start, committed, history, max_response, lanes
-        )
-        committed += commits
-        infill_kept = 0
-        if phase == INFILL:
-            most = tl.max(tl.where(now, block.rounds, 0), axis=0)
-            draw += most
-            tl.atomic_add(counters_ptr + COUNT_INFILLS, 1)
-            tl.atomic_add(counters_ptr + COUNT_INFILL_ROUNDS, most)
-        last_slot = tl.max(tl.where(now, lanes.slot_start, -1), axis=0)
-        following = tl.where(next_start >= limit, DONE, START)
-        next_phase = tl.where(count(block.status == MASKED) > 0, PLAN, following)
-    else:
-        # after the prompt the first block starts; its plan may have been fed with the prompt
-        with_prompt = (next_phase == START) & (phase == PREFILL) & (fed >= rows)
-        last_slot = tl.where(with_prompt, -1, NOWHERE)
-        next_start = tl.where(next_phase == START, 0, next_start)
-    stays = (verified.token >= 0) & ((block.status == ACCEPTED) | (block.status == COMMITTED))
-    tl.store(ints + F_TEST_BLOCK, block_start)
-    if next_phase == START:
-        decided = 1
-        next_phase = PLAN
-        block_start = next_start
-        next_start = block_start + tl.load(ints + F_BLOCK_LENGTH)
-        block = _start_block(block, block_start, ints, lanes)
-
-    # What comes next is done at once where its rows were in this canvas.
-    if (next_phase == PLAN) & (last_slot < NOWHERE) & (cut == NOWHERE):
-        masked = block.status == MASKED
-        rider = tl.where(phase == PREFILL, 0, at_lane(rider_row + 1, lanes, last_slot) - 1)
-        if (rider >= 0) & (rider + count(masked) <= fed):
-            threshold = tl.load(floats + FLOAT_SLOT_THRESHOLD)
-            block = plan(block, rider + rows_of(masked), stats, threshold, counters_ptr, lanes)
-            draw += 1
-            next_phase = VERIFY
-            tl.atomic_add(counters_ptr + COUNT_PLANS_RIDDEN, 1)
-    if (next_phase == INFILL) & (decided == 0) & (phase != INFILL):
-        decided = 1  # resumed: no accepted token is kept any more
-    elif (next_phase == INFILL) & (decided == 1):
-        block = _ride_predicts(block, rider_row, rider_width, rows, fed, stats, counters_ptr, lanes)
-
-    _store_evidence(verified, stays, block.pick_row, positions, lanes, CANVAS)
-    if decided == 1:
-        _store_block(block, positions, lanes, CANVAS)
-        course = Course(
-            next_phase, block_start, next_start, limit, draw, infill_kept, tested, passed
-        )
-        canvas = Canvas(
-            positions,
-            by_row_ptr + req * NUM_ROW_FIELDS * CANVAS,
-            canvas_token_ptr + req * CANVAS,
-            CANVAS,
-        )
-        rows, canvas_rows = compose(
-            block, course, ints, canvas, table_ptr, free_rows, pass_price, mask_token_id, lanes
-        )
+    tl.store(ints + F_PASSES, before.passes + outcome.decided)
+    tl.store(ints + F_TEST_BLOCK, course.block_start)
+    tl.store(ints + F_COMMITTED, before.committed + outcome.commits)
+    block, course, stays, composes = _go_on(
+        block, course, placed, verified, outcome, phase, before, stats, memory, lanes
+    )
+    store_evidence(verified, stays, block.pick_row, canvas, lanes)
+    if composes == 1:
+        store_block(block, canvas, lanes)
+        prices = prices_of(course, table_ptr, free_rows, pass_price)
+        rows, end = compose(block, course, ints, canvas, prices, mask_token_id, lanes)
+        tl.store(ints + F_ROWS, rows)
+        tl.store(ints + F_CANVAS, end)
 
     number = 0
-    if (phase != PREFILL) | ((resume == START) & (next_phase == VERIFY)):
-        most = tl.minimum(limit, tl.load(ints + F_MAX_TOKENS))
-        most = tl.minimum(most, emitted + tl.load(emit_limit_ptr + index))
+    if (phase != PREFILL) | ((before.resume == START) & (course.phase == VERIFY)):
+        most = tl.minimum(course.limit, tl.load(ints + F_MAX_TOKENS))
+        most = tl.minimum(most, before.emitted + tl.load(emit_limit_ptr + index))
         sampled = sampled_ptr + index * CANVAS
-        number = _emit(block, block_start, most, emitted, history, max_response, sampled, lanes)
+        number = _emit(block, course, most, before.emitted, memory.history, sampled, lanes)
+        tl.store(ints + F_EMITTED, before.emitted + number)
         tl.atomic_add(counters_ptr + COUNT_TOKENS, number)
-
     tl.store(num_sampled_ptr + index, number)
-    tl.store(num_rejected_ptr + index, query_len - decision.kept)
-    tl.store(ints + F_PHASE, next_phase)
-    tl.store(ints + F_BLOCK_START, block_start)
-    tl.store(ints + F_LIMIT, limit)
-    tl.store(ints + F_EMITTED, emitted + number)
-    tl.store(ints + F_COMMITTED, committed)
-    tl.store(ints + F_ROWS, rows)
-    tl.store(ints + F_CANVAS, canvas_rows)
-    tl.store(ints + F_DRAW, draw)
-    tl.store(ints + F_PASSES, passes)
-    tl.store(ints + F_KEPT, infill_kept)
-    tl.store(ints + F_TESTED, tested)
-    tl.store(ints + F_PASSED, passed)
+    tl.store(num_rejected_ptr + index, query_len - outcome.kept)
+    store_course(course, ints)
 
 
 def transition(

@@ -180,7 +180,7 @@ class _Step(Request):
         )
         while end < min(head + ints[Field.SLOT_SIZE] - 1, len(self.status)) and (
             self.status[end] == Status.ACCEPTED
-            or (self.status[end] == Status.CHOSEN and self.origin[end] == end)
+            or (self.status[end] == Status.CHOSEN and not self.takes_test(end))
         ):
             self.state.response[self.req, ints[Field.BLOCK_START] + end] = self.token[end]
             end += 1
@@ -278,7 +278,7 @@ class _Step(Request):
         fed = [p for p in proposals if self.canvas_row[p] >= 0]
         for p in fed:
             self.tested_token[p] = self.token[p]
-            if self.origin[p] != p:
+            if self.takes_test(p):
                 self.test_row[p] = self.canvas_row[p] - 1
         given = [self._given(p) for p in fed]
         run = rules.accepted_run(given, float(self.state.token_threshold[self.req]))
@@ -288,7 +288,7 @@ class _Step(Request):
 
     def _given(self, proposal: int) -> float | None:
         """The probability that the row before a proposal's gives to it; None: not asked for."""
-        if self.origin[proposal] == proposal:
+        if not self.takes_test(proposal):
             return None
         row = self.canvas_row[proposal]
         return float(self.given_prob[row - 1]) if row > 0 else -1.0
@@ -348,7 +348,7 @@ class _Step(Request):
         behind = position + 1
         if behind % self.ints[Field.SLOT_SIZE] == 0 or self.status[behind] not in OPEN:
             return False
-        return self.origin[behind] != behind
+        return self.takes_test(behind)
 
     def _accept_eos(self) -> bool:
         """Cuts the infill after the first accepted EOS, if there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -148,6 +149,20 @@ PARAMETER_NAMES = tuple(entry.name for entry in fields(DecodingParams))
 PRESET_NAMES = ("slot_size", "block_length", "slot_threshold", "token_threshold")
 OF_PARALLEL = (*PRESET_NAMES[1:], "preset")
 OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
+
+
+def add_options(parser: argparse._ActionsContainer, prefix: str = "") -> None:
+    """Gives a command an option for each decoding parameter; one that is not given is None."""
+    for field in fields(DecodingParams):
+        option = f"--{prefix}{field.name}".replace("_", "-")
+        parser.add_argument(option, type=type(field.default))
+
+
+def given_options(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """The decoding parameters, and the preset, that a command was given, by name."""
+    values = {name: getattr(args, prefix + name) for name in ("preset", *PARAMETER_NAMES)}
+    return {name: value for name, value in values.items() if value is not None}
+
 
 # The published settings (algorithm section 2).
 PRESETS = {

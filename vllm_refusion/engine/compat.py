@@ -309,7 +309,7 @@ def _settle_rows_before_each_step() -> None:
 
     That one exists for speculative decoding only, and wants graphs of its own; the runner asks it
     how many rows a step has, and whose. ``add_requests`` is the first call of a step that would use
-    it; vLLM's warm-up drops it again, since its passes are to have rows of their own choice.
+    it; vLLM's warm-up drops what it finds at its end, so that serving starts with a new one.
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_refusion.decoding.params import PRESETS
+from vllm_refusion.decoding.params import PRESETS, add_options, given_options
 
 HELP = "make a ReFusion checkpoint, to be trained, from an autoregressive one"
 
@@ -19,10 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="of the weights; default: as they are")
     defaults = parser.add_argument_group("decoding defaults, for the generation config")
     defaults.add_argument("--preset", help=", ".join(PRESETS))
-    defaults.add_argument("--slot-size", type=int)
-    defaults.add_argument("--block-length", type=int)
-    defaults.add_argument("--slot-threshold", type=float)
-    defaults.add_argument("--token-threshold", type=float)
+    add_options(defaults)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,13 +28,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: allowed are {', '.join(DTYPES)}")
-    names = ("preset", "slot_size", "block_length", "slot_threshold", "token_threshold")
     made = convert(
         args.source,
         args.output,
         mask_token=args.mask_token,
         pad_token=args.pad_token,
-        decoding={name: value for name in names if (value := getattr(args, name)) is not None},
+        decoding=given_options(args),
         dtype=args.dtype,
     )
     for name in ("mask_token", "pad_token", "eos_token"):

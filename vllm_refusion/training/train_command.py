@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_refusion.decoding.params import DecodingParams, add_options, given_options
 from vllm_refusion.files import json_object
 
 HELP = "train a ReFusion checkpoint (see convert) on (query, response) pairs"
@@ -65,10 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--eval-every", type=int, help="steps; default: 500")
     how.add_argument("--dev-decoded", type=int, help="dev problems decoded; default: 20")
     how.add_argument("--dev-preset", help="how they are decoded; default: gsm8k")
-    how.add_argument("--dev-slot-size", type=int)
-    how.add_argument("--dev-block-length", type=int)
-    how.add_argument("--dev-slot-threshold", type=float)
-    how.add_argument("--dev-token-threshold", type=float)
+    add_options(how, "dev_")
     how.add_argument("--max-tokens", type=int, help="of a decoded answer; default: 512")
     how.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -77,7 +75,6 @@ def settings_from(args: argparse.Namespace) -> tuple[Any, Any]:
     """(Recipe, Execution). Raises ValueError on values that are not allowed."""
     from dataclasses import fields
 
-    from vllm_refusion.decoding.params import DecodingParams
     from vllm_refusion.training.run import Execution, Recipe
 
     def given(kind: type) -> dict[str, Any]:
@@ -86,9 +83,7 @@ def settings_from(args: argparse.Namespace) -> tuple[Any, Any]:
 
     if args.steps is not None and args.epochs is not None:
         raise ValueError("either --steps or --epochs")
-    names = ("preset", "slot_size", "block_length", "slot_threshold", "token_threshold")
-    decoding = {name: getattr(args, f"dev_{name}") for name in names}
-    params = DecodingParams().updated({n: v for n, v in decoding.items() if v is not None})
+    params = DecodingParams().updated(given_options(args, "dev_"))
     execution = given(Execution) | {"dev_params": params, "progress": not args.quiet}
     execution["dev"] = tuple(args.dev or ())
     return Recipe(**given(Recipe)), Execution(**execution)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_refusion.decoding.params import PARAMETER_NAMES, PRESETS
+from vllm_refusion.decoding.params import PRESETS, add_options, given_options
 from vllm_refusion.engine import compat
 from vllm_refusion.files import json_object, write_text
 
@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page", type=Path, help="also write the viewer's page to this .html file")
     parser.add_argument("--autoregressive", metavar="MODEL", help="decode with this model, too")
     parser.add_argument("--preset", choices=PRESETS)
-    for name in PARAMETER_NAMES:
-        kind = float if name.endswith("threshold") else int
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    add_options(parser)
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int)
@@ -56,13 +54,11 @@ def run(args: argparse.Namespace) -> None:
 
     if args.page is not None and args.page.suffix != ".html":
         raise ValueError(f"--page {args.page}: the page is an .html file")
-    own = ("preset", *PARAMETER_NAMES)
-    chosen = {name: getattr(args, name) for name in own if getattr(args, name) is not None}
     sampling = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         seed=args.seed,
-        extra_args=chosen,
+        extra_args=given_options(args),
     )
     chat = not args.raw
     with _engine(args, args.model, record.TRACING) as llm:
