@@ -71,7 +71,7 @@ class DecodingParams:
         _check_count("block_length", self.block_length)
         for name in ("slot_threshold", "token_threshold"):
             object.__setattr__(self, name, _check_threshold(name, getattr(self, name)))
-        if self.block_length % self.slot_size:
+        if self.mode == "parallel" and self.block_length % self.slot_size:
             raise ParameterError(
                 "block_length",
                 self.block_length,
@@ -153,9 +153,9 @@ OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
 
 def add_options(parser: argparse._ActionsContainer, prefix: str = "") -> None:
     """Gives a command an option for each decoding parameter; one that is not given is None."""
-    for field in fields(DecodingParams):
-        option = f"--{prefix}{field.name}".replace("_", "-")
-        parser.add_argument(option, type=type(field.default))
+    for entry in fields(DecodingParams):
+        option = f"--{prefix}{entry.name}".replace("_", "-")
+        parser.add_argument(option, type=type(entry.default))
 
 
 def given_options(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
