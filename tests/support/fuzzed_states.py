@@ -89,6 +89,8 @@ class Fuzz:
         ):
             final += 1
         emitted = max(0, min(block_start + final, budget) - rng.choice((0, 1, size, 40)))
+        if resume == Phase.START:  # nothing has been decided yet
+            emitted = 0
         prompt_len = rng.randint(1, 20)
         fields = {
             Field.PHASE: resume if phase in DECODING else phase,
