@@ -10,6 +10,7 @@ from typing import Any
 
 MODES = ("parallel", "serial")
 SLOT_STARTS = ("mask", "next")
+LEAST_SERIAL_ROWS = 16  # of a request in serial mode, in every step
 FIRST_MASKS = 8  # of serial decoding, fed with the end of a prompt
 
 
@@ -132,6 +133,11 @@ class DecodingParams:
         tokens may have been delivered before they are committed: only those of whole slots are.
         """
         return tokens - tokens % self.slot_size
+
+    @property
+    def least_rows(self) -> int:
+        """Rows that a running request should get in every step."""
+        return self.block_length if self.mode == "parallel" else LEAST_SERIAL_ROWS
 
     def first_rows(self, max_tokens: int) -> int:
         """Rows of the first canvas, which may be fed with the end of the prompt.

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
-from vllm_refusion.decoding.state import DecodeState, Field
+from vllm_refusion.decoding.state import DecodeState, Field, Phase
 from vllm_refusion.engine.acceptance import acceptance_tables
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import Operations
@@ -180,6 +180,12 @@ class CanvasSampler:
                 self._describe_rows(input_batch, logits, rows.start, given)
         if self.replay is not None:
             rows = slice(0, hidden_states.shape[0])
+            serial = state.ints[:, Field.RESUME] == Phase.SERIAL
+            # a draft's draw says where its chain began
+            behind = row - state.row_own_start[requests, row]
+            is_draft = serial[requests] & (behind > 0)
+            is_draft &= state.canvas_token[requests, row] == state.mask_token_id
+            draws = torch.where(is_draft, positions - behind + 1, draws)
             self.operations.acceptance_stats(
                 requests,
                 positions,
@@ -188,6 +194,7 @@ class CanvasSampler:
                 seed=state.seed,
                 slot_size=state.ints[:, Field.SLOT_SIZE],
                 slot_threshold=state.slot_threshold,
+                serial=serial.int(),
                 tables=self.replay,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )
