@@ -226,9 +226,10 @@ def _with_replay(preset: Preset, dummy: bool) -> Preset:
     if preset.replay is not None:
         return preset
     if preset.name not in CALIBRATED:
+        chances = "0.8" if preset.mode == "serial" else "0.25,0.8"
         raise ValueError(
-            f"--presets {preset.name}: dummy weights need acceptance to replay, e.g. "
-            f"{preset.name}@{'' if preset.mode == 'serial' else '0.25,'}0.8; calibrated are {', '.join(CALIBRATED)}."
+            f"--presets {preset.name}: dummy weights need acceptance to draw from, e.g. "
+            f"{preset.name}@{chances}; calibrated are {', '.join(CALIBRATED)}."
         )
     return replace(preset, replay=dict(zip(("slot", "token"), CALIBRATED[preset.name])))
 
