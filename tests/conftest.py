@@ -120,6 +120,7 @@ def server(tiny_checkpoint, tmp_path_factory):
     from server import serve
 
     options = ["--enable-per-request-metrics", "--enable-prompt-tokens-details"]
+    options += ["--enable-scale-out"]  # an endpoint for token ids
     options += ["--block-size", "16"]  # prompts of tests fill some pages
     with serve(tiny_checkpoint, tmp_path_factory.mktemp("server"), *options) as server:
         yield server

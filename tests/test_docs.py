@@ -54,6 +54,7 @@ RUN_BY = {
     "vllm-refusion convert": "test_training_commands_parse",  # test_convert.py runs it
     "vllm-refusion train": "test_training_commands_parse",  # hours on a GPU; test_train.py
     "accelerate launch": "test_training_commands_parse",
+    "vllm-refusion doctor": RUN,
     "vllm-refusion view": RUN,
     "vllm-refusion trace": SLOW,
     "python examples/evaluate.py": "test_measurement",

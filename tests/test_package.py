@@ -46,6 +46,7 @@ RINGS = {
     "training": 4,
     "viewer": 4,
     "triton_kernels.benchmark": 4,  # a program; times vLLM's attention, too
+    "doctor": 5,
     "cli": 5,
     "__main__": 6,
 }

@@ -11,6 +11,7 @@ COMMANDS = {
     "bench": "vllm_refusion.bench.command",
     "bench-report": "vllm_refusion.bench.report_command",
     "convert": "vllm_refusion.training.convert_command",
+    "doctor": "vllm_refusion.doctor",
     "train": "vllm_refusion.training.train_command",
     "trace": "vllm_refusion.viewer.trace_command",
     "view": "vllm_refusion.viewer.view_command",

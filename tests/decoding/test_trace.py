@@ -147,6 +147,7 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
     config = SimpleNamespace(
         additional_config={"refusion_trace": True} if enabled else {},
         diffusion_config=SimpleNamespace(canvas_length=8),
+        model_config=SimpleNamespace(dtype=torch.float32),
     )
     vars(made).update(
         vllm_config=config,
@@ -160,10 +161,9 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
         device=torch.device("cpu"),
         operations=original,
         recorder=None,
-        limits=None,
+        limits=SimpleNamespace(vocab=10),
         records={},
         model=None,
-        dtype=torch.float32,
     )
     states = SimpleNamespace(draft_tokens=torch.zeros(2, 8, dtype=torch.int64))
     sampler, _ = made.custom_sampler(SimpleNamespace(req_states=states))

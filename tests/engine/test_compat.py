@@ -81,29 +81,66 @@ def test_beam_search_still_resolves_watermarks_first():
 
 
 @pytest.mark.parametrize("kind", compat._REQUESTS)
-@pytest.mark.parametrize(
-    ("body", "parameter"),
-    [({"structured_outputs": 5}, "structured_outputs"), ({"logit_bias": {"5": -math.inf}}, "5")],
-    ids=["structured_outputs", "logit_bias"],
-)
-def test_malformed_bodies_still_pass_for_others(kind, body, parameter):
-    """The stock check fails on the one, and vLLM clamps the other."""
+def test_malformed_bodies_still_pass_for_others(kind):
+    """The stock check takes an object for granted."""
     protocol = importlib.import_module(f"vllm.entrypoints.openai.{kind}.protocol")
     request = getattr(protocol, compat._REQUESTS[kind])
-    sent = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]} | body
-    stock = getattr(request, compat._BODY_CHECK)
-    if "logit_bias" in body:
-        assert stock(sent) == sent
-        assert SamplingParams.from_optional(**body).logit_bias == {5: -100.0}
-    else:
-        with pytest.raises(AttributeError):
-            stock(sent)
+    sent = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    bad = sent | {"structured_outputs": 5}
+    with pytest.raises(AttributeError):
+        getattr(request, compat._BODY_CHECK)(bad)
     compat.refuse_malformed_bodies()
     compat.refuse_malformed_bodies()
-    with pytest.raises(VLLMValidationError, match=f"{parameter}.* is not supported: allowed"):
-        request.model_validate(sent)
-    fine = sent | {"structured_outputs": {"choice": ["a"]}, "logit_bias": {"5": 1}}
+    with pytest.raises(VLLMValidationError, match="structured_outputs=5 is not supported: allowed"):
+        request.model_validate(bad)
+    fine = sent | {"structured_outputs": {"choice": ["a"]}}
     assert request.model_validate(fine).structured_outputs.choice == ["a"]
+
+
+def test_infinite_biases_are_still_clamped_for_others():
+    compat.refuse_malformed_bodies()
+    patched = SamplingParams.from_optional
+    assert not getattr(patched.__wrapped__, compat._PATCHED, False)
+    for bias in (-math.inf, math.nan):
+        assert patched.__wrapped__(logit_bias={"5": bias}).logit_bias == {5: -100.0}
+        with pytest.raises(VLLMValidationError, match="logit_bias=.* allowed are finite numbers"):
+            patched(logit_bias={"5": bias})
+    assert patched(logit_bias={"5": 1}).logit_bias == {5: 1.0}
+
+
+def test_streams_still_begin_before_their_requests_are_checked():
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    compat.refuse_malformed_bodies()
+    for patched in (AsyncLLM.generate, OpenAIServingResponses._generate_with_builtin_tools):
+        assert getattr(patched, compat._PATCHED)
+        assert not getattr(patched.__wrapped__, compat._PATCHED, False)
+        assert inspect.isasyncgenfunction(patched.__wrapped__)
+    assert "await self.add_request(" in inspect.getsource(AsyncLLM.generate.__wrapped__)
+    # neither expects a refusal in its stream
+    source = inspect.getsource(OpenAIServingResponses.responses_stream_generator)
+    assert "except GenerationError" in source and "Validation" not in source
+    source = inspect.getsource(AnthropicServingMessages.message_stream_converter)
+    assert "model_validate_json" in source and "ErrorResponse" not in source
+
+
+def test_engines_still_sleep_without_sleep_mode(monkeypatch):
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    assert "enable_sleep_mode" not in inspect.getsource(EngineCore.sleep)
+    ours = SimpleNamespace(architectures=["ReFusionQwen3ForCausalLM"])
+    for owner in (AsyncLLM, LLMEngine):
+        engine = SimpleNamespace(model_config=ours)
+        for name in ("sleep", "release_kv_cache_memory"):
+            patched = getattr(owner, name)
+            assert getattr(patched, compat._PATCHED)
+            assert not getattr(patched.__wrapped__, compat._PATCHED, False)
+            with pytest.raises(VLLMValidationError, match="no sleep mode"):
+                patched(engine)
 
 
 def test_figures_are_still_reported_where_vllm_logs_its_own():

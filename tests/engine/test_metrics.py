@@ -53,3 +53,12 @@ def test_the_line_is_about_what_was_done_since(figures):
     assert "25.0 fed; 80% of the tested tokens accepted" in line
     assert line.endswith("passes: 2 plan, 2 verify, 1 replay")
     assert figures.update(totals(**done)) is None
+
+
+def test_engines_in_one_process_have_counters_of_their_own(figures):
+    other = Figures("another")
+    figures.update(totals(tokens=5))
+    other.update(totals(tokens=7, plan=1))
+    assert value("tokens") == 5 and value("passes", kind="plan") == 0
+    assert value("tokens", model_name="another") == 7
+    assert value("passes", model_name="another", kind="plan") == 1

@@ -28,7 +28,7 @@ def checkpoint(tiny_checkpoint, tmp_path):
         config = json.loads((tmp_path / "config.json").read_text())
         for name, value in changes.items():
             if value is None:
-                config.pop(name)
+                config.pop(name, None)
             else:
                 config[name] = value
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -60,6 +60,35 @@ def test_checkpoints_without_a_mask_token_stay_stock(checkpoint):
     assert not backbones.is_refusion(config.model_config)
     assert config.diffusion_config is None
     assert config.scheduler_config.scheduler_cls is None
+
+
+def test_overrides_give_and_take_the_mask_token(checkpoint):
+    ours, stock = "ReFusionQwen3ForCausalLM", "Qwen3ForCausalLM"
+
+    def architecture(model, overrides):
+        return vllm_config(model, hf_overrides=overrides).model_config.architecture
+
+    def masked(config):
+        config.mask_token_id = 1
+        return config
+
+    model = checkpoint()
+    assert architecture(model, {"mask_token_id": 2}) == ours
+    assert architecture(model, {"mask_token_id": None}) == stock
+    assert architecture(model, {"architectures": [stock]}) == stock  # as documented
+    assert architecture(model, {"architectures": [ours]}) == ours
+    model = checkpoint(mask_token_id=None)
+    assert architecture(model, {"mask_token_id": 1}) == ours
+    assert architecture(model, masked) == ours
+    assert architecture(model, {"mask_token_id": 1, "architectures": [stock]}) == stock
+    with pytest.raises(ValueError, match="mask_token_id=-1, but"):
+        architecture(model, {"mask_token_id": -1})
+    model = checkpoint(mask_token_id=1, architectures=None)
+    assert architecture(model, {}) == ours  # of its model_type
+    model = checkpoint(mask_token_id=None, architectures=["MistralForCausalLM"])
+    for overrides in ({"mask_token_id": 1}, masked):
+        with pytest.raises(ValueError, match="give MistralForCausalLM a mask_token_id, but ReFus"):
+            architecture(model, overrides)
 
 
 @pytest.mark.parametrize("mask", [-1, 3328, 2.5, True, "1"], ids=str)

@@ -122,7 +122,8 @@ def test_whatever_is_drafted(checkpoint, slot_start):
 def test_a_response_enters_the_prefix_cache(checkpoint):
     """A second turn finds the first one's prompt and answer, and its tokens are right."""
     requests = checkpoint("mask")
-    case = max(requests.cases, key=lambda case: len(case.prompt_ids) + case.max_tokens)
+    case = max(requests.cases, key=lambda case: min(len(case.prompt_ids), 300))
+    case = replace(case, prompt_ids=case.prompt_ids[:300])
     case = replace(case, ignore_eos=True, stop_token_ids=())
     (answer,) = conformance.expected(requests.path, [case])
     turn = (*case.prompt_ids, *answer.tokens, 5, 6, 7)

@@ -6,13 +6,23 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 
 import openai
 import psutil
 import pytest
+from extremes import values
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from server import MODEL_NAME, STOP_SECONDS
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 
 from vllm_refusion.decoding.params import DecodingParams
 
@@ -145,6 +155,102 @@ def test_bad_bodies_of_completions(server):
         response = post(server, "/v1/completions", {"prompt": "a"} | body)
         assert response.status_code == 400, response.text[:500]
         assert response.json()["error"]["param"] in body
+
+
+# What every endpoint needs, and the same with the mask token in its prompt.
+MASKED = [{"role": "user", "content": "a <|mask|> b"}]
+ENDPOINTS = {
+    "/v1/chat/completions": (ChatCompletionRequest, CHAT, {"messages": MASKED}),
+    "/v1/completions": (CompletionRequest, {"prompt": [5, 6]}, {"prompt": [5, 1]}),
+    "/v1/responses": (ResponsesRequest, {"input": "a"}, {"input": "a <|mask|> b"}),
+    "/v1/messages": (AnthropicMessagesRequest, CHAT, {"messages": MASKED}),
+    "/inference/v1/generate": (GenerateRequest, {"token_ids": [5, 6]}, {"token_ids": [5, 1]}),
+    "/v1/chat/completions/batch": (
+        BatchChatCompletionRequest,
+        {"messages": [CHAT["messages"]] * 2},
+        {"messages": [CHAT["messages"], MASKED]},
+    ),
+}
+SHORT = {
+    "/v1/responses": {"max_output_tokens": 4},
+    "/inference/v1/generate": {"sampling_params": {"max_tokens": 4}},
+}
+
+
+def ask(server, path, body):
+    """The response of an endpoint to a small request with ``body`` in it."""
+    return post(server, path, ENDPOINTS[path][1] | SHORT.get(path, {}) | body)
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_refused_streams(server, path):
+    """A refused request that streams gets what one that does not gets: before the stream."""
+    refused, streamed = (
+        ask(server, path, ENDPOINTS[path][2] | {"stream": stream}) for stream in (False, True)
+    )
+    assert refused.status_code == streamed.status_code == 400, streamed.text[:500]
+    error = streamed.json()["error"]
+    assert error == refused.json()["error"]
+    if not path.endswith("batch") or "mask token" in error["message"]:  # it may take no streams
+        assert "prompt=1 is not supported: the prompt contains the mask token" in error["message"]
+
+
+@pytest.mark.parametrize("bias", [NAN, INF, -INF])
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_infinite_biases(server, path, bias):
+    body = {"logit_bias": {"5": bias}}
+    if path == "/inference/v1/generate":
+        body = {"sampling_params": body}
+    if path == "/v1/messages":  # has none
+        return
+    response = ask(server, path, body)
+    assert response.status_code == 400 and "logit_bias" in response.text, response.text[:500]
+
+
+FEW = {-(2**63) - 1, 2**63 - 1, 10**30}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("count", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_every_number_of_every_request(server, path, count):
+    """Found by reflection, at the ends of its type: no 5xx, and the server goes on."""
+    kind, small, _ = ENDPOINTS[path]
+    before = ask(server, path, {}).text
+    assert ask(server, path, {}).status_code == 200, before[:500]
+    failures, statuses = [], set()
+    for name, field in kind.model_fields.items():
+        for value in values(field.annotation):
+            if name in small or count == "few" and not FEW & set(numbers_in(value)):
+                continue
+            if is_dataclass(value) or hasattr(value, "__struct_fields__"):
+                continue
+            response = ask(server, path, {name: value})
+            statuses.add(response.status_code)
+            if response.status_code >= 500:
+                failures.append((name, value, response.text[:200]))
+    assert not failures, failures[:5]
+    assert 400 in statuses
+    assert ask(server, path, {}).status_code == 200
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return [number for one in value for number in numbers_in(one)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("seed, n", [(2**63 - 1, 2), (2**63 - 2, 2), (2**63 - 2, 3), (-3, 3)])
+def test_seeds_of_several_answers(server, path, seed, n):
+    """vLLM gives the i-th answer seed + i, which the engine must be able to hold."""
+    body = {"seed": seed, "n": n, "temperature": 1}
+    response = ask(server, path, body)
+    fits = seed + n - 1 < 2**63 or path == "/v1/responses"  # has no n
+    assert response.status_code == (200 if fits else 400), response.text[:500]
+    assert fits or f"seed={seed}" in response.text
+    assert ask(server, path, {}).status_code == 200
 
 
 def test_longest_prompt(server, complete, reference):

@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES if version(name)},
         "python": platform.python_version(),
         "gpu": _gpu_names(),
-        "driver": _nvidia_smi("driver_version"),
+        "driver": nvidia_smi("driver_version"),
         "cpu": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
         "variables": {
@@ -69,18 +69,19 @@ def git_revision() -> str | None:
 
 def _gpu_names() -> str | None:
     """Of the visible GPUs, each name with their number."""
-    names = (_nvidia_smi("name") or "").splitlines()
+    names = (nvidia_smi("name") or "").splitlines()
     counts = [(names.count(name), name) for name in dict.fromkeys(names)]
     return ", ".join(name if n == 1 else f"{n} x {name}" for n, name in counts) or None
 
 
 def gpu_memory_mib() -> int | None:
     """Memory in use on the visible GPUs together, None without one."""
-    used = _nvidia_smi("memory.used")
+    used = nvidia_smi("memory.used")
     return None if used is None else sum(int(line) for line in used.splitlines())
 
 
-def _nvidia_smi(query: str) -> str | None:
+def nvidia_smi(query: str) -> str | None:
+    """A figure of each visible GPU, a line each; None without a driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = ["-i", visible] if visible else []
     return _output("nvidia-smi", *chosen, f"--query-gpu={query}", "--format=csv,noheader,nounits")

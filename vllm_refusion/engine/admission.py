@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.decoding.logprobs import MAX_LOGPROBS
 from vllm_refusion.decoding.params import ParameterError
@@ -58,13 +57,14 @@ HONOURED = {
     "_bad_words_token_ids",
 }
 INT64_MAX = 2**63 - 1
+MAX_BIAS = 1e30  # float32 holds it, with logits added and divided by the lowest temperature
 
 
 def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     """Checks a request for a ReFusion model and fills in what the engine needs.
 
-    ``max_tokens`` is cut to what fits max_model_len; a sampled request without a seed gets one, so
-    that every worker draws the same noise.
+    ``max_tokens`` and ``min_tokens`` are cut to what fits max_model_len; a sampled request without
+    a seed gets one, so that every worker draws the same noise.
 
     Raises:
         VLLMValidationError: names the parameter, its value and what is allowed.
@@ -77,6 +77,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             raise ParameterError("pooling_params", "...", "ReFusion only generates text")
         if request.resumable:
             raise ParameterError("resumable", True, "ReFusion does not take streamed input")
+        _check_integers(request)
         _resolve_eos(params, vllm_config)
         _check_sampling_params(params)
         _check_prompt(request.prompt_token_ids, vllm_config)
@@ -92,7 +93,8 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         raise VLLMValidationError(
             str(error), parameter=error.parameter, value=error.value
         ) from error
-    params.max_tokens = spec.max_tokens  # vLLM's scheduler ends the request by it
+    # vLLM's scheduler ends the request by them
+    params.max_tokens, params.min_tokens = spec.max_tokens, spec.min_tokens
     if params.temperature > 0 and params.seed is None:
         params.seed = secrets.randbits(62)
 
@@ -107,8 +109,9 @@ def _check_sampling_params(params: SamplingParams) -> None:
         value, allowed = getattr(params, name), getattr(defaults, name)
         if type(value) is not type(allowed) or value != allowed:
             raise ParameterError(name, value, f"ReFusion allows only {allowed!r}")
-    if params.seed is not None and not -INT64_MAX <= params.seed <= INT64_MAX:
-        raise ParameterError("seed", params.seed, "allowed is a 64-bit integer")
+    last = INT64_MAX - (params.n - 1)  # vLLM gives the i-th of n answers seed + i
+    if params.seed is not None and not -INT64_MAX <= params.seed <= last:
+        raise ParameterError("seed", params.seed, f"allowed is an integer in [-2**63 + 1, {last}]")
 
 
 def _check_stops(spec: RequestSpec) -> None:
@@ -120,6 +123,28 @@ def _check_stops(spec: RequestSpec) -> None:
         )
 
 
+def _check_integers(value: Any, name: str = "") -> None:
+    """Whatever a request holds travels to the engine as integers of 64 bits at most.
+
+    Raises:
+        ParameterError: one is larger; names the field of the request or its parameters.
+    """
+    if isinstance(value, int):
+        if not -INT64_MAX - 1 <= value <= INT64_MAX:
+            raise ParameterError(name, value, "allowed is a 64-bit integer")
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            _check_integers(key, name)
+            _check_integers(one, name)
+    elif isinstance(value, list | tuple | set):
+        for one in value:
+            _check_integers(one, name)
+    elif names := getattr(value, "__struct_fields__", getattr(value, "__dataclass_fields__", ())):
+        for field in names:
+            if field != "prompt_token_ids":  # checked with the prompt
+                _check_integers(getattr(value, field), field)
+
+
 def _check_picks(spec: RequestSpec, params: SamplingParams, vllm_config: VllmConfig) -> None:
     """Checks what limits the tokens that may be picked."""
     vocab_size = vllm_config.model_config.get_vocab_size()
@@ -128,8 +153,9 @@ def _check_picks(spec: RequestSpec, params: SamplingParams, vllm_config: VllmCon
     if spec.logprobs is not None and not 0 <= spec.logprobs <= MAX_LOGPROBS:
         raise ParameterError("logprobs", spec.logprobs, f"allowed is 0 to {MAX_LOGPROBS}")
     for token, bias in spec.logit_bias.items():
-        if not math.isfinite(bias):
-            raise ParameterError("logit_bias", {token: bias}, "allowed are finite numbers")
+        if not abs(bias) <= MAX_BIAS:
+            allowed = f"allowed are numbers in [{-MAX_BIAS:g}, {MAX_BIAS:g}]"
+            raise ParameterError("logit_bias", {token: bias}, allowed)
     if params.bad_words and params.bad_words_token_ids is None:
         raise ParameterError("bad_words", params.bad_words, "it needs a tokenizer: none is allowed")
     if any(len(token_ids) > 1 for token_ids in params.bad_words_token_ids or ()):

@@ -7,6 +7,7 @@ tests/engine/test_compat.py fails once a patch is no longer needed or no longer 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -74,7 +75,9 @@ def install(hooks: Hooks) -> None:
         MODELS_CONFIG_MAP[architecture] = hooks.config_hook
     _route_checkpoints(hooks)
     _validate_requests(hooks)
+    _validate_before_streams(hooks)
     _refuse_beam_search(hooks)
+    _refuse_sleep(hooks)
     _report_figures(hooks)
     _report_passes_of_requests()
     _tell_preempted_from_finished()
@@ -88,7 +91,8 @@ def _route_checkpoints(hooks: Hooks) -> None:
     """The published checkpoints say e.g. ``Qwen3ForCausalLM`` and differ only in mask_token_id.
 
     vLLM offers no hook between reading config.json and choosing the model class other than the
-    config parser of the format, so ours extends the one found.
+    config parser of the format, so ours extends the one found. ``--hf-overrides``, which vLLM
+    applies to what the parser returns, may give or take the mask token and name the class.
     """
     from vllm.transformers_utils import config as transformers_config
 
@@ -100,14 +104,40 @@ def _route_checkpoints(hooks: Hooks) -> None:
     class ReFusionConfigParser(base):
         def parse(self, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
             config_dict, config = super().parse(*args, **kwargs)
-            if getattr(config, "mask_token_id", None) is not None:
-                config.architectures = [
-                    hooks.architectures.get(name, name) for name in config.architectures or ()
-                ]
+            overrides = kwargs.get("hf_overrides") or {}
+            if _mask_token_id(config, overrides) is not None:
+                config.architectures = _routed(config, overrides, hooks.architectures)
             return config_dict, config
 
     setattr(ReFusionConfigParser, _PATCHED, True)
     parsers["hf"] = ReFusionConfigParser
+
+
+def _mask_token_id(config: Any, overrides: Any) -> Any:
+    found = getattr(config, "mask_token_id", None)
+    if callable(overrides):
+        return getattr(overrides(copy.deepcopy(config)), "mask_token_id", None)
+    return overrides.get("mask_token_id", found)
+
+
+def _routed(config: Any, overrides: Any, architectures: Mapping[str, str]) -> list[str]:
+    """The architectures of a config with a mask token, ours in place of its backbones'.
+
+    Raises:
+        ValueError: the mask token comes from ``--hf-overrides``, and the model is none of ours.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    routed = [architectures.get(name, name) for name in names if name]
+    ours = set(routed) & set(architectures.values())
+    chosen = isinstance(overrides, dict) and "architectures" in overrides
+    if not ours and not chosen and getattr(config, "mask_token_id", None) is None:
+        raise ValueError(
+            f"hf_overrides give {', '.join(routed) or config.model_type} a mask_token_id, but "
+            f"ReFusion models are built on {', '.join(architectures)}."
+        )
+    return routed
 
 
 def _validate_requests(hooks: Hooks) -> None:
@@ -127,6 +157,81 @@ def _validate_requests(hooks: Hooks) -> None:
         return request
 
 
+def _validate_before_streams(hooks: Hooks) -> None:
+    """A request that streams is refused like any other: with HTTP 400, in its endpoint's format.
+
+    vLLM checks a request when its first output is waited for. A stream has begun by then:
+    ``/v1/responses`` breaks it off, ``/v1/messages`` shows how parsing the error fails.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    @_patch(AsyncLLM, "generate")
+    def generate(
+        original: Any, self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if hooks.is_ours(self.model_config):
+            _validate_now(self, prompt, sampling_params, kwargs)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+
+def _validate_now(
+    engine: Any, prompt: Any, sampling_params: Any, others: Mapping[str, Any]
+) -> None:
+    """Raises what ``process_inputs`` of an ``AsyncLLM`` would raise later; keeps the parameters.
+
+    ``others`` join the request behind it, and must fit the message to the engine.
+    """
+    import msgspec
+
+    for name, value in others.items():
+        if isinstance(value, dict):
+            try:
+                msgspec.msgpack.encode(value, enc_hook=str)
+            except OverflowError as error:
+                raise _unsupported(name, value, "are 64-bit integers") from error
+    if isinstance(prompt, dict) and "type" in prompt:  # rendered, as the server does it
+        params = copy.copy(sampling_params)
+        params.skip_clone = False
+        engine.input_processor.process_inputs("", prompt, params, supported_tasks=("generate",))
+
+
+def _refuse_sleep(hooks: Hooks) -> None:
+    """Without sleep mode, which is refused at start, a sleeping engine would not wake up whole.
+
+    vLLM does not look: it stops scheduling, so that the next request waits for ever.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def refuse(engine: Any, parameter: str, value: Any, allowed: str) -> None:
+        if hooks.is_ours(engine.model_config):
+            raise _unsupported(parameter, value, allowed)
+
+    for owner in (AsyncLLM, LLMEngine):
+
+        @_patch(owner, "sleep")
+        def sleep(original: Any, self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+            if level > 0:
+                refuse(self, "level", level, "is 0: ReFusion has no sleep mode")
+            return original(self, level, *args, **kwargs)
+
+        @_patch(owner, "release_kv_cache_memory")
+        def release_kv_cache_memory(original: Any, self: Any) -> Any:
+            refuse(self, "release_kv_cache_memory", True, "is to leave it: there is no sleep mode")
+            return original(self)
+
+
+def _unsupported(parameter: str, value: Any, allowed: str) -> Exception:
+    """What vLLM's front ends answer with HTTP 400, naming the parameter."""
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(
+        f"{parameter}={value!r} is not supported: allowed {allowed}.",
+        parameter=parameter,
+        value=value,
+    )
+
+
 def _refuse_beam_search(hooks: Hooks) -> None:
     """vLLM's beam search sends requests of one token each, which look like any other.
 
@@ -137,20 +242,16 @@ def _refuse_beam_search(hooks: Hooks) -> None:
 
     @_patch(InputProcessor, "resolve_watermarking")
     def resolve_watermarking(original: Any, self: Any, params: Any) -> bool:
-        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import BeamSearchParams
 
         if isinstance(params, BeamSearchParams) and hooks.is_ours(self.model_config):
-            raise VLLMValidationError(
-                "use_beam_search=True is not supported: ReFusion does not extend texts token by "
-                "token; allowed is False.",
-                parameter="use_beam_search",
-                value=True,
-            )
+            allowed = "is False: ReFusion does not extend texts token by token"
+            raise _unsupported("use_beam_search", True, allowed)
         return original(self, params)
 
 
 _REQUESTS = {"chat_completion": "ChatCompletionRequest", "completion": "CompletionRequest"}
+_RESPONSES_PROTOCOL = "vllm.entrypoints.openai.responses.protocol"
 _BODY_CHECK = "check_structured_outputs_count"  # sees the body first, and fails on other types
 
 
@@ -161,6 +262,9 @@ def refuse_malformed_bodies() -> None:
     numbers are clamped to -100 or 100. Called when a server of ReFusion sets itself up, before its
     routes take the schemas of these classes over; a process without them is no server.
     """
+    _refuse_infinite_biases()
+    if _RESPONSES_PROTOCOL in sys.modules:
+        _validate_responses_before_streams()
     for kind, name in _REQUESTS.items():
         module = sys.modules.get(f"vllm.entrypoints.openai.{kind}.protocol")
         if module is None:
@@ -173,29 +277,48 @@ def refuse_malformed_bodies() -> None:
 
 
 def _with_body_checked(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import StructuredOutputsParams
-
-    def refuse(parameter: str, value: Any, allowed: str) -> None:
-        raise VLLMValidationError(
-            f"{parameter}={value!r} is not supported: allowed {allowed}.",
-            parameter=parameter,
-            value=value,
-        )
 
     def check(data: Any) -> Any:
         if isinstance(data, dict):
             outputs = data.get("structured_outputs")
             if not isinstance(outputs, dict | StructuredOutputsParams | None):
-                refuse("structured_outputs", outputs, "is an object")
-            biases = data.get("logit_bias")
-            for token, bias in biases.items() if isinstance(biases, dict) else ():
-                if isinstance(bias, float) and not math.isfinite(bias):
-                    refuse("logit_bias", {token: bias}, "are finite numbers")
+                raise _unsupported("structured_outputs", outputs, "is an object")
         return original(data)
 
     setattr(check, _PATCHED, True)
     return check
+
+
+def _refuse_infinite_biases() -> None:
+    """All endpoints make their parameters with ``from_optional``, which does the clamping."""
+    from vllm.sampling_params import SamplingParams
+
+    original = SamplingParams.from_optional
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def from_optional(*args: Any, **kwargs: Any) -> Any:
+        for token, bias in (kwargs.get("logit_bias") or {}).items():
+            if not math.isfinite(bias):
+                raise _unsupported("logit_bias", {token: bias}, "are finite numbers")
+        return original(*args, **kwargs)
+
+    setattr(from_optional, _PATCHED, True)
+    SamplingParams.from_optional = staticmethod(from_optional)
+
+
+def _validate_responses_before_streams() -> None:
+    """``/v1/responses`` calls ``AsyncLLM.generate`` in its stream only."""
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    @_patch(OpenAIServingResponses, "_generate_with_builtin_tools")
+    def generate(
+        original: Any, self: Any, *, engine_input: Any, sampling_params: Any, **kwargs: Any
+    ) -> Any:
+        _validate_now(self.engine_client, engine_input, sampling_params, kwargs)
+        return original(self, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
 
 
 def _report_figures(hooks: Hooks) -> None:

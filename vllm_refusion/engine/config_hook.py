@@ -144,8 +144,10 @@ class ReFusionConfig:
         # grid depends on padded sizes only, and canvas widths differ between requests.
         if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
             compilation.cudagraph_mode = CUDAGraphMode.FULL
-        if model_config.get_vocab_size() <= canvas:
-            # vLLM warms its kernels up with the token ids 0 .. canvas, whatever the vocabulary
+        room = min(model_config.max_model_len - 1, scheduler.max_num_batched_tokens)
+        if min(model_config.get_vocab_size(), room) <= canvas:
+            # vLLM warms its kernels up with prompts of the token ids 0 .. canvas, and some tokens
+            # more, whatever the vocabulary, a request's pages and the rows of a step
             vllm_config.kernel_config.enable_jit_warmup = False
         vllm_config.parallel_config.worker_extension_cls = (
             "vllm_refusion.engine.worker.WorkerExtension"

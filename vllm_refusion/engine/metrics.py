@@ -38,27 +38,41 @@ async def report(engine: Any) -> None:
         logger.info(line)
 
 
+def _counter(name: str, documentation: str, *labels: str) -> Any:
+    """The process's counter of that name; its engines have labels of their own.
+
+    Made anew where vLLM has dropped it.
+    """
+    import prometheus_client
+
+    name = f"vllm:refusion_{name}"
+    try:
+        _counters[name] = prometheus_client.Counter(name, documentation, ["model_name", *labels])
+    except ValueError:  # registered already
+        if name not in _counters:
+            raise
+    return _counters[name]
+
+
+_counters: dict[str, Any] = {}
+
+
 class Figures:
     """Prometheus counters that follow the totals of the device.
 
     ``vllm:refusion_passes_total`` by ``kind``; one counter for every other entry of ``Counter``.
-    The names begin as vLLM's, which drops them with its own when another engine starts.
+    The names begin as vLLM's, which drops them with its own when another engine starts. Engines
+    of the same name in one process count together.
     """
 
     def __init__(self, model_name: str) -> None:
-        import prometheus_client  # reads the environment that a server with several processes sets
-
         labels = {"model_name": model_name}
-        passes = prometheus_client.Counter(
-            "vllm:refusion_passes", "Forward passes of requests.", ["model_name", "kind"]
-        )
+        passes = _counter("passes", "Forward passes of requests.", "kind")
         self._metrics = {kind: passes.labels(**labels, kind=kind.name.lower()) for kind in PASSES}
         for counter in Counter:
             if counter not in self._metrics:
                 name = counter.name.lower()
-                self._metrics[counter] = prometheus_client.Counter(
-                    f"vllm:refusion_{name}", f"Total of {name}.", ["model_name"]
-                ).labels(**labels)
+                self._metrics[counter] = _counter(name, f"Total of {name}.").labels(**labels)
         self._totals = [0] * len(Counter)
 
     def update(self, totals: Sequence[int]) -> str | None:

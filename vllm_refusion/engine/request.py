@@ -23,7 +23,8 @@ class RequestSpec:
         decoding: how it is decoded.
         max_tokens: at most what fits max_model_len.
         eos_token_id: ends the response; None where EOS is a token like others.
-        min_tokens: tokens before which nothing that ends the response may be picked.
+        min_tokens: tokens before which nothing that ends the response may be picked; at most
+            ``max_tokens``.
         held_back: those ending tokens, ascending; empty without ``min_tokens``.
         temperature, seed: of the noise on logits; temperature 0 for none.
         top_k, top_p, min_p: limits of picks; 0, 1 and 0 for none.
@@ -64,11 +65,12 @@ class RequestSpec:
         # an ordinary token.
         ending = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
         options = params.extra_args or {}
+        max_tokens = min(params.max_tokens or room, room)
         return cls(
             decoding=defaults.of_request(options),
-            max_tokens=min(params.max_tokens or room, room),
+            max_tokens=max_tokens,
             eos_token_id=params.eos_token_id,
-            min_tokens=params.min_tokens,
+            min_tokens=min(params.min_tokens, max_tokens),
             held_back=tuple(sorted(ending)) if params.min_tokens else (),
             temperature=params.temperature,
             seed=params.seed or 0,
