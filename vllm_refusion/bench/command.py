@@ -19,7 +19,7 @@ from typing import Any
 from vllm_refusion.bench import report
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import SHAPES, write_checkpoints
-from vllm_refusion.decoding.params import PRESET_NAMES, DecodingParams
+from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.engine.settings import BENCHMARK_ENV
 from vllm_refusion.files import json_object, read_json, write_text
 
@@ -143,8 +143,8 @@ def _serial_preset(slot_size: int, chances: str) -> Preset:
         raise ValueError("behind @ there must be one or two numbers")
     drawn = dict(zip(("token", "shape"), numbers)) | {"slot": 1.0} if numbers else None
     defaults = DecodingParams(slot_size, 128 // slot_size * slot_size or slot_size)
-    values = [getattr(defaults, name) for name in PRESET_NAMES]
-    return Preset(*values, replay=drawn, mode="serial")
+    thresholds = (defaults.slot_threshold, defaults.token_threshold)
+    return Preset(slot_size, defaults.block_length, *thresholds, drawn, "serial")
 
 
 def _integers(text: str) -> list[int]:

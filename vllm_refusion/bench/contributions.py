@@ -119,6 +119,7 @@ def _statistics(
         seed=state.seed,
         slot_size=state.ints[:, Field.SLOT_SIZE],
         slot_threshold=state.slot_threshold,
+        serial=torch.zeros_like(state.min_tokens),
         tables=tables,
         out=out,
     )

@@ -105,13 +105,14 @@ class DecodingParams:
         params = self.updated(values)
         if "slot_start" in (values or {}):
             raise ParameterError(
-                "slot_start", params.slot_start, "the checkpoint's generation config says it"
+                "slot_start",
+                params.slot_start,
+                "only a checkpoint knows it; allowed is to leave it out",
             )
         for name in OF_PARALLEL if params.mode == "serial" else ():
             if name in (values or {}):
-                raise ParameterError(
-                    name, (values or {})[name], 'it has no effect beside mode="serial"'
-                )
+                allowed = "it has no effect beside mode='serial'; allowed is to leave it out"
+                raise ParameterError(name, (values or {})[name], allowed)
         return params
 
     def check_canvas(self, canvas_length: int) -> None:
