@@ -15,6 +15,13 @@ token, and philox(c0, c1, c2, c3) the words of Philox-4x32-10 with key s:
     picked_prob = certainty(t, x)        if x is the first position of a slot, else q(t, x)
     given_prob  = 1 if passes(given, x + 1) else 0           a row's given token stands at x + 1
 
+In serial decoding draw 0 is what is picked, and a draft, of draw c > 0, is that if it passes:
+
+    picked = token(x, 0) if c = 0 or passes(token(x, c), x), else token(x, c);   picked_prob = q
+
+c says where its chain began, so that a draft made anew is right or wrong anew; one that is kept
+stays what it is.
+
 The outcome of a token is a function of the token, its position and the seed: any schedule of passes
 that proposes it sees the same. picked_prob predicts the outcome without bias, as a calibrated
 model's would. The seed's high word chooses the profile: a row of ``quantiles``, two chances.
@@ -50,6 +57,16 @@ def _uniform(word):
 
 
 @triton.jit
+def _pick(seed, position, draw, ordinary, excluded_low, excluded_high):
+    zero = tl.zeros_like(position)
+    word, _, _, _ = tl.philox(seed, zero, position, draw, zero + _PICK)
+    token = (word.to(tl.int64) & 0xFFFFFFFF) % ordinary
+    token += (token >= excluded_low).to(tl.int64)
+    token += (token >= excluded_high).to(tl.int64)
+    return token.to(tl.int32)
+
+
+@triton.jit
 def _outcome(quantiles_ptr, profile, seed, token, position, used):
     """Probability and outcome of tokens, and two words for what a slot's first token decides."""
     zero = tl.zeros_like(position)
@@ -80,6 +97,7 @@ def _acceptance_kernel(
     seed_ptr,  # [max_reqs] int64
     slot_size_ptr,  # [max_reqs] int32, strided
     slot_threshold_ptr,  # [max_reqs] float32, strided
+    serial_ptr,  # [max_reqs] int32
     quantiles_ptr,  # [F, QUANTILES] float32
     slot_chance_ptr,  # [F] float32
     first_chance_ptr,  # [F] float32
@@ -109,19 +127,18 @@ def _acceptance_kernel(
     profile = tl.minimum((seed >> 32) & 0xFFFFFFFF, num_profiles - 1)
 
     zero = tl.zeros_like(position)
-    word, _, _, _ = tl.philox(seed, zero, position, draw, zero + _PICK)
-    token = (word.to(tl.int64) & 0xFFFFFFFF) % ordinary
-    token += (token >= excluded_low).to(tl.int64)
-    token += (token >= excluded_high).to(tl.int64)
-    token = token.to(tl.int32)
-
-    probability, _, word2, word3 = _outcome(quantiles_ptr, profile, seed, token, position, used)
+    token = _pick(seed, position, draw, ordinary, excluded_low, excluded_high)
+    probability, right, word2, word3 = _outcome(quantiles_ptr, profile, seed, token, position, used)
+    serial = tl.load(serial_ptr + request, mask=used, other=0) > 0
+    in_order = _pick(seed, position, zero, ordinary, excluded_low, excluded_high)
+    token = tl.where(serial & (draw > 0) & right, in_order, token)
     slot_chance = tl.load(slot_chance_ptr + profile, mask=used, other=0.0)
     first_chance = tl.load(first_chance_ptr + profile, mask=used, other=0.0)
     chance = tl.where(position == 0, first_chance, slot_chance)
     certainty = tl.where(_uniform(word2) < chance, 1.0, threshold * _uniform(word3))
     tl.store(picked_ptr + row, token, mask=used)
-    tl.store(picked_prob_ptr + row, tl.where(position % size == 0, certainty, probability), used)
+    is_first = (position % size == 0) & (serial == 0)
+    tl.store(picked_prob_ptr + row, tl.where(is_first, certainty, probability), used)
 
     known = tl.maximum(given, 0)
     _, passes, _, _ = _outcome(quantiles_ptr, profile, seed, known, position + 1, used)
@@ -137,6 +154,7 @@ def acceptance_stats(
     seed: torch.Tensor,
     slot_size: torch.Tensor,
     slot_threshold: torch.Tensor,
+    serial: torch.Tensor,
     tables: AcceptanceTables,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
@@ -150,6 +168,7 @@ def acceptance_stats(
         row_draw: [N] int32, the draw that the row's token is picked for.
         seed: [max_reqs] int64. slot_size: [max_reqs] int32, any stride.
         slot_threshold: [max_reqs] float32, any stride; below 1, else no slot is ever certain.
+        serial: [max_reqs] int32, 1 for requests in serial mode.
         tables: on the same device.
         out: picked [N] int32, picked_prob and given_prob [N] float32.
     """
@@ -162,6 +181,7 @@ def acceptance_stats(
     check(seed, (requests,), torch.int64)
     assert slot_size.shape == (requests,) and slot_size.dtype == torch.int32
     assert slot_threshold.shape == (requests,) and slot_threshold.dtype == torch.float32
+    check(serial, (requests,), torch.int32)
     check(tables.quantiles, (profiles, QUANTILES), torch.float32)
     check(tables.slot_chance, (profiles,), torch.float32)
     check(tables.first_chance, (profiles,), torch.float32)
@@ -178,6 +198,7 @@ def acceptance_stats(
         seed,
         slot_size,
         slot_threshold,
+        serial,
         tables.quantiles,
         tables.slot_chance,
         tables.first_chance,

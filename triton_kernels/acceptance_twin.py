@@ -45,6 +45,7 @@ def acceptance_stats_twin(
     seed: torch.Tensor,
     slot_size: torch.Tensor,
     slot_threshold: torch.Tensor,
+    serial: torch.Tensor,
     tables: AcceptanceTables,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
@@ -54,11 +55,15 @@ def acceptance_stats_twin(
     request = row_request[used]
     position = row_position[used].to(torch.int64)
     keys = seed[request]
-    token = pick_tokens(keys, position, row_draw[used].to(torch.int64), tables)
-    passing, _, chosen, level = outcomes(keys, token, position, tables)
+    draw = row_draw[used].to(torch.int64)
+    token = pick_tokens(keys, position, draw, tables)
+    passing, right, chosen, level = outcomes(keys, token, position, tables)
+    in_order = serial[request] > 0
+    right = right & in_order & (draw > 0)
+    token = torch.where(right, pick_tokens(keys, position, 0 * draw, tables), token)
     threshold = slot_threshold[request]
     certainty = torch.where(chosen, 1.0, threshold * level)
-    is_first = position % slot_size[request] == 0
+    is_first = (position % slot_size[request] == 0) & ~in_order
     picked[used] = token.to(torch.int32)
     picked_prob[used] = torch.where(is_first, certainty, passing)
     given = row_given[used].to(torch.int64)

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.decoding.state import DecodeState
-from vllm_refusion.triton_kernels.allocation_twin import TOTALS
+from vllm_refusion.triton_kernels.allocation_twin import RIDERS_WORTH, TOTALS
 from vllm_refusion.triton_kernels.layout import check
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
     F_COMMITTED,
     F_EMITTED,
+    F_EXPECTED,
     F_KEPT,
     F_PHASE,
     F_PROMPT_LEN,
@@ -33,8 +34,11 @@ from vllm_refusion.triton_kernels.state_codes import (
     NUM_FIELDS,
     PREFILL,
     REPLAY,
+    SERIAL,
     START,
 )
+
+_RIDERS_WORTH = tl.constexpr(RIDERS_WORTH)
 
 
 @triton.jit
@@ -71,20 +75,22 @@ def _allocate_kernel(
     committed = tl.load(ints + F_COMMITTED, mask=exists, other=0)
     # pages are reserved behind the whole slots that have been delivered
     kept = tl.load(ints + F_KEPT, mask=exists, other=0)
-    delivered = tl.load(ints + F_EMITTED, mask=exists, other=0)
-    delivered -= delivered % tl.maximum(tl.load(ints + F_SLOT_SIZE, mask=exists, other=1), 1)
-    room = scheduled - (committed + kept - delivered)
+    emitted = tl.load(ints + F_EMITTED, mask=exists, other=0)
+    delivered = emitted - emitted % tl.maximum(tl.load(ints + F_SLOT_SIZE, mask=exists, other=1), 1)
+    room = scheduled - tl.where(phase == SERIAL, 0, committed + kept - delivered)
     needed = tl.load(ints + F_ROWS, mask=exists, other=0)
     canvas = tl.load(ints + F_CANVAS, mask=exists, other=0)
     prompt_len = tl.load(ints + F_PROMPT_LEN, mask=exists, other=0)
     replayed = tl.load(num_computed_ptr + req, mask=exists, other=0) - prompt_len
     replaying = phase == REPLAY
     idle = (phase == IDLE) | (phase == DONE)
-    fresh = tl.load(ints + F_RESUME, mask=exists, other=IDLE) == START
+    resume = tl.load(ints + F_RESUME, mask=exists, other=IDLE)
+    fresh = ((resume == START) | (resume == SERIAL)) & (emitted == 0)
     idle = idle | ((phase == PREFILL) & (fresh == 0))
+    room = tl.where(phase == PREFILL, scheduled, room)
     needed = tl.where(replaying, tl.minimum(committed - replayed, scheduled), needed)
     needed = tl.where(idle | ((replaying == 0) & (needed > room)), 0, needed)
-    whole = replaying | idle | (phase == PREFILL) | (needed == 0)
+    whole = replaying | idle | (needed == 0)
     canvas = tl.where(whole, needed, tl.maximum(tl.minimum(canvas, room), needed))
 
     through = tl.cumsum(needed, axis=0)
@@ -97,6 +103,9 @@ def _allocate_kernel(
     tl.store(logits_start_ptr + request, given, mask=exists)
     tl.store(totals_ptr, tl.sum(needed, axis=0))
     tl.store(totals_ptr + 1, tl.sum(canvas, axis=0))
+    expected = tl.load(ints + F_EXPECTED, mask=exists, other=0)
+    worth = tl.where(phase == SERIAL, expected - 256, _RIDERS_WORTH)
+    tl.store(totals_ptr + 2, tl.sum(tl.where(needed > 0, worth, 0), axis=0))
     tl.debug_barrier()
 
     # in the order of the batch: decoding requests, then prompts

@@ -6,7 +6,8 @@ import torch
 
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
 
-TOTALS = 2
+TOTALS = 3
+RIDERS_WORTH = 128  # of parallel decoding, beside a pass itself, in 1/256
 
 
 def allocate_twin(
@@ -33,13 +34,15 @@ def allocate_twin(
         prompt_rows: [R] int32, rows of a request that feed its prompt, before the others.
         query_start_loc: [>= R+1] int32, out: where each request's query rows start.
         logits_start: [R+1] int32, out: the same for decode rows.
-        totals: [TOTALS] int32, out: rows needed by all phases, and with riders.
+        totals: [TOTALS] int32, out: rows needed by all phases, and with riders; what the riders are
+            worth beside the passes themselves, in 1/256 of a pass. Of serial decoding that is the
+            tokens expected beyond the first one.
         rows: at most the sum of what is scheduled for decoding requests.
         first: the request that is first in line.
     """
     order = [(first + i) % num_decoding for i in range(num_decoding)]
     most, reqs = scheduled.tolist(), idx_mapping.tolist()
-    needed, canvas = [0] * num_decoding, [0] * num_decoding
+    needed, canvas, worth = [0] * num_decoding, [0] * num_decoding, 0
     for request in order:
         ints = state.ints[reqs[request]]
         phase, committed = int(ints[Field.PHASE]), int(ints[Field.COMMITTED])
@@ -47,18 +50,24 @@ def allocate_twin(
             replayed = int(num_computed[reqs[request]]) - int(ints[Field.PROMPT_LEN])
             needed[request] = canvas[request] = min(committed - replayed, most[request])
         elif phase == Phase.PREFILL:
-            if ints[Field.RESUME] == Phase.START and ints[Field.ROWS] <= most[request]:
-                needed[request] = canvas[request] = int(ints[Field.ROWS])
+            begins = ints[Field.RESUME] in (Phase.START, Phase.SERIAL) and not ints[Field.EMITTED]
+            if begins and ints[Field.ROWS] <= most[request]:
+                needed[request] = int(ints[Field.ROWS])
+                canvas[request] = min(int(ints[Field.CANVAS]), most[request])
         elif phase not in (Phase.IDLE, Phase.DONE):
             # pages are reserved behind the whole slots that have been delivered
             delivered = int(ints[Field.EMITTED])
             delivered -= delivered % int(ints[Field.SLOT_SIZE])
             undelivered = committed + int(ints[Field.KEPT]) - delivered
-            room = most[request] - undelivered
+            room = most[request] - (0 if phase == Phase.SERIAL else undelivered)
             if ints[Field.ROWS] <= room:
                 needed[request] = int(ints[Field.ROWS])
                 canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])
                 ints[Field.CANVAS] = canvas[request]
+
+        if needed[request] > 0:
+            serial = phase == Phase.SERIAL
+            worth += int(ints[Field.EXPECTED]) - 256 if serial else RIDERS_WORTH
 
     given, total = [0] * num_decoding, 0
     for request in order:
@@ -79,4 +88,4 @@ def allocate_twin(
     for starts, values in ((query_start_loc, lengths), (logits_start, decode_lengths)):
         starts[0] = 0
         starts[1 : len(values) + 1] = torch.tensor(values).cumsum(0)
-    totals.copy_(torch.tensor([sum(needed), sum(canvas)]))
+    totals.copy_(torch.tensor([sum(needed), sum(canvas), worth]))

@@ -26,6 +26,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     P_RIDER_WIDTH,
     PLAN,
     R_POSITION,
+    R_TARGET,
     VERIFY,
 )
 from vllm_refusion.triton_kernels.worth import chance_of, predict_width, test_costs, worth_feeding
@@ -90,6 +91,7 @@ def _write_phase_rows(block, members, course, canvas, mask_token_id, lanes):
     tl.store(canvas.positions + P_RIDER_ROW * length + p, zero - 1, mask=in_canvas)
     tl.store(canvas.positions + P_RIDER_WIDTH * length + p, zero, mask=in_canvas)
     tl.store(canvas.rows + R_POSITION * length + p, zero - 1, mask=in_canvas)
+    tl.store(canvas.rows + R_TARGET * length + p, zero - 1, mask=in_canvas)
     tl.debug_barrier()
     is_mask = (block.status == MASKED) | (block.status == BLANK)
     infills = course.phase == INFILL

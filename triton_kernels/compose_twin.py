@@ -18,7 +18,6 @@ from vllm_refusion.decoding.speculation import (
     LARGEST_COST,
     LEVELS,
     MAX_RIDERS,
-    NO_RIDERS,
     PRIOR_PASSED,
     PRIOR_TESTED,
     Saving,
@@ -124,10 +123,10 @@ class Request:
             if len(rows) + len(rider.positions) <= most:
                 add(rider)
         ints[Field.ROWS] = len(rows)
-        candidates = self._riders() if self.speculation != NO_RIDERS else []
+        candidates = self._riders() if self.speculation.rides else []
         candidates = [rider for rider in candidates if self._saving(rider) in self.savings]
         candidates.sort(key=lambda rider: (-rider.score, rider.at))
-        free, price = self.speculation
+        free, price, _ = self.speculation
         for rider in candidates[:MAX_RIDERS]:
             width, end = len(rider.positions), len(rows) + len(rider.positions)
             pays = end <= free or rider.chance * (width + price) > width * CERTAIN
@@ -144,6 +143,7 @@ class Request:
         for name, column in zip(_Row._fields, zip(*rows)):
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
             target[req, : len(rows)] = torch.tensor(column, dtype=target.dtype)
+        state.row_target[req] = state.row_position[req]
 
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]
@@ -219,7 +219,7 @@ class Request:
     # How much of an operation is fed at once
 
     def _cuts_operations(self) -> bool:
-        return self.speculation != NO_RIDERS and Saving.PIECES in self.savings
+        return self.speculation.rides and Saving.PIECES in self.savings
 
     def _worth_testing(self, proposals: list[int]) -> list[int]:
         """The first of a slot's proposals, up to one that is hardly reached."""

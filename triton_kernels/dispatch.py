@@ -27,6 +27,7 @@ class Operations:
     token_stats: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     layout: Callable[..., None]
     transition: Callable[..., None]
+    serial_transition: Callable[..., None]
     allocate: Callable[..., None]
     acceptance_stats: Callable[..., None]
 
@@ -51,6 +52,7 @@ def _load(twins: bool) -> Operations:
             allocation_twin,
             canvas_attention_twin,
             layout_twin,
+            serial_twin,
             token_stats_twin,
             transition_twin,
         )
@@ -61,6 +63,7 @@ def _load(twins: bool) -> Operations:
             token_stats=token_stats_twin.token_stats_twin,
             layout=layout_twin.layout_twin,
             transition=transition_twin.transition_twin,
+            serial_transition=serial_twin.serial_transition_twin,
             allocate=allocation_twin.allocate_twin,
             acceptance_stats=acceptance_twin.acceptance_stats_twin,
         )
@@ -69,6 +72,7 @@ def _load(twins: bool) -> Operations:
         allocation,
         canvas_attention,
         layout,
+        serial,
         token_stats,
         transition,
         write_kv,
@@ -80,6 +84,7 @@ def _load(twins: bool) -> Operations:
         token_stats=token_stats.token_stats,
         layout=layout.layout,
         transition=transition.transition,
+        serial_transition=serial.serial_transition,
         allocate=allocation.allocate,
         acceptance_stats=acceptance.acceptance_stats,
     )

@@ -5,6 +5,8 @@ What a pass feeds is described in ``vllm_refusion.decoding.state``, the twin is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
     F_COMMITTED,
+    F_EMITTED,
     F_PHASE,
     F_PROMPT_LEN,
     F_RESUME,
@@ -34,11 +37,34 @@ from vllm_refusion.triton_kernels.state_codes import (
     R_RUN_END,
     R_RUN_START,
     REPLAY,
+    SERIAL,
     START,
 )
 
 _UNSEEN = tl.constexpr(UNSEEN)
 ROWS_PER_TILE = 1024
+
+
+class Sees(NamedTuple):
+    """What rows see, as indices of the KV cache; see ``canvas_attention``."""
+
+    context_end: tl.tensor
+    run_start: tl.tensor
+    run_end: tl.tensor
+    own_start: tl.tensor
+
+
+@triton.jit
+def _of_canvas(at, begin, mask, canvas_length):
+    """Response positions of canvas rows, and what they see; the canvas begins at KV ``begin``."""
+    position = tl.load(at + R_POSITION * canvas_length, mask=mask, other=0)
+    sees = Sees(
+        begin + tl.load(at + R_CONTEXT * canvas_length, mask=mask, other=0),
+        begin + tl.load(at + R_RUN_START * canvas_length, mask=mask, other=0),
+        begin + tl.load(at + R_RUN_END * canvas_length, mask=mask, other=0),
+        begin + tl.load(at + R_OWN_START * canvas_length, mask=mask, other=0),
+    )
+    return position, sees
 
 
 @triton.jit
@@ -71,6 +97,8 @@ def _layout_kernel(
     size = tl.maximum(tl.load(ints + F_SLOT_SIZE), 1)
     committed = tl.load(ints + F_COMMITTED)
     rows = tl.load(ints + F_ROWS)
+    emitted = tl.load(ints + F_EMITTED)
+    resume = tl.load(ints + F_RESUME)
     # a truncated canvas is not fed at all
     unfed = (phase == IDLE) | (phase == DONE) | (length < rows)
     canvas = tl.where(unfed, 0, tl.load(ints + F_CANVAS))
@@ -80,12 +108,17 @@ def _layout_kernel(
         exists = row < length
         kv = context + row
         if (phase == PREFILL) | (phase == REPLAY):
-            entry = kv - prompt_len
-            # the first plan may be fed with the end of the prompt
-            plans = (phase == PREFILL) & (tl.load(ints + F_RESUME) == START)
-            plans = plans & (context + length - prompt_len >= rows)
-            used = exists & (entry < tl.where(plans, rows, committed))
-            replayed = used & (entry >= 0) & (entry < committed)
+            # tokens that serial decoding knows are prompt, but for the last one
+            serial = resume == SERIAL
+            prefill = prompt_len + tl.where(serial, tl.maximum(emitted - 1, 0), 0)
+            entry = kv - prefill
+            # the first canvas may be fed with the end of the prompt
+            rides = (phase == PREFILL) & (serial | (resume == START)) & (emitted == 0)
+            rides = rides & (context + length - prefill >= rows)
+            replayed = exists & (entry >= 0) & (entry < committed)
+            ridden = exists & (entry >= 0) & (entry < tl.where(rides, tl.load(ints + F_CANVAS), 0))
+            used = replayed | ridden | (exists & (entry < 0))
+            at = of_rows + entry
             of_entry = history + entry
             position = tl.load(of_entry + H_ORDER * max_response, mask=replayed, other=0)
             group = tl.load(of_entry + H_GROUP_CONTEXT * max_response, mask=replayed, other=-1)
@@ -93,19 +126,23 @@ def _layout_kernel(
             token = tl.load(of_position, mask=replayed, other=0)
             tl.store(input_ids_ptr + start + row, token, mask=replayed)
             isolated = group >= 0
+            canvas_position, sees = _of_canvas(at, prefill, ridden, canvas_length)
             context_end = tl.where(isolated, prompt_len + group, 0)
-            run_start = tl.zeros([BLOCK], dtype=tl.int32)
-            run_end = run_start
+            context_end = tl.where(ridden, sees.context_end, context_end)
+            run_start = tl.where(ridden, sees.run_start, 0)
+            run_end = tl.where(ridden, sees.run_end, 0)
             own_start = tl.where(isolated, kv - position % size, 0)
+            own_start = tl.where(ridden, sees.own_start, own_start)
             rope = tl.where(replayed, prompt_len + position, kv)
+            rope = tl.where(ridden, prompt_len + canvas_position, rope)
         else:
             used = exists & (row < canvas)
-            at = of_rows + row
-            rope = prompt_len + tl.load(at + R_POSITION * canvas_length, mask=used, other=0)
-            context_end = context + tl.load(at + R_CONTEXT * canvas_length, mask=used, other=0)
-            run_start = context + tl.load(at + R_RUN_START * canvas_length, mask=used, other=0)
-            run_end = context + tl.load(at + R_RUN_END * canvas_length, mask=used, other=0)
-            own_start = context + tl.load(at + R_OWN_START * canvas_length, mask=used, other=0)
+            position, sees = _of_canvas(of_rows + row, context, used, canvas_length)
+            rope = prompt_len + position
+            context_end = sees.context_end
+            run_start = sees.run_start
+            run_end = sees.run_end
+            own_start = sees.own_start
 
         tl.store(positions_ptr + start + row, tl.where(used, rope, 0), mask=exists)
         sees = visibility_ptr + (start + row).to(tl.int64) * 4

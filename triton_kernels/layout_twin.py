@@ -40,14 +40,19 @@ def layout_twin(
         kv = torch.arange(context, context + length, dtype=torch.int32)
         see = torch.zeros(length, 4, dtype=torch.int32)
         if phase in (Phase.PREFILL, Phase.REPLAY):
-            entry = (kv - prompt_len).long()
-            replayed = entry >= 0
-            # the first plan may be fed with the end of the prompt
-            plans = phase == Phase.PREFILL and ints[Field.RESUME] == Phase.START
-            plans &= context + length - prompt_len >= ints[Field.ROWS]
-            used = entry < (ints[Field.ROWS] if plans else ints[Field.COMMITTED])
-            used |= ~replayed
-            replayed &= entry < ints[Field.COMMITTED]
+            # tokens that serial decoding knows are prompt, but for the last one
+            prefill = prompt_len
+            if ints[Field.RESUME] == Phase.SERIAL:
+                prefill += max(ints[Field.EMITTED] - 1, 0)
+            entry = (kv - prefill).long()
+            # the first canvas may be fed with the end of the prompt
+            begins = phase == Phase.PREFILL and ints[Field.RESUME] in (Phase.START, Phase.SERIAL)
+            rides = begins and ints[Field.EMITTED] == 0
+            rides = rides and context + length - prefill >= ints[Field.ROWS]
+            replayed = (entry >= 0) & (entry < ints[Field.COMMITTED])
+            ridden = (entry >= 0) & (entry < (ints[Field.CANVAS] if rides else 0))
+            used = (entry < 0) | replayed | ridden
+            row = entry.clamp(0, state.canvas_length - 1)
             entry = entry.clamp(0, state.max_response - 1)
             position = torch.where(replayed, state.order[req, entry], kv - prompt_len)
             group = torch.where(replayed, state.group_context[req, entry], -1)
@@ -55,9 +60,10 @@ def layout_twin(
             isolated = group >= 0
             see[:, 0] = torch.where(isolated, prompt_len + group, 0)
             see[:, 3] = torch.where(isolated, kv - in_slot, 0)
+            see = torch.where(ridden[:, None], prefill + _sees(state, req)[row], see)
+            position = torch.where(ridden, state.row_position[req, row], position)
             tokens = state.response[req, position.clamp_min(0).long()]
-            rewrite = replayed & used
-            input_ids[start:end][rewrite] = tokens[rewrite].to(input_ids.dtype)
+            input_ids[start:end][replayed] = tokens[replayed].to(input_ids.dtype)
         else:
             width = min(length, state.canvas_length)
             used = torch.zeros(length, dtype=torch.bool)
@@ -65,11 +71,14 @@ def layout_twin(
             if phase not in (Phase.IDLE, Phase.DONE) and length >= ints[Field.ROWS]:
                 position[:width] = state.row_position[req, :width]
                 used[: ints[Field.CANVAS]] = True
-            see[:width, 0] = context + state.row_context[req, :width]
-            see[:width, 1] = context + state.row_run_start[req, :width]
-            see[:width, 2] = context + state.row_run_end[req, :width]
-            see[:width, 3] = context + state.row_own_start[req, :width]
+            see[:width] = context + _sees(state, req)[:width]
         see[~used] = torch.tensor([0, 0, 0, UNSEEN], dtype=torch.int32)
         positions[start:end] = torch.where(used, prompt_len + position, 0)
         visibility[start:end] = see
         slot_mappings[:, start:end].masked_fill_(~used, -1)
+
+
+def _sees(state: DecodeState, req: int) -> torch.Tensor:
+    """[W, 4] int32: what the canvas rows see, counted from the canvas."""
+    columns = (state.row_context, state.row_run_start, state.row_run_end, state.row_own_start)
+    return torch.stack([column[req] for column in columns], dim=1)

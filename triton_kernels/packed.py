@@ -42,6 +42,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     R_POSITION,
     R_RUN_END,
     R_RUN_START,
+    R_TARGET,
 )
 
 
@@ -261,3 +262,4 @@ def write_rows(canvas, where, row, value):
     tl.store(rows + R_RUN_START * length + row, value.run_start, mask=where)
     tl.store(rows + R_RUN_END * length + row, value.run_end, mask=where)
     tl.store(rows + R_OWN_START * length + row, value.own_start, mask=where)
+    tl.store(rows + R_TARGET * length + row, value.position, mask=where)

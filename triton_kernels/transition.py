@@ -96,6 +96,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     PLAN,
     PREFILL,
     REPLAY,
+    SERIAL,
     START,
     VERIFY,
 )
@@ -417,6 +418,8 @@ def _transition_kernel(
     ints = ints_ptr + req * NUM_FIELDS
     course = load_course(ints)
     phase = course.phase
+    if (phase != IDLE) & (tl.load(ints + F_RESUME) == SERIAL):
+        return  # see ``serial``
     if phase == IDLE:
         tl.store(num_sampled_ptr + index, 0)
         tl.store(num_rejected_ptr + index, query_len)

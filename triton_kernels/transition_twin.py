@@ -66,6 +66,8 @@ def transition_twin(
     for row, req in enumerate(idx_mapping.tolist()):
         query_len = starts[row + 1] - starts[row]
         ints = state.ints[req].tolist()
+        if ints[Field.PHASE] != Phase.IDLE and ints[Field.RESUME] == Phase.SERIAL:
+            continue  # see ``serial_twin``
         if ints[Field.PHASE] == Phase.IDLE:
             num_sampled[row], num_rejected[row] = 0, query_len
             continue

@@ -43,13 +43,40 @@ def test_unknown_presets(name):
 
 
 def test_names_that_mean_something_are_listed():
-    with pytest.raises(ParameterError, match="slot_sise=8 .* token_threshold, preset, trace"):
+    with pytest.raises(ParameterError, match="slot_sise=8 .* slot_start, preset, trace"):
         DecodingParams().updated({"slot_sise": 8})
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"mode": "serial", "block_length": 32}, "block_length=32"),
+        ({"mode": "serial", "token_threshold": 0.4}, "token_threshold=0.4"),
+        ({"mode": "serial", "preset": "gpqa"}, "preset='gpqa'"),
+        ({"mode": "both"}, "mode='both' .* 'parallel' and 'serial'"),
+        ({"mode": 1}, "mode=1"),
+        ({"slot_start": "next"}, "slot_start='next'"),
+    ],
+)
+def test_a_request_sets_nothing_that_has_no_effect(values, named):
+    with pytest.raises(ParameterError, match=named):
+        DecodingParams().of_request(values)
+
+
+def test_serial_mode_ignores_defaults_of_parallel_mode():
+    defaults = DecodingParams().updated({"preset": "gpqa", "mode": "serial", "slot_start": "next"})
+    params = defaults.of_request({"slot_size": 5})  # the default blocks are of 16
+    assert (params.mode, params.slot_start, params.slot_size) == ("serial", "next", 5)
+    assert defaults.of_request({"mode": "parallel"}) == DecodingParams(
+        8, 16, 0.8, 0.2, slot_start="next"
+    )
+    with pytest.raises(ParameterError, match="block_length=16"):
+        defaults.of_request({"mode": "parallel", "slot_size": 5})
 
 
 def test_the_first_block_ends_with_the_budget():
     params = DecodingParams(8, 32)
-    assert [params.first_block(tokens) for tokens in (1, 8, 9, 31, 32, 33)] == [
+    assert [params.first_rows(tokens) for tokens in (1, 8, 9, 31, 32, 33)] == [
         8,
         8,
         16,

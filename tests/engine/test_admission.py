@@ -79,6 +79,7 @@ def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> Sampli
         {"extra_args": {"preset": "gpqa"}},
         {"extra_args": {"preset": "mmlu-pro", "block_length": 32}},
         {"extra_args": {"trace": False}},
+        {"extra_args": {"mode": "serial", "slot_size": 32}},
         {"extra_args": {"slot_threshold": 1, "token_threshold": 0.0}},
     ],
     ids=str,
@@ -120,6 +121,10 @@ def test_honoured(params):
         ({"extra_args": {"preset": "gsm8k"}}, "block_length=128"),  # the canvas has 32
         ({"extra_args": {"trace": "yes"}}, "trace='yes'"),
         ({"extra_args": {"trace": True}}, "refusion_trace"),
+        ({"extra_args": {"trace": True, "mode": "serial"}}, "beside mode='serial'"),
+        ({"extra_args": {"mode": "serial", "slot_threshold": 0.5}}, "slot_threshold=0.5"),
+        ({"extra_args": {"mode": "fast"}}, "mode='fast'"),
+        ({"extra_args": {"slot_start": "next"}}, "slot_start='next'"),
         ({"extra_args": {"slot_size": 0}}, "slot_size=0"),
         ({"extra_args": {"slot_size": -4}}, "slot_size=-4"),
         ({"extra_args": {"slot_size": 8.0}}, "slot_size=8.0"),

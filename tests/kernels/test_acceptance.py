@@ -35,15 +35,17 @@ def per_request() -> dict:
         "seed": torch.tensor([seed_of(0, 3), seed_of(1, 3), -5, seed_of(0, 2**32 - 1), 0]),
         "slot_size": strided.to(DEVICE)[:, 1],
         "slot_threshold": torch.tensor([0.9, 0.5, 0.0, 0.9, 0.99]),
+        "serial": torch.tensor([0, 1, 0, 0, 1], dtype=torch.int32),
     }
     return {name: tensor.to(DEVICE) for name, tensor in state.items()}
 
 
-def one_request(profile_index: int, slot_size: int) -> dict:
+def one_request(profile_index: int, slot_size: int, serial: bool = False) -> dict:
     return {
         "seed": torch.tensor([seed_of(profile_index, 1)], device=DEVICE),
         "slot_size": torch.tensor([slot_size], dtype=torch.int32, device=DEVICE),
         "slot_threshold": torch.tensor([0.8], device=DEVICE),
+        "serial": torch.tensor([int(serial)], dtype=torch.int32, device=DEVICE),
     }
 
 
@@ -133,6 +135,26 @@ def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(stats, ind
         if bin_.sum() > 500:
             gap = (passes[bin_].mean() - probability[bin_].mean()).abs().item()
             assert gap < 4 * 0.5 / bin_.sum().item() ** 0.5
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("index", [0, 1])
+def test_serial_drafts_are_what_is_picked_with_their_probability(stats, index):
+    count, state = 16_000, one_request(index, 8, serial=True)
+    position = torch.arange(count, dtype=torch.int32, device=DEVICE) % 512
+    chain = torch.arange(count, dtype=torch.int32, device=DEVICE) // 512 + 1
+    request = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    nothing = torch.full_like(chain, -1)
+    draft, probability, _ = run(stats, [request, position, nothing, chain], state=state)
+    picked = run(stats, [request, position, nothing, 0 * chain], state=state)[0]
+    right = (draft == picked).float()
+    assert abs(right.mean().item() - PROFILES[index].token) < 0.02
+    for low in (0.0, 0.25, 0.5, 0.75):
+        bin_ = (probability >= low) & (probability < low + 0.25)
+        if bin_.sum() > 500:
+            gap = (right[bin_].mean() - probability[bin_].mean()).abs().item()
+            assert gap < 4 * 0.5 / bin_.sum().item() ** 0.5 + 1 / VOCAB
+    assert torch.equal(picked[:512], picked[512:1024])  # whatever was drafted
 
 
 @IMPLEMENTATIONS

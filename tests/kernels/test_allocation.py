@@ -14,6 +14,21 @@ from vllm_refusion.triton_kernels.allocation import allocate
 from vllm_refusion.triton_kernels.allocation_twin import TOTALS, allocate_twin
 
 
+def make_serial(ints: torch.Tensor, rng: random.Random) -> None:
+    """Makes a request one in serial mode, at its prompt or past it."""
+    rows = rng.randint(1, 8)
+    for field, value in {
+        Field.PHASE: rng.choice((Phase.PREFILL, Phase.SERIAL, Phase.DONE)),
+        Field.RESUME: Phase.SERIAL,
+        Field.EMITTED: rng.choice((0, 3)),
+        Field.COMMITTED: 0,
+        Field.ROWS: rows,
+        Field.CANVAS: rows + rng.randint(0, 30),
+        Field.EXPECTED: 256 + rng.randint(0, 999),
+    }.items():
+        ints[field] = int(value)
+
+
 @pytest.mark.parametrize("phases", [DECODING, FUZZED], ids=["decoding", "all"])
 def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
     rng = random.Random(f"{phases}")
@@ -22,6 +37,9 @@ def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
         fuzz = Fuzz(rng, phases, 48)
         state, requests = fuzz.state, len(fuzz.idx_mapping)
         decoding = rng.randint(1, requests)
+        for req in fuzz.idx_mapping.tolist():
+            if rng.random() < 0.3:
+                make_serial(state.ints[req], rng)
         before = state.ints[fuzz.idx_mapping].clone()
         scheduled = torch.tensor([rng.randint(1, 96) for _ in range(requests)]).int()
         scheduled[decoding:] = 0

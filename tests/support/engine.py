@@ -14,6 +14,7 @@ from device import ON_GPU
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from conformance import Case, build_model, cases, expected
+from vllm_refusion.decoding.params import PRESET_NAMES, DecodingParams
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.worker import SIZES
 
@@ -70,8 +71,15 @@ def sampling_params(case: Case) -> SamplingParams:
         allowed_token_ids=list(case.allowed_token_ids) or None,
         logprobs=case.logprobs,
         detokenize=False,
-        extra_args=vars(params).copy(),
+        extra_args=options_of(params),
     )
+
+
+def options_of(params: DecodingParams) -> dict[str, Any]:
+    """What a request says to be decoded so; where slots start is the checkpoint's to say."""
+    if params.mode == "serial":
+        return {"mode": "serial", "slot_size": params.slot_size}
+    return {name: getattr(params, name) for name in PRESET_NAMES}
 
 
 def run(llm: LLM, cases: Sequence[Case]) -> list[list[int]]:

@@ -116,7 +116,8 @@ class Fuzz:
         }
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL
-        state.ints[req] = torch.tensor([fields[name] for name in Field])
+        # serial decoding's may be those of the request before
+        state.ints[req] = torch.tensor([fields.get(name, rng.randrange(99)) for name in Field])
         if phase == Phase.INFILL:
             slots = [s for s in status if s in INFILLED]
             leading = next(i for i, s in enumerate([*slots, None]) if s != Status.ACCEPTED)
@@ -129,6 +130,7 @@ class Fuzz:
             state.ints[req, [Field.ROWS, Field.CANVAS]] = first
             state.row_position[req] = -1
             state.row_position[req, :first] = torch.arange(first).int()
+            state.row_target[req] = state.row_position[req]
         else:
             state.ints[req, Field.PHASE] = resume
             compose_twin(state, req, self.speculation())

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import Speculation
+from vllm_refusion.decoding.speculation import CERTAIN, Speculation
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
+from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 
 # What nobody may look at: outputs before they are written, rows that are not used.
 POISON = 1_000_003
@@ -25,11 +26,12 @@ MAX_STEPS = 5000
 
 
 class Operations(NamedTuple):
-    """The three device operations of a step."""
+    """The device operations of a step."""
 
     layout: Callable[..., None]
     token_stats: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     transition: Callable[..., None]
+    serial_transition: Callable[..., None] = serial_transition_twin
 
 
 @dataclass(frozen=True)
@@ -162,17 +164,25 @@ class SimulatedEngine:
             job.unfed = len(job.prefill)
             self.num_computed[job.req] = 0
             delivered = request.params.whole_slots(len(job.output))
+            if serial := request.params.mode == "serial":
+                delivered = max(0, len(job.output) - 1)
             self.prefill_len[job.req] = len(request.prompt) + delivered
-            if job.saved is not None:
+            if job.saved is not None and not serial:
                 self.state.restore(job.req, job.saved, len(job.output))
             else:
                 eos = () if request.eos_token_id is None else (request.eos_token_id,)
-                self.state.add(
+                add: Callable[..., None] = self.state.add
+                more: dict[str, int] = {}
+                if serial:
+                    add = self.state.add_serial
+                    more = {"last_token": job.prefill[-1], "known": len(job.output)}
+                add(
                     job.req,
                     len(request.prompt),
                     request.params,
                     request.max_tokens,
                     request.eos_token_id,
+                    **more,
                     min_tokens=request.min_tokens,
                     stop_ids=sorted({*request.stop_token_ids, *eos}) if request.min_tokens else (),
                     temperature=request.temperature,
@@ -211,6 +221,11 @@ class SimulatedEngine:
             if width == job.unfed and self._chance(self.weather.riders):
                 width += self.random.randint(1, self.state.canvas_length)
             return width
+        if job.request.params.mode == "serial":
+            width = self._field(job, Field.CANVAS)
+            least = 1 if self._chance(self.weather.truncate) else self._field(job, Field.ROWS)
+            most = min(width + self.random.choice((0, 4)), self.state.canvas_length)
+            return self.random.randint(min(least, width), most)
         params = job.request.params
         delivered = params.whole_slots(len(job.output))
         width = min(params.block_length, params.budget(job.request.max_tokens) - delivered)
@@ -296,19 +311,23 @@ class SimulatedEngine:
         sampled = torch.full((len(batch), canvas_length), POISON, dtype=torch.int32)
         num_sampled = torch.full((len(batch),), POISON, dtype=torch.int32)
         num_rejected = torch.full((len(batch),), POISON, dtype=torch.int32)
+        batch_of_state = (
+            state, idx_mapping, query_start_loc, logits_start, self.num_computed, self.prefill_len
+        )  # fmt: skip
+        picked, picked_prob, given_prob = self._statistics(logits, idx_mapping, logit_rows)
+        results = sampled, num_sampled, num_rejected
+        speculation = self._speculation()
         self.operations.transition(
-            state,
-            idx_mapping,
-            query_start_loc,
-            logits_start,
-            self.num_computed,
-            self.prefill_len,
-            *self._statistics(logits, idx_mapping, logit_rows),
+            *batch_of_state,
+            picked,
+            picked_prob,
+            given_prob,
             torch.tensor(logit_rows, dtype=torch.int32),
-            sampled,
-            num_sampled,
-            num_rejected,
-            self._speculation(),
+            *results,
+            speculation,
+        )
+        self.operations.serial_transition(
+            *batch_of_state, picked, picked_prob, *results, speculation
         )
         for row, (_, job, width) in enumerate(batch):
             count, kept = int(num_sampled[row]), width - int(num_rejected[row])
@@ -322,11 +341,12 @@ class SimulatedEngine:
 
     def _speculation(self) -> Speculation:
         if not self._chance(self.weather.riders):
-            return Speculation()
+            return Speculation(row_price=self.random.choice((CERTAIN, 0, 100, 5000, 30000)))
         if self.weather.speculation is not None:
             return self.weather.speculation
         free = self.random.choice((0, self.state.canvas_length, self.random.randint(0, 200)))
-        return Speculation(free, self.random.choice((0, 3, 30, 300)))
+        price = self.random.choice((0, 100, 5000, 30000))
+        return Speculation(free, self.random.choice((0, 3, 30, 300)), price)
 
     def _deliver(self, job: _Job, tokens: list[int]) -> None:
         if self._chance(self.weather.lose):
@@ -363,7 +383,7 @@ class SimulatedEngine:
         return self.operations.token_stats(
             logits,
             row_request,
-            state.row_position[row_request, row],
+            state.row_target[row_request, row],
             state.canvas_token[row_request, following].int(),
             state.row_draw[row_request, row],
             temperature=state.temperature,

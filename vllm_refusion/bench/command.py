@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from vllm_refusion.bench import report
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import SHAPES, write_checkpoints
+from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.engine.settings import BENCHMARK_ENV
 from vllm_refusion.files import json_object, read_json, write_text
 
@@ -111,9 +113,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_preset(text: str) -> Preset:
-    """``32/128/0.9/0.4`` with ``@slot,token[,shape[,first]]`` behind it or not."""
+    """``32/128/0.9/0.4`` with ``@slot,token[,shape[,first]]`` behind it or not.
+
+    In serial mode ``serial/8``, with ``@token[,shape]``.
+    """
     values, _, chances = text.partition("@")
     try:
+        if values.startswith("serial/"):
+            return _serial_preset(int(values.removeprefix("serial/")), chances)
         slot, block, slot_threshold, token_threshold = values.split("/")
         names = ("slot", "token", "shape", "first")
         numbers = [float(chance) for chance in chances.split(",")] if chances else None
@@ -128,6 +135,16 @@ def parse_preset(text: str) -> Preset:
         )
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no preset: {error}") from error
+
+
+def _serial_preset(slot_size: int, chances: str) -> Preset:
+    numbers = [float(chance) for chance in chances.split(",")] if chances else []
+    if len(numbers) > 2:
+        raise ValueError("behind @ there must be one or two numbers")
+    drawn = dict(zip(("token", "shape"), numbers)) | {"slot": 1.0} if numbers else None
+    defaults = DecodingParams(slot_size, 128 // slot_size * slot_size or slot_size)
+    thresholds = (defaults.slot_threshold, defaults.token_threshold)
+    return Preset(slot_size, defaults.block_length, *thresholds, drawn, "serial")
 
 
 def _integers(text: str) -> list[int]:
@@ -209,11 +226,12 @@ def _with_replay(preset: Preset, dummy: bool) -> Preset:
     if preset.replay is not None:
         return preset
     if preset.name not in CALIBRATED:
+        chances = "0.8" if preset.mode == "serial" else "0.25,0.8"
         raise ValueError(
-            f"--presets {preset.name}: dummy weights need acceptance to replay, e.g. "
-            f"{preset.name}@0.25,0.8; calibrated are {', '.join(CALIBRATED)}."
+            f"--presets {preset.name}: dummy weights need acceptance to draw from, e.g. "
+            f"{preset.name}@{chances}; calibrated are {', '.join(CALIBRATED)}."
         )
-    return Preset(**preset.parameters, replay=dict(zip(("slot", "token"), CALIBRATED[preset.name])))
+    return replace(preset, replay=dict(zip(("slot", "token"), CALIBRATED[preset.name])))
 
 
 def run(arguments: argparse.Namespace) -> int:

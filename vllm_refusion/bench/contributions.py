@@ -70,7 +70,7 @@ def decode(
         state.add(req, PROMPT, params, max_tokens, None, seed=seed_of(0, req))
     num_computed = torch.zeros(requests, dtype=torch.int32)
     prompts = torch.full_like(num_computed, PROMPT)
-    behind_prompts = params.first_block(max_tokens) if Saving.FIRST_PLAN in savings else 0
+    behind_prompts = params.first_rows(max_tokens) if Saving.FIRST_PLAN in savings else 0
     phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
     while len(running := (phase != Phase.DONE).nonzero().flatten()):
         prefills = phase[running] == Phase.PREFILL
@@ -113,12 +113,13 @@ def _statistics(
     out = (torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row)), torch.zeros(len(row)))
     acceptance_stats_twin(
         request,
-        state.row_position[request, row],
+        state.row_target[request, row],
         state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
         state.row_draw[request, row],
         seed=state.seed,
         slot_size=state.ints[:, Field.SLOT_SIZE],
         slot_threshold=state.slot_threshold,
+        serial=torch.zeros_like(state.min_tokens),
         tables=tables,
         out=out,
     )

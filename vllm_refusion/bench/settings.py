@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.params import PRESET_NAMES, DecodingParams
 from vllm_refusion.rows import DataError, check_texts, read_objects
 
 # "plain" is ReFusion without fused passes.
@@ -22,6 +22,7 @@ class Preset:
     slot_threshold: float
     token_threshold: float
     replay: Mapping[str, float] | None = None
+    mode: str = "parallel"
     canvas: bool = False  # every pass feeds exactly one block: isolates the cost of a step
 
     def __post_init__(self) -> None:
@@ -30,12 +31,15 @@ class Preset:
     @property
     def parameters(self) -> dict[str, Any]:
         """The request's ``extra_args``."""
-        names = ("slot_size", "block_length", "slot_threshold", "token_threshold")
-        return {name: getattr(self, name) for name in names}
+        if self.mode == "serial":
+            return {"mode": self.mode, "slot_size": self.slot_size}
+        return {name: getattr(self, name) for name in ("mode", *PRESET_NAMES)}
 
     @property
     def name(self) -> str:
-        values = (str(value) for value in self.parameters.values())
+        if self.mode == "serial":
+            return f"serial/{self.slot_size}"
+        values = (str(getattr(self, name)) for name in PRESET_NAMES)
         return f"canvas {self.block_length}" if self.canvas else "/".join(values)
 
     @property

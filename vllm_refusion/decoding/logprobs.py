@@ -1,6 +1,7 @@
 """Log-probabilities of response tokens, for the requests that ask for them.
 
-The probability of a token is the one that accepted it: of the row that
+In serial mode that of the row that picked it. In parallel mode the probability of a token is the
+one that accepted it: of the row that
 
 * drafted it in the plan, for the first token of a slot (its certainty);
 * stands before it in its slot in the verify pass that accepted it;
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_refusion.decoding.state import DecodeState, Field
+from vllm_refusion.decoding.state import DecodeState, Field, Phase
 
 MAX_LOGPROBS = 20
 ROWS_AT_ONCE = 64  # of logits in float32
@@ -101,7 +102,9 @@ class Record:
             logits: [n, V], of the rows of the step from ``start`` on.
             picked, given: [rows of the step] int32, picks, and tokens of the rows behind.
         """
-        is_mask = state.canvas_token[req] == state.mask_token_id
+        # in serial decoding every row picks, that of a token the next one
+        picks = state.canvas_token[req] == state.mask_token_id
+        picks = picks | (state.ints[req, Field.RESUME] == Phase.SERIAL)
         width = min(most, state.canvas_length)
         count = self.said.ids.shape[1] - 1
         for first in range(0, width, ROWS_AT_ONCE):
@@ -109,7 +112,7 @@ class Record:
             step_row = bounds[0] + row
             here = (step_row < bounds[1]) & (step_row >= start) & (step_row < start + len(logits))
             step_row = step_row.clamp(start, start + len(logits) - 1)
-            token = torch.where(is_mask[row], picked[step_row], given[step_row])
+            token = torch.where(picks[row], picked[step_row], given[step_row])
             self.said.write(row, here, _describe(logits[step_row - start], token, count))
 
     def take(self, state: DecodeState, req: int) -> None:

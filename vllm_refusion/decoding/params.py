@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+MODES = ("parallel", "serial")
+SLOT_STARTS = ("mask", "next")
+LEAST_SERIAL_ROWS = 16  # of a request in serial mode, in every step
+FIRST_MASKS = 8  # of serial decoding, fed with the end of a prompt
 
 
 class ParameterError(ValueError):
@@ -31,31 +36,43 @@ def _check_threshold(name: str, value: Any) -> float:
     return float(value)
 
 
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ParameterError(name, value, f"allowed are {' and '.join(map(repr, choices))}")
+
+
 @dataclass(frozen=True)
 class DecodingParams:
     """How one request is decoded (algorithm section 2). The defaults are the paper's GSM8K preset.
 
     Attributes:
+        mode: "parallel" (section 3) or "serial" (section 7: token by token, drafted by masks).
         slot_size: tokens per slot (the published checkpoint is trained with 4, 8, 16 and 32).
         block_length: tokens per block, a multiple of ``slot_size``; blocks go left to right.
         slot_threshold: a slot is chosen when the probability of its first token exceeds this.
         token_threshold: a drafted token is accepted when its probability exceeds this.
+        slot_start: where serial decoding picks a slot's first token: in the row of a "mask", or in
+            that of the token before it, as any "next" token. Said by the checkpoint.
 
     Raises:
         ParameterError: a value has the wrong type or lies outside its range.
     """
 
+    mode: str = field(default="parallel", kw_only=True)
     slot_size: int = 32
     block_length: int = 128
     slot_threshold: float = 0.9
     token_threshold: float = 0.4
+    slot_start: str = field(default="mask", kw_only=True)
 
     def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("slot_start", self.slot_start, SLOT_STARTS)
         _check_count("slot_size", self.slot_size)
         _check_count("block_length", self.block_length)
         for name in ("slot_threshold", "token_threshold"):
             object.__setattr__(self, name, _check_threshold(name, getattr(self, name)))
-        if self.block_length % self.slot_size:
+        if self.mode == "parallel" and self.block_length % self.slot_size:
             raise ParameterError(
                 "block_length",
                 self.block_length,
@@ -78,9 +95,29 @@ class DecodingParams:
                 raise ParameterError(name, value, f"known names are {', '.join(OPTION_NAMES)}")
         return replace(self, **expand_preset(values))
 
+    def of_request(self, values: Mapping[str, Any] | None) -> DecodingParams:
+        """These defaults with what a request says in place of some of them.
+
+        Raises:
+            ParameterError: as ``updated``; or the request sets what its mode does not use, or what
+                only a checkpoint can know.
+        """
+        params = self.updated(values)
+        if "slot_start" in (values or {}):
+            raise ParameterError(
+                "slot_start",
+                params.slot_start,
+                "only a checkpoint knows it; allowed is to leave it out",
+            )
+        for name in OF_PARALLEL if params.mode == "serial" else ():
+            if name in (values or {}):
+                allowed = "it has no effect beside mode='serial'; allowed is to leave it out"
+                raise ParameterError(name, (values or {})[name], allowed)
+        return params
+
     def check_canvas(self, canvas_length: int) -> None:
         """Raises ParameterError when a block does not fit the served canvas of that many tokens."""
-        if self.block_length > canvas_length:
+        if self.mode == "parallel" and self.block_length > canvas_length:
             raise ParameterError(
                 "block_length",
                 self.block_length,
@@ -98,20 +135,34 @@ class DecodingParams:
         """
         return tokens - tokens % self.slot_size
 
-    def first_block(self, max_tokens: int) -> int:
-        """Positions of the first block."""
-        return min(self.block_length, self.budget(max_tokens))
+    @property
+    def least_rows(self) -> int:
+        """Rows that a running request should get in every step."""
+        return self.block_length if self.mode == "parallel" else LEAST_SERIAL_ROWS
+
+    def first_rows(self, max_tokens: int) -> int:
+        """Rows of the first canvas, which may be fed with the end of the prompt.
+
+        In parallel mode the masks of the first block; in serial mode a few masks, behind the
+        prompt's last token where its row picks the first token.
+        """
+        if self.mode == "parallel":
+            return min(self.block_length, self.budget(max_tokens))
+        return min(FIRST_MASKS, max_tokens) + (self.slot_start == "next")
 
 
-PARAMETER_NAMES = tuple(field.name for field in fields(DecodingParams))
+PARAMETER_NAMES = tuple(entry.name for entry in fields(DecodingParams))
+# What a preset stands for, all but the first without effect in serial mode.
+PRESET_NAMES = ("slot_size", "block_length", "slot_threshold", "token_threshold")
+OF_PARALLEL = (*PRESET_NAMES[1:], "preset")
 OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
 
 
 def add_options(parser: argparse._ActionsContainer, prefix: str = "") -> None:
     """Gives a command an option for each decoding parameter; one that is not given is None."""
-    for field in fields(DecodingParams):
-        option = f"--{prefix}{field.name}".replace("_", "-")
-        parser.add_argument(option, type=type(field.default))
+    for entry in fields(DecodingParams):
+        option = f"--{prefix}{entry.name}".replace("_", "-")
+        parser.add_argument(option, type=type(entry.default))
 
 
 def given_options(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
@@ -144,4 +195,4 @@ def expand_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values["preset"]
     if not isinstance(name, str) or name not in PRESETS:
         raise ParameterError("preset", name, f"allowed presets are {', '.join(PRESETS)}")
-    return vars(PRESETS[name]) | own
+    return {part: getattr(PRESETS[name], part) for part in PRESET_NAMES} | own

@@ -1,4 +1,4 @@
-"""The reference decoder: section 3 of the algorithm for one request, written to be read.
+"""The reference decoder: sections 3 and 7 of the algorithm for one request, written to be read.
 
 It is the oracle of the project: in float32 an engine must give the same tokens. Nothing is fused:
 each plan, verify and infill operation is one forward pass. *Response positions* count from 0 after
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,11 @@ _SlotTokens = list[tuple[int, list[int]]]  # per slot: first response position, 
 
 
 class Pass(NamedTuple):
-    """One forward pass: "plan", "verify", "predict" or "infill_verify", and the rows it fed."""
+    """One forward pass and the rows it fed.
+
+    Kinds: "plan", "verify", "predict" and "infill_verify"; in serial mode "start", the mask of a
+    slot's first position, and "token".
+    """
 
     kind: str
     width: int
@@ -119,7 +123,10 @@ def decode(
     rules = _PickRules(mask_token_id, barred, min_tokens, temperature, seed, cuts, bias)
     request = _Request(_Canvas(model, prompt_ids), params, rules, eos_token_id, max_tokens)
     request.num_logprobs = logprobs
-    request.decode_blocks()
+    if params.mode == "serial":
+        request.decode_serially(max_tokens)
+    else:
+        request.decode_blocks()
     tokens = [request.tokens[position] for position in range(min(request.end, max_tokens))]
     stop = next((i for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
     passes, branches = request.canvas.passes[1:], frozenset(request.branches)
@@ -135,7 +142,8 @@ class _Canvas:
         self._model, self._cache = model, DynamicCache()
         self._context, self._fed, self._prompt_length = 0, 0, len(prompt_ids)
         self.passes: list[Pass] = []
-        self.feed("prompt", [(-len(prompt_ids), list(prompt_ids))])
+        (rows,) = self.feed("prompt", [(-len(prompt_ids), list(prompt_ids))])
+        self.last_row = rows[-1:]  # [1, V], of the prompt's last token
         self.keep(len(prompt_ids))
 
     def feed(self, kind: str, slots: _SlotTokens, isolated: bool = False) -> list[torch.Tensor]:
@@ -253,6 +261,24 @@ class _Request:
                 self.rounds.append(Round(committed, min(self.distances), min(self.leads)))
         self._branch("no_eos", self.eos not in self.tokens.values())
 
+    def decode_serially(self, max_tokens: int) -> None:
+        """Section 7: token by token in position order, one row a pass."""
+        size, masked_starts = self.params.slot_size, self.params.slot_start == "mask"
+        row = self.canvas.last_row
+        for position in range(max_tokens):
+            if masked_starts and position % size == 0:
+                row = self.canvas.feed("start", [(position, [self.rules.mask_token_id])])[0]
+                self.canvas.keep(0)
+            # the noise depends on seed and position only
+            ((token, _, lead),) = replace(self.rules, draw=0).pick(row, [position])
+            self.rounds.append(Round(position, math.inf, lead))
+            self._note(position, token, row[0])
+            if token == self.eos:
+                self.end = position + 1
+                break
+            row = self.canvas.feed("token", [(position, [token])])[0]
+            self.canvas.keep(1)
+
     def _plan(self, masked: list[int]) -> list[_Slot]:
         """3.1: drafts every masked slot (given by its start) and returns the chosen ones."""
         size = self.params.slot_size
@@ -343,18 +369,22 @@ class _Request:
         self.canvas.keep(sum(len(slot.tokens) for slot in slots))
         eos_before = self.eos in self.tokens.values()
         for slot in slots:
-            self.tokens.update(enumerate(slot.tokens, slot.start))
-            if self.num_logprobs is not None:
-                for position, token in enumerate(slot.tokens, slot.start):
-                    row = slot.logits[position - slot.start].log_softmax(-1)
-                    likely = row.topk(self.num_logprobs).indices.tolist()
-                    self.logprobs[position] = {t: row[t].item() for t in (token, *likely)}
+            for position, token in enumerate(slot.tokens, slot.start):
+                self._note(position, token, slot.logits[position - slot.start])
         last = slots[-1]
         if last.tokens[-1] == self.eos:
             self.end = last.start + len(last.tokens)
             left = [start for start in masked if start < self.end and start not in self.tokens]
             self._branch("early_eos_with_masked_slots_before", bool(left))
             self._branch("eos_before_committed_eos", eos_before)
+
+    def _note(self, position: int, token: int, logits: torch.Tensor) -> None:
+        """A token is final; ``logits`` [V]: the row that picked or accepted it."""
+        self.tokens[position] = token
+        if self.num_logprobs is not None:
+            row = logits.log_softmax(-1)
+            likely = row.topk(self.num_logprobs).indices.tolist()
+            self.logprobs[position] = {t: row[t].item() for t in (token, *likely)}
 
     def _branch(self, name: str, ran: bool = True) -> None:
         self.branches |= {name} if ran else set()

@@ -18,6 +18,7 @@ MAX_RIDERS = 64  # of one canvas
 CERTAIN = 65536
 LEVELS = 64  # of confidence
 MAX_PRICE = 8192
+MAX_CHAIN = 64  # masks of consecutive positions behind one accept length (serial decoding)
 # What a request's acceptance is taken to be before any of its tokens has been tested.
 PRIOR_PASSED = 12
 PRIOR_TESTED = 16
@@ -31,10 +32,18 @@ class Speculation(NamedTuple):
         pass_price: what a pass costs of one request besides its rows, in rows. Beyond the free rows
             a rider of w rows that saves a pass with chance P is taken if P * (w + pass_price) > w.
             Rows that are hardly needed are put off (``compose``).
+        row_price: of serial decoding: what a row costs, in tokens, in units of 1/CERTAIN. A draft
+            or mask is fed if it is expected to bring more. At CERTAIN none is.
     """
 
     free_rows: int = 0
     pass_price: int = 0
+    row_price: int = CERTAIN
+
+    @property
+    def rides(self) -> bool:
+        """Whether canvases of parallel decoding take riders."""
+        return self.free_rows > 0 or self.pass_price > 0
 
 
 NO_RIDERS = Speculation()

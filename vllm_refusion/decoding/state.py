@@ -44,10 +44,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 
-from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.params import FIRST_MASKS, DecodingParams
 
 
 class Phase(IntEnum):
@@ -61,6 +62,7 @@ class Phase(IntEnum):
     REPLAY = 5
     DONE = 6
     START = 7  # only as RESUME: begin the first block once the prompt is in
+    SERIAL = 8  # serial decoding (section 7), whose RESUME is this throughout
 
 
 class Status(IntEnum):
@@ -97,6 +99,12 @@ class Field(IntEnum):
     TESTED = 17  # tokens tested of late
     PASSED = 18  # of TESTED
     TEST_BLOCK = 19  # BLOCK_START before the last pass
+    # of serial decoding
+    MASKED_STARTS = 20  # whether a slot's first token is picked in the row of a mask
+    DRAFTS = 21  # drafts at hand
+    TESTS = 22  # of them, those in the present canvas
+    MOST_TESTS = 23  # more are never fed at once
+    EXPECTED = 24  # tokens that the present canvas is expected to bring, in 1/256
 
 
 class FloatField(IntEnum):
@@ -107,7 +115,12 @@ class FloatField(IntEnum):
 
 
 class PositionField(IntEnum):
-    """What ``DecodeState.by_position`` holds, by block position."""
+    """What ``DecodeState.by_position`` holds, by block position.
+
+    Of serial decoding, TOKEN and CONFIDENCE are the drafts of the positions behind the known
+    tokens, in their order. RIDER_ROW and RIDER_WIDTH are the chain (``serial_twin``) behind so
+    many of them. CANVAS_ROW is by canvas row: the chain whose first mask is there, or -1.
+    """
 
     STATUS = 0
     TOKEN = 1
@@ -143,6 +156,7 @@ class RowField(IntEnum):
     RUN_START = 3
     RUN_END = 4
     OWN_START = 5
+    TARGET = 6  # response position that it picks a token for, -1 for an unused row
 
 
 class HistoryField(IntEnum):
@@ -174,6 +188,9 @@ class Counter(IntEnum):
     TOKENS_PASSED = 13  # of TOKENS_TESTED
     INFILLS = 14  # completed
     INFILL_ROUNDS = 15  # of completed infills: the most predicts that one of its slots took
+    SERIAL = 16  # passes of serial decoding
+    DRAFTS_TESTED = 17  # of serial decoding, up to the first that was refused
+    DRAFTS_PASSED = 18  # of DRAFTS_TESTED
 
 
 ACCEPTANCE_WINDOW = 128  # TESTED and PASSED are halved when so many have been tested
@@ -199,8 +216,8 @@ class DecodeState:
         slot_threshold, token_threshold: [R] float32, of ``floats``.
         status, token, rounds, origin, canvas_row, rider_row, rider_width, pick_row, tested_token,
             test_row, stays: [R, W] int32, of ``by_position``; confidence: [R, W] float32.
-        row_position, row_draw, row_context, row_run_start, row_run_end, row_own_start: [R, W]
-            int32, of ``by_row``.
+        row_position, row_draw, row_context, row_run_start, row_run_end, row_own_start,
+            row_target: [R, W] int32, of ``by_row``.
         response, order, group_context: [R, P] int32, of ``history``.
 
     Args:
@@ -268,6 +285,7 @@ class DecodeState:
         self.row_run_start = self.by_row[:, RowField.RUN_START]
         self.row_run_end = self.by_row[:, RowField.RUN_END]
         self.row_own_start = self.by_row[:, RowField.OWN_START]
+        self.row_target = self.by_row[:, RowField.TARGET]
 
         self.response = self.history[:, HistoryField.RESPONSE]
         self.order = self.history[:, HistoryField.ORDER]
@@ -304,7 +322,7 @@ class DecodeState:
         ints[Field.MAX_TOKENS] = max_tokens
         ints[Field.EOS] = -1 if eos_token_id is None else eos_token_id
         # The masks of the first block may be fed with the end of the prompt.
-        first = params.first_block(max_tokens)
+        first = params.first_rows(max_tokens)
         ints[Field.ROWS] = ints[Field.CANVAS] = first
         padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
         _write(self.ints[req], ints)
@@ -316,7 +334,60 @@ class DecodeState:
         _write(self.stop_ids[req], padded_stop_ids)
         _write(self.canvas_token[req], self.mask_token_id)
         _write(self.by_row[req], 0)
-        _write(self.row_position[req], [*range(first), *[-1] * (self.canvas_length - first)])
+        positions = [*range(first), *[-1] * (self.canvas_length - first)]
+        _write(self.row_position[req], positions)
+        _write(self.row_target[req], positions)
+
+    def add_serial(
+        self,
+        req: int,
+        prompt_len: int,
+        params: DecodingParams,
+        max_tokens: int,
+        eos_token_id: int | None,
+        *,
+        last_token: int,
+        known: int = 0,
+        most_tests: int | None = None,
+        **picks: Any,
+    ) -> None:
+        """Starts or resumes a request in serial mode: its prompt comes next.
+
+        Args:
+            last_token: of the prompt and the ``known`` response tokens. The prefill is all of them,
+                but for the last one where a response token is known: the canvas begins with that.
+            most_tests: drafts that are fed at once at most.
+            picks: how tokens are picked, as for ``add``.
+        """
+        self.add(req, prompt_len, params, max_tokens, eos_token_id, **picks)
+        masked_starts = params.slot_start == "mask"
+        masks = min(FIRST_MASKS, max_tokens - known)
+        tokens = 1 if known or not masked_starts else 0
+        starts_slot = masked_starts and known % params.slot_size == 0
+        most = self.canvas_length // 2 - 1
+        for field, value in (
+            (Field.RESUME, Phase.SERIAL),
+            (Field.EMITTED, known),
+            (Field.MASKED_STARTS, masked_starts),
+            (Field.MOST_TESTS, most if most_tests is None else min(most, most_tests)),
+            (Field.ROWS, tokens + starts_slot if known else 1),
+            (Field.CANVAS, tokens + masks),
+            (Field.EXPECTED, 256),
+        ):
+            _write(self.ints[req, field], int(value))
+        # the prompt's last token is in the context: fed again, it does not see itself there
+        again = tokens if not known else 0
+        rest = self.canvas_length - tokens
+        unused = [-1] * (rest - masks)
+        targets = [*range(known, known + masks), *unused]
+        _write(self.canvas_token[req], [last_token] * tokens + [self.mask_token_id] * rest)
+        _write(self.row_position[req], [known - 1] * tokens + targets)
+        _write(self.row_target[req], [known] * tokens + targets)
+        _write(self.row_context[req], [-again] * tokens + [0] * rest)
+        _write(self.row_run_end[req], [0] * tokens + [tokens - again] * rest)
+        _write(self.row_own_start[req], [0] * tokens + [tokens] * rest)
+        _write(self.rider_row[req], [tokens] + [-1] * (self.canvas_length - 1))
+        _write(self.rider_width[req], [masks] + [0] * (self.canvas_length - 1))
 
     def save(self, req: int) -> dict[str, torch.Tensor]:
         """A copy of everything about the request at ``req``, for ``restore``; stays on device."""

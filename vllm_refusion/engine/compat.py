@@ -526,7 +526,7 @@ def attention_backend(backend: type) -> Iterator[None]:
         attention.get_attn_backend = original
 
 
-def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
+def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable: Any) -> None:
     """Adapts a stock scheduler object to a device whose KV is in commit order.
 
     * It takes a model for a diffusion model, which samples no token after the prompt, only if the
@@ -534,7 +534,8 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
     * ``slack``: positions past max_model_len that may be scheduled; front ends keep the limit.
     * ``lookahead(request, scheduled_end)``: tokens to reserve past ``scheduled_end``, may be
       negative. vLLM has one number for all requests.
-    * Only prompt blocks may enter the prefix cache: the cache hashes blocks in position order.
+    * ``cacheable(request)``: how many of its tokens may enter the prefix cache, which hashes blocks
+      in position order and takes the KV of all tokens for written.
     """
     scheduler.num_sampled_tokens_per_step = 0
     scheduler.max_model_len += slack
@@ -549,11 +550,11 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any) -> None:
         kwargs["num_lookahead_tokens"] = lookahead(request, end)
         return allocate_slots(request, num_new_tokens, **kwargs)
 
-    def cache_prompt_blocks(request: Any, num_computed_tokens: int) -> None:
-        cache_blocks(request, min(num_computed_tokens, request.num_prompt_tokens))
+    def cache_in_order(request: Any, num_computed_tokens: int) -> None:
+        cache_blocks(request, min(num_computed_tokens, cacheable(request)))
 
     manager.allocate_slots = allocate
-    manager.coordinator.cache_blocks = cache_prompt_blocks
+    manager.coordinator.cache_blocks = cache_in_order
 
 
 def count_passes(request: Any, canvas_length: int) -> None:

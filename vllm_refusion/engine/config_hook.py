@@ -122,11 +122,11 @@ class ReFusionConfig:
                 f"too, so that no pass could decide anything: allowed is 0 or at least {canvas}."
             )
         # Every running request should get what its phase may need in every step.
-        limit = max(1, min(MAX_REQUESTS, budget // defaults.block_length))
+        limit = max(1, min(MAX_REQUESTS, budget // defaults.least_rows))
         if scheduler.max_num_seqs > limit:
             logger.info(
-                "max_num_seqs %d -> %d: %s=%d holds that many blocks of %d.",
-                scheduler.max_num_seqs, limit, budget_name, budget, defaults.block_length,
+                "max_num_seqs %d -> %d: %s=%d holds that many canvases of %d rows.",
+                scheduler.max_num_seqs, limit, budget_name, budget, defaults.least_rows,
             )  # fmt: skip
             scheduler.max_num_seqs = limit
 

@@ -10,7 +10,13 @@ from vllm_refusion.decoding.state import Counter
 
 logger = logging.getLogger("vllm.refusion")
 
-DECODING_PASSES = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
+DECODING_PASSES = (
+    Counter.PLAN,
+    Counter.VERIFY,
+    Counter.PREDICT,
+    Counter.INFILL_VERIFY,
+    Counter.SERIAL,
+)
 PASSES = (*DECODING_PASSES, Counter.REPLAY, Counter.IDLE)
 
 
@@ -85,9 +91,10 @@ class Figures:
         if not passes:
             return None
         kinds = ", ".join(f"{done[kind]} {kind.name.lower()}" for kind in PASSES if done[kind])
-        accepted = done[Counter.TOKENS_PASSED] / max(1, done[Counter.TOKENS_TESTED])
+        passed = done[Counter.TOKENS_PASSED] + done[Counter.DRAFTS_PASSED]
+        tested = done[Counter.TOKENS_TESTED] + done[Counter.DRAFTS_TESTED]
         return (
             f"ReFusion: {done[Counter.TOKENS] / passes:.2f} tokens per forward pass of a request, "
-            f"{done[Counter.ROWS_FED] / passes:.1f} fed; {accepted:.0%} of the tested tokens "
-            f"accepted; passes: {kinds}"
+            f"{done[Counter.ROWS_FED] / passes:.1f} fed; {passed / max(1, tested):.0%} of the tested "
+            f"tokens accepted; passes: {kinds}"
         )

@@ -35,6 +35,7 @@ from vllm_refusion.engine.settings import (
     canvas_length,
     fuses_passes,
     position_slack,
+    serial_rows,
     server_defaults,
     tracing_enabled,
 )
@@ -70,6 +71,7 @@ class ReFusionModelState(ModelState):
         self.limits = PickLimits(self.max_num_reqs, self.model_config.get_vocab_size(), device)
         self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
+        self.serial: set[int] = set()  # the requests in serial mode, by req
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -96,6 +98,7 @@ class ReFusionModelState(ModelState):
             self.req_states,
             self.limits,
             self.records,
+            self.serial,
         )
         return self.sampler, None
 
@@ -114,6 +117,9 @@ class ReFusionModelState(ModelState):
             ) or Record.empty(
                 spec.budget, self.decode_state.canvas_length, spec.logprobs, self.device
             )
+        if spec.serial:
+            self._add_serial(req, spec, new_req_data)
+            return
         saved = self._suspended.pop(new_req_data.req_id, None)
         self._repeats_tokens[req] = saved is not None
         if saved is not None:
@@ -127,6 +133,28 @@ class ReFusionModelState(ModelState):
             spec.decoding,
             spec.max_tokens,
             spec.eos_token_id,
+            min_tokens=spec.min_tokens,
+            stop_ids=spec.held_back,
+            temperature=spec.temperature,
+            seed=spec.seed,
+        )
+
+    def _add_serial(self, req: int, spec: RequestSpec, new_req_data: Any) -> None:
+        """Starts it, or goes on after a preemption: its tokens are computed again in order."""
+        prompt_len, tokens = len(new_req_data.prompt_token_ids), new_req_data.prefill_token_ids
+        known = len(tokens) - prompt_len
+        self.serial.add(req)
+        self._repeats_tokens[req] = False
+        self.req_states.prefill_len.np[req] = prompt_len + max(0, known - 1)
+        self.decode_state.add_serial(
+            req,
+            prompt_len,
+            spec.decoding,
+            spec.max_tokens,
+            spec.eos_token_id,
+            last_token=tokens[-1],
+            known=known,
+            most_tests=serial_rows(self.vllm_config) - 2,
             min_tokens=spec.min_tokens,
             stop_ids=spec.held_back,
             temperature=spec.temperature,
@@ -168,9 +196,11 @@ class ReFusionModelState(ModelState):
         if req is None:
             return
         if req_id in self._preempting:
-            self._suspended[req_id] = self.decode_state.save(req)
+            if req not in self.serial:
+                self._suspended[req_id] = self.decode_state.save(req)
             if req in self.records:
                 self._suspended_records[req_id] = self.records[req]
+        self.serial.discard(req)
         self.records.pop(req, None)
         self.limits.remove(req)
         self.decode_state.remove(req)

@@ -67,7 +67,7 @@ class RequestSpec:
         options = params.extra_args or {}
         max_tokens = min(params.max_tokens or room, room)
         return cls(
-            decoding=defaults.updated(options),
+            decoding=defaults.of_request(options),
             max_tokens=max_tokens,
             eos_token_id=params.eos_token_id,
             min_tokens=min(params.min_tokens, max_tokens),
@@ -90,9 +90,14 @@ class RequestSpec:
         return self.decoding.budget(self.max_tokens)
 
     @property
-    def first_block(self) -> int:
-        """Positions of the first block."""
-        return self.decoding.first_block(self.max_tokens)
+    def first_rows(self) -> int:
+        """Rows of the first canvas."""
+        return self.decoding.first_rows(self.max_tokens)
+
+    @property
+    def serial(self) -> bool:
+        """Whether it is decoded token by token in position order."""
+        return self.decoding.mode == "serial"
 
 
 def _trace(options: Mapping[str, Any]) -> bool:

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation
+from vllm_refusion.decoding.speculation import CERTAIN, MAX_PRICE, NO_RIDERS, Speculation
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.config_hook import CAPTURE_SIZES
 from vllm_refusion.engine.pass_cost import PassCost
 from vllm_refusion.triton_kernels.allocation_twin import TOTALS
 from vllm_refusion.triton_kernels.dispatch import Operations
 
-# What a request's riders are worth beside its pass itself.
-RIDERS_WORTH = 0.5
 STEPS_REMEMBERED = 64
 ROWS_APART = 256  # sizes of a step beyond those of the graphs
 # Riders are worth a few rows even where rows are all that counts: a saved pass saves its sampling.
 LEAST_PRICE = 4
+LEAST_STEP = 32  # rows over which the cost of one more is taken
+PRICE_FOLLOWS = 0.25  # share of a change that the price of a row takes in a step
 
 
 class RowBudget:
@@ -67,8 +67,9 @@ class RowBudget:
         self._totals_host = torch.zeros(TOTALS, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._decoding = 0  # requests that the totals on the host are of; 0: no totals
-        # Rows that a request needed, without and with riders, in the last steps.
+        # In the last steps, of a request: rows needed, rows with riders, what riders were worth.
         self._recent: deque[np.ndarray] = deque(maxlen=STEPS_REMEMBERED)
+        self._price = 0.0  # of a row of serial decoding, in tokens
         self._step = 0
         self._rows = 0
         self.rows_run = 0  # of all steps, with those that nothing used
@@ -157,13 +158,28 @@ class RowBudget:
             return scheduled
         wide = range(self.sizes[-1] + ROWS_APART, scheduled, ROWS_APART)
         sizes = np.array([*(n for n in (*self.sizes, *wide) if n < scheduled), scheduled])
-        needed, wanted = decoding * np.maximum(np.array(self._recent).T[:, None], 1e-3)
+        needed, wanted, worth = np.array(self._recent).T[:, None]
+        needed, wanted = decoding * np.maximum(needed, 1e-3), decoding * np.maximum(wanted, 1e-3)
         served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
         riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
-        value = (served * (1 + RIDERS_WORTH * riders)).mean(axis=1)
+        value = (served * (1 + worth / 256 * riders)).mean(axis=1)
         cost = self.cost.of(sizes)
         return int(sizes[np.argmin(cost / np.maximum(value, 1e-9))])
 
     def _speculate(self, decoding: int) -> Speculation:
         price = min(max(self.cost.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
-        return Speculation(self.cost.free_rows // max(decoding, 1), int(price))
+        return Speculation(self.cost.free_rows // max(decoding, 1), int(price), self._row_price())
+
+    def _row_price(self) -> int:
+        """What a row of serial decoding costs in tokens, in 1/CERTAIN: those of the time it takes.
+
+        Feeding all rows that bring more, and no others, gives most tokens in a time. It follows the
+        load slowly, as it depends on what it leads to.
+        """
+        if self._recent and self._decoding:
+            tokens = self._decoding * (1 + self._recent[-1][2] / 256)
+            more = max(LEAST_STEP, self._rows // 4)
+            now, then = self.cost.of(np.array([self._rows, self._rows + more]))
+            price = min(tokens / now * (then - now) / more, 1.0)
+            self._price += PRICE_FOLLOWS * (price - self._price)
+        return int(CERTAIN * self._price)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
-from vllm_refusion.decoding.state import DecodeState, Field
+from vllm_refusion.decoding.state import DecodeState, Field, Phase
 from vllm_refusion.engine.acceptance import acceptance_tables
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import Operations
@@ -42,6 +42,7 @@ class CanvasSampler:
         req_states: RequestState,
         limits: PickLimits,
         records: Mapping[int, Record],
+        serial: Collection[int],
     ) -> None:
         self.model = model
         self.operations = operations
@@ -49,6 +50,7 @@ class CanvasSampler:
         self.req_states = req_states
         self.limits = limits
         self.records = records
+        self.serial = serial
         self.row_budget: RowBudget | None = None  # starts with the first request
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
@@ -89,7 +91,7 @@ class CanvasSampler:
             num_sampled=output_buffer(num_reqs),
             num_rejected=output_buffer(num_reqs),
         )
-        self.operations.transition(
+        batch = (
             self.state,
             input_batch.idx_mapping[:num_reqs],
             input_batch.query_start_loc,
@@ -98,13 +100,16 @@ class CanvasSampler:
             self.req_states.prefill_len.gpu,
             self.picked,
             self.picked_prob,
-            self.given_prob,
-            self._emit_limit(input_batch),
+        )
+        results = (
             output.sampled_token_ids,
             output.num_sampled,
             output.num_rejected,
             budget.speculation if budget else NO_RIDERS,
         )
+        self.operations.transition(*batch, self.given_prob, self._emit_limit(input_batch), *results)
+        if self.serial:
+            self.operations.serial_transition(*batch, *results)
         if self.records:
             output.logprobs_tensors = self._emitted_logprobs(input_batch, output.num_sampled)
         return output
@@ -149,7 +154,7 @@ class CanvasSampler:
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         state = self.state
         requests, row = input_batch.expanded_idx_mapping, input_batch.expanded_local_pos
-        positions = state.row_position[requests, row]
+        positions = state.row_target[requests, row]
         # What a row may be asked about is the token of the row after it.
         following = (row + 1).clamp_max(state.canvas_length - 1)
         given = state.canvas_token[requests, following].int()
@@ -175,6 +180,12 @@ class CanvasSampler:
                 self._describe_rows(input_batch, logits, rows.start, given)
         if self.replay is not None:
             rows = slice(0, hidden_states.shape[0])
+            serial = state.ints[:, Field.RESUME] == Phase.SERIAL
+            # a draft's draw says where its chain began
+            behind = row - state.row_own_start[requests, row]
+            is_draft = serial[requests] & (behind > 0)
+            is_draft &= state.canvas_token[requests, row] == state.mask_token_id
+            draws = torch.where(is_draft, positions - behind + 1, draws)
             self.operations.acceptance_stats(
                 requests,
                 positions,
@@ -183,6 +194,7 @@ class CanvasSampler:
                 seed=state.seed,
                 slot_size=state.ints[:, Field.SLOT_SIZE],
                 slot_threshold=state.slot_threshold,
+                serial=serial.int(),
                 tables=self.replay,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )

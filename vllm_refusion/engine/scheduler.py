@@ -4,7 +4,8 @@ vLLM's scheduler sees a request as prompt + emitted tokens in position order and
 many draft tokens as the request's canvas may have rows. The device may have committed tokens ahead
 of a gap; they are emitted once the gap closes, at the latest with their block. The gap's first slot
 may have final tokens that are emitted before it is committed. So whole slots emitted are committed,
-and of a slot emitted in part nothing need be in the KV cache.
+and of a slot emitted in part nothing need be in the KV cache. Of a request in serial mode all
+tokens emitted are in the KV cache, in position order, but for the last one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vllm_refusion.engine.settings import (
     canvas_length,
     fuses_passes,
     position_slack,
+    serial_rows,
     server_defaults,
 )
 
@@ -35,8 +37,11 @@ class _CanvasScheduling:
         super().__init__(*args, **kwargs)
         self.canvas_length = canvas_length(self.vllm_config)
         self.fuses_passes = fuses_passes(self.vllm_config)
+        self.serial_rows = serial_rows(self.vllm_config)
         self.decoding_defaults = server_defaults(self.vllm_config.model_config)
-        compat.adapt_scheduler(self, position_slack(self.vllm_config), self._lookahead)
+        compat.adapt_scheduler(
+            self, position_slack(self.vllm_config), self._lookahead, self._cacheable
+        )
 
     def canvas_width(self, request: Request) -> int:
         """Upper bound of the rows the request's next pass may have.
@@ -45,6 +50,10 @@ class _CanvasScheduling:
         operation of an infill may take a slot's rows more (``compose``).
         """
         spec = self._spec(request)
+        if spec.serial:
+            # half of what there is, so that prompts get on
+            share = self.max_num_scheduled_tokens // (2 * max(1, len(self.running)))
+            return max(self.serial_rows, min(self.canvas_length, share))
         params = spec.decoding
         emitted = params.whole_slots(request.num_output_tokens)
         left = spec.budget - emitted
@@ -77,13 +86,18 @@ class _CanvasScheduling:
         """
         if scheduled_end <= request.num_tokens:
             return self.canvas_width(request)
-        if self.fuses_passes:
+        if self.fuses_passes or self._spec(request).serial:
             return 0
         last = request.num_prompt_tokens + self._spec(request).budget
         return min(0, last - scheduled_end)
 
+    def _cacheable(self, request: Request) -> int:
+        """How many of its tokens may enter the prefix cache, whose blocks are in position order."""
+        return request.num_tokens - 1 if self._spec(request).serial else request.num_prompt_tokens
+
     def add_request(self, request: Request) -> None:
-        compat.stop_hashing_output(request)
+        if not self._spec(request).serial:
+            compat.stop_hashing_output(request)
         super().add_request(request)
         compat.count_passes(request, self.canvas_length)
 
@@ -95,7 +109,7 @@ class _CanvasScheduling:
         for request_id, rows in scheduled.num_scheduled_tokens.items():
             request = self.requests[request_id]
             prompt = request.num_prompt_tokens
-            canvas = self._spec(request).first_block
+            canvas = self._spec(request).first_rows
             if (
                 rows <= LONGEST_PROMPT_TO_PLAN_WITH
                 and request.num_computed_tokens + rows == prompt == request.num_tokens

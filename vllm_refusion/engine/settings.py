@@ -71,6 +71,13 @@ def position_slack(vllm_config: VllmConfig) -> int:
     return 2 * canvas_length(vllm_config)
 
 
+def serial_rows(vllm_config: VllmConfig) -> int:
+    """Rows that every running request in serial mode gets in each step at least."""
+    scheduler = vllm_config.scheduler_config
+    budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    return max(2, min(canvas_length(vllm_config), budget // scheduler.max_num_seqs))
+
+
 def fuses_passes(vllm_config: VllmConfig) -> bool:
     """Whether passes may carry riders: yes, unless the engine was started with "plain".
 
