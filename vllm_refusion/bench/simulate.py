@@ -41,6 +41,7 @@ class DrawnOutcomes:
             "seed": torch.tensor([seed]),
             "slot_size": torch.tensor([params.slot_size], dtype=torch.int32),
             "slot_threshold": torch.tensor([params.slot_threshold]),
+            "serial": torch.zeros(1, dtype=torch.int32),
         }
 
     def draft(self, positions: Sequence[int], draw: int) -> tuple[list[int], list[float]]:

@@ -93,8 +93,9 @@ class Figures:
         kinds = ", ".join(f"{done[kind]} {kind.name.lower()}" for kind in PASSES if done[kind])
         passed = done[Counter.TOKENS_PASSED] + done[Counter.DRAFTS_PASSED]
         tested = done[Counter.TOKENS_TESTED] + done[Counter.DRAFTS_TESTED]
+        share = passed / max(1, tested)
         return (
             f"ReFusion: {done[Counter.TOKENS] / passes:.2f} tokens per forward pass of a request, "
-            f"{done[Counter.ROWS_FED] / passes:.1f} fed; {passed / max(1, tested):.0%} of the tested "
-            f"tokens accepted; passes: {kinds}"
+            f"{done[Counter.ROWS_FED] / passes:.1f} fed; {share:.0%} of the tested tokens "
+            f"accepted; passes: {kinds}"
         )
