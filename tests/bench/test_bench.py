@@ -14,7 +14,7 @@ import torch
 from device import ON_GPU
 
 from conformance import build_model
-from engine import engine
+from engine import engine, options_of
 from vllm_refusion.bench import contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
@@ -401,7 +401,7 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
         for made in simulate(params[index % 2], DrawnOutcomes(tables, seed, params[index % 2]), 64)
     ]
     options = {"diffusion_config": {"canvas_length": 32}, "load_format": "dummy"}
-    options["override_generation_config"] = vars(params[0])
+    options["override_generation_config"] = options_of(params[0])
     config = to_config(profiles) | {"refusion_schedule": "plain"}
     with engine(model, **options, additional_config=config) as llm:
         watch = compat.ScheduleWatch(compat.engine_core_of(llm).scheduler)
@@ -411,7 +411,7 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
             [
                 SamplingParams(
                     temperature=0.0, seed=seed, max_tokens=64, ignore_eos=True, detokenize=False,
-                    extra_args=vars(params[index % 2]),
+                    extra_args=options_of(params[index % 2]),
                 )
                 for index, seed in enumerate(seeds)
             ],

@@ -42,7 +42,7 @@ first response token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -298,45 +298,24 @@ class DecodeState:
         params: DecodingParams,
         max_tokens: int,
         eos_token_id: int | None,
-        *,
-        min_tokens: int = 0,
-        stop_ids: Sequence[int] = (),
-        temperature: float = 0.0,
-        seed: int = 0,
+        **picks: Any,
     ) -> None:
         """Starts a request at ``req``: its prompt comes next, then (or with it) the first plan.
+
+        Args:
+            picks: how tokens are picked, see ``_begin``.
 
         Raises:
             ValueError: more stop ids than min_tokens can hold back.
         """
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"min_tokens holds back at most {MAX_STOP_IDS} stop token ids")
-        budget = params.budget(max_tokens)
-        ints = [0] * len(Field)
-        ints[Field.PHASE] = Phase.PREFILL
-        ints[Field.RESUME] = Phase.START
-        ints[Field.PROMPT_LEN] = prompt_len
-        ints[Field.SLOT_SIZE] = params.slot_size
-        ints[Field.BLOCK_LENGTH] = params.block_length
-        ints[Field.BUDGET] = ints[Field.LIMIT] = budget
-        ints[Field.MAX_TOKENS] = max_tokens
-        ints[Field.EOS] = -1 if eos_token_id is None else eos_token_id
         # The masks of the first block may be fed with the end of the prompt.
         first = params.first_rows(max_tokens)
-        ints[Field.ROWS] = ints[Field.CANVAS] = first
-        padded_stop_ids = list(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids))
-        _write(self.ints[req], ints)
-        _write(self.slot_threshold[req], params.slot_threshold)
-        _write(self.token_threshold[req], params.token_threshold)
-        _write(self.temperature[req], temperature)
-        _write(self.seed[req], seed)
-        _write(self.min_tokens[req], min_tokens)
-        _write(self.stop_ids[req], padded_stop_ids)
-        _write(self.canvas_token[req], self.mask_token_id)
-        _write(self.by_row[req], 0)
+        ints = _ints(prompt_len, params, max_tokens, eos_token_id)
+        ints |= {Field.RESUME: Phase.START, Field.ROWS: first, Field.CANVAS: first}
         positions = [*range(first), *[-1] * (self.canvas_length - first)]
-        _write(self.row_position[req], positions)
-        _write(self.row_target[req], positions)
+        rows = {RowField.POSITION: positions, RowField.TARGET: positions}
+        tokens = [self.mask_token_id] * self.canvas_length
+        self._begin(req, params, ints, tokens, rows, **picks)
 
     def add_serial(
         self,
@@ -357,37 +336,66 @@ class DecodeState:
             last_token: of the prompt and the ``known`` response tokens. The prefill is all of them,
                 but for the last one where a response token is known: the canvas begins with that.
             most_tests: drafts that are fed at once at most.
-            picks: how tokens are picked, as for ``add``.
+            picks: how tokens are picked, see ``_begin``.
         """
-        self.add(req, prompt_len, params, max_tokens, eos_token_id, **picks)
         masked_starts = params.slot_start == "mask"
         masks = min(FIRST_MASKS, max_tokens - known)
         tokens = 1 if known or not masked_starts else 0
         starts_slot = masked_starts and known % params.slot_size == 0
         most = self.canvas_length // 2 - 1
-        for field, value in (
-            (Field.RESUME, Phase.SERIAL),
-            (Field.EMITTED, known),
-            (Field.MASKED_STARTS, masked_starts),
-            (Field.MOST_TESTS, most if most_tests is None else min(most, most_tests)),
-            (Field.ROWS, tokens + starts_slot if known else 1),
-            (Field.CANVAS, tokens + masks),
-            (Field.EXPECTED, 256),
-        ):
-            _write(self.ints[req, field], int(value))
+        ints = _ints(prompt_len, params, max_tokens, eos_token_id)
+        ints |= {
+            Field.RESUME: Phase.SERIAL,
+            Field.EMITTED: known,
+            Field.MASKED_STARTS: int(masked_starts),
+            Field.MOST_TESTS: most if most_tests is None else min(most, most_tests),
+            Field.ROWS: tokens + starts_slot if known else 1,
+            Field.CANVAS: tokens + masks,
+            Field.EXPECTED: 256,
+        }
         # the prompt's last token is in the context: fed again, it does not see itself there
         again = tokens if not known else 0
         rest = self.canvas_length - tokens
-        unused = [-1] * (rest - masks)
-        targets = [*range(known, known + masks), *unused]
-        _write(self.canvas_token[req], [last_token] * tokens + [self.mask_token_id] * rest)
-        _write(self.row_position[req], [known - 1] * tokens + targets)
-        _write(self.row_target[req], [known] * tokens + targets)
-        _write(self.row_context[req], [-again] * tokens + [0] * rest)
-        _write(self.row_run_end[req], [0] * tokens + [tokens - again] * rest)
-        _write(self.row_own_start[req], [0] * tokens + [tokens] * rest)
-        _write(self.rider_row[req], [tokens] + [-1] * (self.canvas_length - 1))
-        _write(self.rider_width[req], [masks] + [0] * (self.canvas_length - 1))
+        targets = [*range(known, known + masks), *[-1] * (rest - masks)]
+        rows = {
+            RowField.POSITION: [known - 1] * tokens + targets,
+            RowField.TARGET: [known] * tokens + targets,
+            RowField.CONTEXT: [-again] * tokens + [0] * rest,
+            RowField.RUN_END: [0] * tokens + [tokens - again] * rest,
+            RowField.OWN_START: [0] * tokens + [tokens] * rest,
+        }
+        canvas = [last_token] * tokens + [self.mask_token_id] * rest
+        self._begin(req, params, ints, canvas, rows, **picks)
+        _write(self.rider_row[req], -1)
+        _write(self.rider_row[req, :1], tokens)
+        _write(self.rider_width[req, :1], masks)
+
+    def _begin(
+        self,
+        req: int,
+        params: DecodingParams,
+        ints: Mapping[Field, int],
+        canvas_token: list[int],
+        rows: Mapping[RowField, list[int]],
+        *,
+        min_tokens: int = 0,
+        stop_ids: Sequence[int] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Writes a request's first state: in few copies, since they are what starting it costs."""
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"min_tokens holds back at most {MAX_STOP_IDS} stop token ids")
+        nothing = [0] * self.canvas_length
+        _write(self.ints[req], [ints.get(field, 0) for field in Field])
+        _write(self.floats[req], [params.slot_threshold, params.token_threshold])
+        _write(self.temperature[req], temperature)
+        _write(self.seed[req], seed)
+        _write(self.min_tokens[req], min_tokens)
+        if min_tokens:
+            _write(self.stop_ids[req], [*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))])
+        _write(self.canvas_token[req], canvas_token)
+        _write(self.by_row[req], [rows.get(field, nothing) for field in RowField])
 
     def save(self, req: int) -> dict[str, torch.Tensor]:
         """A copy of everything about the request at ``req``, for ``restore``; stays on device."""
@@ -419,7 +427,23 @@ class DecodeState:
         self.ints[req, Field.PHASE].fill_(int(Phase.IDLE))
 
 
-def _write(target: torch.Tensor, value: float | list[int]) -> None:
+def _ints(
+    prompt_len: int, params: DecodingParams, max_tokens: int, eos_token_id: int | None
+) -> dict[Field, int]:
+    budget = params.budget(max_tokens)
+    return {
+        Field.PHASE: Phase.PREFILL,
+        Field.PROMPT_LEN: prompt_len,
+        Field.SLOT_SIZE: params.slot_size,
+        Field.BLOCK_LENGTH: params.block_length,
+        Field.BUDGET: budget,
+        Field.LIMIT: budget,
+        Field.MAX_TOKENS: max_tokens,
+        Field.EOS: -1 if eos_token_id is None else eos_token_id,
+    }
+
+
+def _write(target: torch.Tensor, value: float | list[Any]) -> None:
     if not isinstance(value, list):
         target.fill_(value)  # a kernel argument: no copy from the host
         return
