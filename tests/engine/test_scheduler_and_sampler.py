@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
@@ -159,6 +160,7 @@ def batch(requests, drafts):
     return SimpleNamespace(
         num_reqs=requests,
         num_draft_tokens=requests * drafts,
+        num_draft_tokens_per_req=np.full(requests, drafts),
         idx_mapping=torch.arange(requests),
         query_start_loc=starts,
         cu_num_logits=torch.arange(requests + 1, dtype=torch.int32) * drafts,

@@ -110,6 +110,10 @@ class CanvasSampler:
         self.operations.transition(*batch, self.given_prob, self._emit_limit(input_batch), *results)
         if self.serial:
             self.operations.serial_transition(*batch, *results)
+        if input_batch.num_draft_tokens:
+            # the runner makes Python lists of them: no wider than what can be in them
+            most = int(input_batch.num_draft_tokens_per_req.max())
+            output.sampled_token_ids = output.sampled_token_ids[:, :most].contiguous()
         if self.records:
             output.logprobs_tensors = self._emitted_logprobs(input_batch, output.num_sampled)
         return output
