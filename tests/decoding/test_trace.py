@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
 import conformance
-from engine import engine
+from engine import engine, options_of
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.decoding.trace import MAX_KEPT, Recorder
@@ -163,6 +163,7 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
         recorder=None,
         limits=SimpleNamespace(vocab=10),
         records={},
+        serial=set(),
         model=None,
     )
     states = SimpleNamespace(draft_tokens=torch.zeros(2, 8, dtype=torch.int64))
@@ -227,7 +228,7 @@ def traced(tiny_checkpoint, dev_problems_file):
     schedule = {"refusion_schedule": "plain"}  # one operation a pass, as in the reference
     options["additional_config"] = TRACING["additional_config"] | schedule
     params = DecodingParams(8, 64, 0.9, 0.5)
-    sampling = SamplingParams(temperature=0, max_tokens=120, extra_args=vars(params))
+    sampling = SamplingParams(temperature=0, max_tokens=120, extra_args=options_of(params))
     with engine(tiny_checkpoint, **options) as llm:
         trace = record(llm, prompts, sampling)
         plain = TokensPrompt(prompt_token_ids=trace["requests"][0]["prompt"]["tokens"])

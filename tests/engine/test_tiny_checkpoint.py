@@ -12,7 +12,7 @@ from near_ties import assert_near_tie
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
-from engine import engine
+from engine import engine, options_of
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.engine.metrics import snapshot
@@ -54,7 +54,7 @@ def load(checkpoint, dtype):
 
 
 def generate(llm, prompts, preset):
-    params = SamplingParams(temperature=0, max_tokens=BUDGET, extra_args=vars(preset))
+    params = SamplingParams(temperature=0, max_tokens=BUDGET, extra_args=options_of(preset))
     inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
     return [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
 

@@ -128,6 +128,7 @@ class SimulatedEngine:
         self.operations = operations
         self.weather = weather or Weather()
         self.random = random.Random(seed)
+        self.prices = random.Random(seed)  # of rows of serial decoding
         self.state = DecodeState(
             max_requests, canvas_length, max_response, model.config.mask_token_id, "cpu"
         )
@@ -341,11 +342,11 @@ class SimulatedEngine:
 
     def _speculation(self) -> Speculation:
         if not self._chance(self.weather.riders):
-            return Speculation(row_price=self.random.choice((CERTAIN, 0, 100, 5000, 30000)))
+            return Speculation(row_price=self.prices.choice((CERTAIN, 0, 100, 5000, 30000)))
         if self.weather.speculation is not None:
             return self.weather.speculation
         free = self.random.choice((0, self.state.canvas_length, self.random.randint(0, 200)))
-        price = self.random.choice((0, 100, 5000, 30000))
+        price = self.prices.choice((0, 100, 5000, 30000))
         return Speculation(free, self.random.choice((0, 3, 30, 300)), price)
 
     def _deliver(self, job: _Job, tokens: list[int]) -> None:

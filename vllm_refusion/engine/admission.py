@@ -135,7 +135,7 @@ def _check_integers(value: Any, name: str = "") -> None:
     elif isinstance(value, dict):
         for key, one in value.items():
             _check_integers(key, name)
-            _check_integers(one, name)
+            _check_integers(one, key if isinstance(key, str) else name)
     elif isinstance(value, list | tuple | set):
         for one in value:
             _check_integers(one, name)
