@@ -33,8 +33,10 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def parameters(setting: str) -> dict[str, float]:
-    """``8/32/0.9/0.4`` as request parameters."""
+def parameters(setting: str) -> dict[str, Any]:
+    """``8/32/0.9/0.4``, or ``serial/8``, as request parameters."""
+    if setting.startswith("serial/"):
+        return {"mode": "serial", "slot_size": int(setting.removeprefix("serial/"))}
     values = [kind(v) for kind, v in zip((int, int, float, float), setting.split("/"), strict=True)]
     return dict(zip(NAMES, values, strict=True))
 
@@ -64,7 +66,8 @@ def evaluate(
     if extra:
         done = {name: count - before[name] for name, count in metrics.snapshot(llm).items()}
         passes = done["forward_passes"]
-        accepted = done["tokens_passed"] / max(done["tokens_tested"], 1)
+        tested = done["tokens_tested"] + done["drafts_tested"]
+        accepted = (done["tokens_passed"] + done["drafts_passed"]) / max(tested, 1)
     right = sum(is_right(text, row.values) for text, row in zip(texts, rows, strict=True))
     return {
         "problems": len(rows),
