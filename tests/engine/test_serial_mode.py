@@ -17,6 +17,7 @@ from vllm_refusion.decoding.state import Counter, Field
 
 MODEL = "qwen3-gqa2"
 STARTS = ("mask", "next")
+NEXT_SLOWLY = ("mask", pytest.param("next", marks=pytest.mark.slow))
 
 
 class Serial:
@@ -68,7 +69,7 @@ def test_tokens_of_the_reference(checkpoint, slot_start):
     assert 0 < counts[Counter.SERIAL] < tokens  # passes: drafts were accepted
 
 
-@pytest.mark.parametrize("slot_start", STARTS)
+@pytest.mark.parametrize("slot_start", NEXT_SLOWLY)
 def test_beside_parallel_requests_with_small_chunks(checkpoint, slot_start, async_scheduling):
     requests = checkpoint(slot_start)
     parallel = [case for case in conformance.cases(MODEL) if case.params.block_length <= 32][::6]
@@ -95,7 +96,7 @@ def test_preempted(checkpoint, preemptions):
         assert outputs[i] == list(requests.answers[i].tokens), requests.cases[i].label
 
 
-@pytest.mark.parametrize("slot_start", STARTS)
+@pytest.mark.parametrize("slot_start", NEXT_SLOWLY)
 def test_whatever_is_drafted(checkpoint, slot_start):
     """Drafts at random before every step."""
     requests = checkpoint(slot_start)
