@@ -1,4 +1,4 @@
-"""Acceptance replay, as the benchmark sets it up: profiles, tables, and who may switch it on.
+"""Drawn acceptance, as the benchmark sets it up: profiles, tables, and who may switch it on.
 
 With dummy weights no draft is ever accepted for a reason. The benchmark then draws what decoding
 decides from a seed (`triton_kernels/acceptance.py`); every pass, kernel and copy stays real.
@@ -103,7 +103,7 @@ def acceptance_tables(vllm_config: VllmConfig, device: torch.device) -> Acceptan
     """The tables that the engine's configuration asks for, None in every normal engine.
 
     Raises:
-        ValueError: replay is asked for outside ``vllm-refusion bench``, or with real weights.
+        ValueError: it is asked for outside ``vllm-refusion bench``, or with real weights.
     """
     config = vllm_config.additional_config
     if not isinstance(config, Mapping) or CONFIG_KEY not in config:

@@ -62,7 +62,7 @@ class CanvasSampler:
         self.picked = buffer(rows)
         self.picked_prob = buffer(rows, dtype=torch.float32)
         self.given_prob = buffer(rows, dtype=torch.float32)
-        self.replay = acceptance_tables(vllm_config, state.device)  # benchmarks only
+        self.acceptance = acceptance_tables(vllm_config, state.device)  # benchmarks only
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """The model state holds the parameters."""
@@ -182,7 +182,7 @@ class CanvasSampler:
             )
             if self.records:
                 self._describe_rows(input_batch, logits, rows.start, given)
-        if self.replay is not None:
+        if self.acceptance is not None:
             rows = slice(0, hidden_states.shape[0])
             serial = state.ints[:, Field.RESUME] == Phase.SERIAL
             # a draft's draw says where its chain began
@@ -199,7 +199,7 @@ class CanvasSampler:
                 slot_size=state.ints[:, Field.SLOT_SIZE],
                 slot_threshold=state.slot_threshold,
                 serial=serial.int(),
-                tables=self.replay,
+                tables=self.acceptance,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )
 
