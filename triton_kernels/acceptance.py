@@ -40,7 +40,7 @@ from vllm_refusion.triton_kernels.acceptance_twin import (
     QUANTILES,
     AcceptanceTables,
 )
-from vllm_refusion.triton_kernels.layout import check
+from vllm_refusion.triton_kernels.checks import check
 
 _PICK = tl.constexpr(PICK)
 _OUTCOME = tl.constexpr(OUTCOME)

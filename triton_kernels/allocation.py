@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.allocation_twin import RIDERS_WORTH, TOTALS
-from vllm_refusion.triton_kernels.layout import check
+from vllm_refusion.triton_kernels.checks import check
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.decoding.state import DecodeState
+from vllm_refusion.triton_kernels.checks import check, check_starts
 from vllm_refusion.triton_kernels.layout_twin import UNSEEN
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
@@ -190,16 +191,4 @@ def layout(
         state.canvas_length,
         state.max_response,
         BLOCK=ROWS_PER_TILE,
-    )
-
-
-def check_starts(starts: torch.Tensor, requests: int) -> None:
-    """Asserts that this is an [R+1] or longer int32 tensor; that of a padded batch is longer."""
-    assert len(starts) > requests and starts.dtype == torch.int32 and starts.is_contiguous()
-
-
-def check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Asserts shape and dtype of a contiguous tensor."""
-    assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous(), (
-        f"expected a contiguous {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}"
     )

@@ -24,13 +24,13 @@ from vllm_refusion.decoding.speculation import (
     device_table,
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
+from vllm_refusion.triton_kernels.checks import check_pass
 from vllm_refusion.triton_kernels.lanes import (
     NOWHERE,
     at_lane,
     first,
     lanes_of,
 )
-from vllm_refusion.triton_kernels.layout import check, check_starts
 from vllm_refusion.triton_kernels.state_codes import (
     COUNT_DRAFTS_PASSED,
     COUNT_DRAFTS_TESTED,
@@ -417,19 +417,19 @@ def serial_transition(
     speculation: Speculation,
 ) -> None:
     """Same arguments and effects as ``serial_transition_twin``, as one kernel."""
-    requests = len(idx_mapping)
-    for starts in (query_start_loc, logits_start):
-        check_starts(starts, requests)
-    for per_request in (num_computed, prefill_len):
-        check(per_request, (state.max_requests,), torch.int32)
-    check(picked, picked.shape, torch.int32)
-    check(picked_prob, picked.shape, torch.float32)
-    for number in (num_sampled, num_rejected):
-        check(number, (requests,), torch.int32)
-    check(sampled, (requests, state.canvas_length), torch.int32)
-    assert idx_mapping.is_contiguous() and 0 <= speculation.row_price <= CERTAIN, speculation
+    check_pass(
+        state,
+        idx_mapping,
+        (query_start_loc, logits_start),
+        (num_computed, prefill_len),
+        picked,
+        (picked_prob,),
+        sampled,
+        (num_sampled, num_rejected),
+    )
+    assert 0 <= speculation.row_price <= CERTAIN, speculation
     lanes = triton.next_power_of_2(state.canvas_length)
-    _serial_kernel[(requests,)](
+    _serial_kernel[(len(idx_mapping),)](
         state.ints,
         state.by_position,
         state.by_row,

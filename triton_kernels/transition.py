@@ -17,6 +17,7 @@ import triton.language as tl
 
 from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation, device_table
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
+from vllm_refusion.triton_kernels.checks import check_pass
 from vllm_refusion.triton_kernels.compose import compose
 from vllm_refusion.triton_kernels.decisions import (
     Decision,
@@ -36,7 +37,6 @@ from vllm_refusion.triton_kernels.lanes import (
     opening,
     rows_of,
 )
-from vllm_refusion.triton_kernels.layout import check, check_starts
 from vllm_refusion.triton_kernels.packed import (
     Block,
     Canvas,
@@ -499,21 +499,19 @@ def transition(
     speculation: Speculation = NO_RIDERS,
 ) -> None:
     """Same arguments and effects as ``transition_twin``, as one kernel."""
-    requests = len(idx_mapping)
-    for starts in (query_start_loc, logits_start):
-        check_starts(starts, requests)
-    for per_request in (num_computed, prefill_len):
-        check(per_request, (state.max_requests,), torch.int32)
-    check(picked, picked.shape, torch.int32)
-    for probability in (picked_prob, given_prob):
-        check(probability, picked.shape, torch.float32)
-    for number in (emit_limit, num_sampled, num_rejected):
-        check(number, (requests,), torch.int32)
-    check(sampled, (requests, state.canvas_length), torch.int32)
-    assert idx_mapping.is_contiguous()
+    check_pass(
+        state,
+        idx_mapping,
+        (query_start_loc, logits_start),
+        (num_computed, prefill_len),
+        picked,
+        (picked_prob, given_prob),
+        sampled,
+        (emit_limit, num_sampled, num_rejected),
+    )
     assert 0 <= speculation.pass_price <= MAX_PRICE, speculation
     lanes = triton.next_power_of_2(state.canvas_length)
-    _transition_kernel[(requests,)](
+    _transition_kernel[(len(idx_mapping),)](
         state.ints,
         state.floats,
         state.by_position,
