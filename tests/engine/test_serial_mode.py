@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -137,3 +139,32 @@ def test_a_response_enters_the_prefix_cache(checkpoint):
         known = len(case.prompt_ids) + len(answer.tokens) - 1
         assert output.num_cached_tokens == known // 16 * 16
         assert run(llm, [second]) == [list(expected.tokens)]
+
+
+@pytest.mark.slow
+def test_without_masks_in_what_is_picked_it_is_stock_decoding(checkpoint, tmp_path):
+    """100 greedy prompts: the same weights on stock vLLM, without a mask token in their config."""
+    requests = checkpoint("next")
+    stock = tmp_path / "stock"
+    shutil.copytree(requests.path, stock)
+    config = json.loads((stock / "config.json").read_text())
+    mask = config.pop("mask_token_id")
+    (stock / "config.json").write_text(json.dumps(config))
+    rng = random.Random(0)
+    words = [token for token in range(conformance.MODELS[MODEL].vocab_size) if token != mask]
+    prompts = [
+        TokensPrompt(prompt_token_ids=rng.choices(words, k=rng.randint(1, 90))) for _ in range(100)
+    ]
+
+    def tokens_of(llm, **extra):
+        # stock decoding would pick the mask token, which is one like others to it
+        parameters = SamplingParams(
+            temperature=0, max_tokens=40, logit_bias={mask: -100.0}, detokenize=False, **extra
+        )
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    with engine(stock) as llm:
+        expected = tokens_of(llm)
+    with engine(requests.path, **requests.options()) as llm:
+        assert tokens_of(llm, extra_args={"mode": "serial"}) == expected
