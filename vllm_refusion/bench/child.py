@@ -68,10 +68,10 @@ def engine_args(settings: Settings, side: str, context: int, token_budget: int) 
         args["additional_config"] = {"refusion_schedule": schedule}
         # the server's default block must fit the canvas too
         args["override_generation_config"] = settings.presets[0].parameters
-        if any(preset.replay for preset in settings.presets):
+        if any(preset.chances for preset in settings.presets):
             from vllm_refusion.engine.acceptance import Profile, to_config
 
-            profiles = [Profile(**preset.replay) for preset in settings.presets if preset.replay]
+            profiles = [Profile(**preset.chances) for preset in settings.presets if preset.chances]
             args["additional_config"] |= to_config(profiles)
     return args | dict(settings.engine_args.get(side, {}))
 
@@ -133,11 +133,11 @@ class Side:
         from vllm.sampling_params import RequestOutputKind
 
         seed = None
-        if preset is not None and preset.replay is not None:
+        if preset is not None and preset.chances is not None:
             from vllm_refusion.engine.acceptance import seed_of
 
-            replayed = [p for p in self.settings.presets if p.replay]
-            seed = seed_of(replayed.index(preset), self.settings.seed * 100_003 + index)
+            drawn = [p for p in self.settings.presets if p.chances]
+            seed = seed_of(drawn.index(preset), self.settings.seed * 100_003 + index)
         return SamplingParams(
             temperature=0.0,
             seed=seed,

@@ -178,7 +178,7 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
     if arguments.prompts:
         read_prompts(arguments.prompts)  # refused here rather than when an engine has started
     presets = [
-        _with_replay(preset, dummy)
+        _with_chances(preset, dummy)
         for preset in arguments.presets or [parse_preset(DEFAULT_PRESET)]
     ]
     for canvas in arguments.canvas:
@@ -218,12 +218,12 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
     )
 
 
-def _with_replay(preset: Preset, dummy: bool) -> Preset:
+def _with_chances(preset: Preset, dummy: bool) -> Preset:
     if not dummy:
-        if preset.replay is not None:
+        if preset.chances is not None:
             raise ValueError(f"--presets {preset.name}: acceptance is replayed with --shape only.")
         return preset
-    if preset.replay is not None:
+    if preset.chances is not None:
         return preset
     if preset.name not in CALIBRATED:
         chances = "0.8" if preset.mode == "serial" else "0.25,0.8"
@@ -231,7 +231,7 @@ def _with_replay(preset: Preset, dummy: bool) -> Preset:
             f"--presets {preset.name}: dummy weights need acceptance to draw from, e.g. "
             f"{preset.name}@{chances}; calibrated are {', '.join(CALIBRATED)}."
         )
-    return replace(preset, replay=dict(zip(("slot", "token"), CALIBRATED[preset.name])))
+    return replace(preset, chances=dict(zip(("slot", "token"), CALIBRATED[preset.name])))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,13 +15,13 @@ SIDES = ("stock", "plain", "refusion")
 
 @dataclass(frozen=True)
 class Preset:
-    """Decoding parameters, and with dummy weights the outcomes to replay (``replay.Profile``)."""
+    """Decoding parameters; with dummy weights the chances of outcomes (``acceptance.Profile``)."""
 
     slot_size: int
     block_length: int
     slot_threshold: float
     token_threshold: float
-    replay: Mapping[str, float] | None = None
+    chances: Mapping[str, float] | None = None
     mode: str = "parallel"
     canvas: bool = False  # every pass feeds exactly one block: isolates the cost of a step
 
@@ -44,10 +44,10 @@ class Preset:
 
     @property
     def acceptance(self) -> str:
-        if self.replay is None:
+        if self.chances is None:
             return "real"
-        chances = ", ".join(f"{name} {value:g}" for name, value in self.replay.items())
-        return f"replayed acceptance ({chances})"
+        shown = ", ".join(f"{name} {value:g}" for name, value in self.chances.items())
+        return f"replayed acceptance ({shown})"
 
 
 @dataclass(frozen=True)
