@@ -60,7 +60,7 @@ def _members(block, costs, course, width, prices, lanes):
     opens_at = opening(blank, lanes)
     before = rows_of(chosen)
     opens = before == tl.gather(before, lanes.slot_start, axis=0)
-    reached = chance_of(costs.through - costs.cost - costs.slot_before, prices)
+    reached = chance_of(costs.through - costs.cost - costs.slot_before, prices.table)
     # several slots under verification are tested as one run
     several = (course.phase == VERIFY) & (count(chosen) > lanes.size)
     whole = tl.where(prices.speculates & (several == 0), 0, 1) + tl.zeros_like(lanes.p)

@@ -15,14 +15,13 @@ import torch
 from vllm_refusion.decoding.speculation import (
     ALL_SAVINGS,
     CERTAIN,
-    LARGEST_COST,
     LEVELS,
     MAX_RIDERS,
-    PRIOR_PASSED,
-    PRIOR_TESTED,
     Saving,
     Speculation,
-    chance_table,
+    acceptance,
+    chance_of,
+    cost_of,
     cost_table,
 )
 from vllm_refusion.decoding.state import DecodeState, Field, Phase, Status
@@ -227,7 +226,7 @@ class Request:
             return proposals
         cost = 0
         for count, p in enumerate(proposals):
-            if count and not self._worth_feeding(_chance(cost), 1):
+            if count and not self._worth_feeding(chance_of(cost), 1):
                 return proposals[:count]
             cost += self._test_cost(p)
         return proposals
@@ -246,8 +245,8 @@ class Request:
         fits = self.ints[Field.BLOCK_LENGTH] + size <= self.state.canvas_length
         if not self._cuts_operations() or not fits:
             return size
-        width, each = 1, cost_table()[self._acceptance()]
-        while width < size and self._worth_feeding(_chance(each * (width - 1)), width):
+        width, each = 1, cost_table()[acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED])]
+        while width < size and self._worth_feeding(chance_of(each * (width - 1)), width):
             width += 1
         return width
 
@@ -257,14 +256,9 @@ class Request:
         Later, it takes a pass and ``again`` more rows. The sum of rows and passes is least where
         the chance that this is the first row needed later is worth as much as the row.
         """
-        missing = LEVELS - self._acceptance()
+        missing = LEVELS - acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED])
         later = LEVELS + missing * (self.speculation.pass_price + again)
         return chance * later > CERTAIN * LEVELS
-
-    def _acceptance(self) -> int:
-        """Share of this request's tested tokens that passed, in LEVELS-ths, below LEVELS."""
-        passed = self.ints[Field.PASSED] + PRIOR_PASSED
-        return LEVELS * passed // (self.ints[Field.TESTED] + PRIOR_TESTED)
 
     # Masks behind the rows of the phase
 
@@ -327,16 +321,16 @@ class Request:
                 before, cost = cost, cost + self._test_cost(p)
                 if p in fed and p % size and (not verifies or proposals is proposed[0]):
                     rounds = 0 if verifies else self.rounds[p]
-                    chance = _chance(before) - _chance(cost)
+                    chance = chance_of(before) - chance_of(cost)
                     riders.append(self._predict_rider(p, p, chance, rounds))
             after = proposals[-1] + 1
             if after % size and self.status[after] == Status.BLANK and fed.issuperset(proposals):
-                riders.append(self._tail(after, _chance(cost)))
+                riders.append(self._tail(after, chance_of(cost)))
             sums.append(sums[-1] + cost)
 
         if verifies and fed.issuperset(sum(proposed, [])):
             for proposals, total, following in zip(proposed, sums[1:], [*sums[2:], None]):
-                chance = _chance(total) - (0 if following is None else _chance(following))
+                chance = chance_of(total) - (0 if following is None else chance_of(following))
                 committed = self.canvas_row[proposals[-1]] + 1
                 rider = self._plan_rider(proposals[0], chance, committed, ints[Field.DRAW])
                 riders.append(rider)
@@ -344,7 +338,7 @@ class Request:
             slots = self.positions(*INFILLED)
             draw = ints[Field.DRAW] + max(self.rounds[p] for p in slots)
             last_slot = slots[-1] - slots[-1] % size
-            riders.append(self._plan_rider(last_slot, _chance(sums[-1]), len(fed), draw))
+            riders.append(self._plan_rider(last_slot, chance_of(sums[-1]), len(fed), draw))
         return [rider for rider in riders if rider.positions]
 
     def _saving(self, rider: _Rider) -> Saving:
@@ -357,9 +351,4 @@ class Request:
         """See ``speculation.py``; nothing where a proposal is accepted without a test."""
         if not self.takes_test(position):
             return 0
-        level = float(self.confidence[position]) * LEVELS
-        return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]
-
-
-def _chance(cost: int) -> int:
-    return chance_table()[min(cost, LARGEST_COST)]
+        return cost_of(float(self.confidence[position]))

@@ -60,12 +60,12 @@ def riders_of(block, members, costs, course, canvas, next_length, prices, lanes)
     leads = lanes.slot_start == first(chosen & (p == lanes.slot_start), lanes)
     alone = (course.phase == INFILL) | leads
     predicts = members.member & chosen & (p != lanes.slot_start) & alone
-    chance = chance_of(through - costs.cost, prices) - chance_of(through, prices)
+    chance = chance_of(through - costs.cost, prices.table) - chance_of(through, prices.table)
     # more proposals of the same operation
     tails = blank & (p == members.opening) & (block.origin < p)
     forced = tails & (members.proposed == 0)
     tails = tails & (forced | (in_slot(unfed, lanes) == 0))
-    chance = tl.where(tails, chance_of(through, prices), chance)
+    chance = tl.where(tails, chance_of(through, prices.table), chance)
     begin = tl.where(tails, block.origin, p)
     end = tl.minimum(p + members.width, lanes.slot_start + size)
     width = tl.where(predicts | tails, end - begin, 0)
@@ -95,13 +95,13 @@ def _plan_riders(block, members, costs, course, canvas, prices, lanes):
         by_row = tl.gather(costs.through, lane, axis=0)
         end_row = tl.minimum(members.row + size - 1, lanes.last)
         next_end_row = tl.minimum(members.row + 2 * size - 1, lanes.last)
-        chance = chance_of(tl.gather(by_row, end_row, axis=0), prices)
-        next_chance = chance_of(tl.gather(by_row, next_end_row, axis=0), prices)
+        chance = chance_of(tl.gather(by_row, end_row, axis=0), prices.table)
+        next_chance = chance_of(tl.gather(by_row, next_end_row, axis=0), prices.table)
         chance -= tl.where(members.row + size < rows, next_chance, 0)
     else:
         last_slot = tl.max(tl.where(infilled(block.status), lanes.slot_start, -1), axis=0)
         plans = p == tl.where(members.can_end > 0, last_slot, NOWHERE)
-        chance = chance_of(tl.max(costs.through, axis=0) + tl.zeros_like(p), prices)
+        chance = chance_of(tl.max(costs.through, axis=0) + tl.zeros_like(p), prices.table)
     return plans, chance, masks
 
 

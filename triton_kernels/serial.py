@@ -18,8 +18,6 @@ from vllm_refusion.decoding.speculation import (
     LARGEST_COST,
     LEVELS,
     MAX_CHAIN,
-    PRIOR_PASSED,
-    PRIOR_TESTED,
     Speculation,
     device_table,
 )
@@ -80,6 +78,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     R_TARGET,
     SERIAL,
 )
+from vllm_refusion.triton_kernels.worth import acceptance, chance_of, level_of
 
 LANES_PER_WARP = 128
 SEARCH_STEPS = LARGEST_COST.bit_length()
@@ -88,8 +87,6 @@ _CERTAIN = tl.constexpr(CERTAIN)
 _LARGEST_COST = tl.constexpr(LARGEST_COST)
 _LEVELS = tl.constexpr(LEVELS)
 _MAX_CHAIN = tl.constexpr(MAX_CHAIN)
-_PRIOR_PASSED = tl.constexpr(PRIOR_PASSED)
-_PRIOR_TESTED = tl.constexpr(PRIOR_TESTED)
 _SEARCH_STEPS = tl.constexpr(SEARCH_STEPS)
 
 
@@ -146,18 +143,13 @@ def _starts_slot(position, ints):
 
 
 @triton.jit
-def _chance(cost, table):
-    return tl.load(table + _LEVELS + 1 + tl.minimum(cost, _LARGEST_COST))
-
-
-@triton.jit
 def _cost_of(chance, table):
     """The lowest cost [LANES] whose chance is at most that."""
     low = tl.zeros_like(chance).to(tl.int32)
     high = low + _LARGEST_COST
     for _ in tl.static_range(_SEARCH_STEPS):
         middle = (low + high) // 2
-        above = _chance(middle, table).to(tl.int64) > chance
+        above = chance_of(middle, table).to(tl.int64) > chance
         high = tl.where((low < high) & (above == 0), middle, high)
         low = tl.where((low < high) & above, middle + 1, low)
     return low
@@ -209,8 +201,8 @@ def _chain_widths(worth, price, lanes):
     comes_true = tl.maximum(worth.comes_true, 1).to(tl.int64)
     number = (_cost_of(price + price * _CERTAIN // comes_true, worth.table) - 1) // worth.each
     number = tl.minimum(tl.maximum(number, 0), worth.most)
-    one = _chance(worth.each, worth.table).to(tl.int64)
-    through = one - _chance(worth.each * (tl.maximum(number, 0) + 1), worth.table)
+    one = chance_of(worth.each, worth.table).to(tl.int64)
+    through = one - chance_of(worth.each * (tl.maximum(number, 0) + 1), worth.table)
     drafted = through * _CERTAIN // (_CERTAIN - one)
     gain = comes_true * (drafted - number * price) // _CERTAIN - price * (number + 1 - worth.starts)
     pays = (worth.comes_true > 0) & (number > 0) & (gain > 0)
@@ -224,11 +216,9 @@ def _compose(
 ):  # fmt: skip
     """Writes the next canvas, at least one token being known."""
     j = lanes.p
-    level = drafts.confidence * _LEVELS
-    level = tl.where(level > 0, tl.minimum(level, _LEVELS), 0.0).to(tl.int32)
-    cost = tl.load(table + level, mask=j < drafts.number, other=0)
+    cost = tl.load(table + level_of(drafts.confidence), mask=j < drafts.number, other=0)
     through = tl.cumsum(cost, axis=0)
-    chance, chance_before = _chance(through, table), _chance(through - cost, table)
+    chance, chance_before = chance_of(through, table), chance_of(through - cost, table)
     max_tokens = tl.load(ints + F_MAX_TOKENS)
     most = tl.minimum(drafts.number, max_tokens - known - 1)
     most = tl.minimum(most, tl.load(ints + F_MOST_TESTS))
@@ -236,12 +226,11 @@ def _compose(
     tests = first(((j < most) & (chance > with_start * price)) == 0, lanes)
 
     starts = _starts_slot(known + j, ints)
-    acceptance = _LEVELS * (passed + _PRIOR_PASSED) // (tested + _PRIOR_TESTED)
     worth = Worth(
         chance_before - tl.where(j < tests, chance, 0),
         starts,
         tl.minimum(_MAX_CHAIN - 1, max_tokens - 2 - known - j),
-        tl.load(table + acceptance),
+        tl.load(table + acceptance(passed, tested)),
         table,
     )
     room = CANVAS - 1 - tests

@@ -27,10 +27,11 @@ from vllm_refusion.decoding.speculation import (
     LARGEST_COST,
     LEVELS,
     MAX_CHAIN,
-    PRIOR_PASSED,
-    PRIOR_TESTED,
     Speculation,
+    acceptance,
+    chance_of,
     chance_table,
+    cost_of,
     cost_table,
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, Counter, DecodeState, Field, Phase
@@ -205,7 +206,7 @@ class _Request:
         """Writes the next canvas, at least one token being known."""
         ints, state = self.ints, self.state
         known, mask = ints[Field.EMITTED], state.mask_token_id
-        costs = [0, *accumulate(map(self._cost, self.confidence.tolist()))]
+        costs = [0, *accumulate(map(cost_of, self.confidence.tolist()))]
         tests = self._worth_testing(costs)
         widths = self._chain_widths(costs, tests)
         last = int(state.response[self.req, known - 1])
@@ -229,7 +230,7 @@ class _Request:
             if accepted == 0 and self.starts_slot(known):
                 ints[Field.ROWS] = start + 1
         ints[Field.TESTS], ints[Field.CANVAS] = tests, len(rows)
-        ints[Field.EXPECTED] = sum(_chance(cost) for cost in costs[: tests + 1]) >> 8
+        ints[Field.EXPECTED] = sum(chance_of(cost) for cost in costs[: tests + 1]) >> 8
         for name, by_lane in (
             ("rider_row", chain_row),
             ("rider_width", chain_width),
@@ -241,10 +242,6 @@ class _Request:
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
             target[self.req, : len(rows)] = torch.tensor(values, dtype=target.dtype)
 
-    def _cost(self, confidence: float) -> int:
-        level = confidence * LEVELS
-        return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]
-
     def _worth_testing(self, costs: list[int]) -> int:
         """How many drafts to feed: while what one brings exceeds the price of its rows."""
         ints = self.ints
@@ -253,7 +250,7 @@ class _Request:
         tests = 0
         while tests < most:
             rows = 1 + int(self.starts_slot(known + tests + 1))
-            if _chance(costs[tests + 1]) <= rows * self.price:
+            if chance_of(costs[tests + 1]) <= rows * self.price:
                 break
             tests += 1
         return tests
@@ -277,30 +274,21 @@ class _Request:
         """
         position = self.ints[Field.EMITTED] + accepted
         starts = int(self.starts_slot(position))
-        comes_true = _chance(costs[accepted])
-        comes_true -= _chance(costs[accepted + 1]) if accepted < tests else 0
+        comes_true = chance_of(costs[accepted])
+        comes_true -= chance_of(costs[accepted + 1]) if accepted < tests else 0
         if comes_true <= 0:
             return starts
-        each = cost_table()[self._acceptance()]
+        each = cost_table()[acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED])]
         least = price + price * CERTAIN // comes_true
         # drafts whose chance exceeds the least one
         count = max(0, (_cost_of(least) - 1) // each)
         count = min(count, MAX_CHAIN - 1, self.ints[Field.MAX_TOKENS] - 2 - position)
         if count <= 0:
             return starts
-        through = _chance(each) - _chance(min(each * (count + 1), LARGEST_COST))
-        drafted = through * CERTAIN // (CERTAIN - _chance(each))
+        through = chance_of(each) - chance_of(min(each * (count + 1), LARGEST_COST))
+        drafted = through * CERTAIN // (CERTAIN - chance_of(each))
         gain = comes_true * (drafted - count * price) // CERTAIN - price * (count + 1 - starts)
         return count + 1 if gain > 0 else starts
-
-    def _acceptance(self) -> int:
-        """Share of this request's tested drafts that passed, in LEVELS-ths, below LEVELS."""
-        passed = self.ints[Field.PASSED] + PRIOR_PASSED
-        return LEVELS * passed // (self.ints[Field.TESTED] + PRIOR_TESTED)
-
-
-def _chance(cost: int) -> int:
-    return chance_table()[min(cost, LARGEST_COST)]
 
 
 def _cost_of(chance: int) -> int:

@@ -1,4 +1,4 @@
-"""What rows are worth (``vllm_refusion/decoding/speculation.py``), for ``compose``."""
+"""What rows are worth (``vllm_refusion/decoding/speculation.py``), for the next canvas."""
 
 from __future__ import annotations
 
@@ -44,22 +44,32 @@ class Costs(NamedTuple):
 
 
 @triton.jit
-def prices_of(course, table_ptr, free_rows, pass_price):
-    acceptance = _LEVELS * (course.passed + _PRIOR_PASSED) // (course.tested + _PRIOR_TESTED)
-    speculates = (free_rows > 0) | (pass_price > 0)
-    return Prices(free_rows, pass_price, table_ptr, acceptance, speculates)
+def acceptance(passed, tested):
+    return _LEVELS * (passed + _PRIOR_PASSED) // (tested + _PRIOR_TESTED)
 
 
 @triton.jit
-def chance_of(cost, prices):
-    return tl.load(prices.table + _LEVELS + 1 + tl.minimum(cost, _LARGEST_COST))
+def level_of(confidence):
+    level = confidence * _LEVELS
+    return tl.where(level > 0, tl.minimum(level, _LEVELS), 0.0).to(tl.int32)
+
+
+@triton.jit
+def prices_of(course, table_ptr, free_rows, pass_price):
+    speculates = (free_rows > 0) | (pass_price > 0)
+    passes = acceptance(course.passed, course.tested)
+    return Prices(free_rows, pass_price, table_ptr, passes, speculates)
+
+
+@triton.jit
+def chance_of(cost, table):
+    return tl.load(table + _LEVELS + 1 + tl.minimum(cost, _LARGEST_COST))
 
 
 @triton.jit
 def test_costs(block, prices, lanes):
     """Nothing where there is no proposal or it takes no test."""
-    level = block.confidence * _LEVELS
-    level = tl.where(level > 0, tl.minimum(level, _LEVELS), 0.0).to(tl.int32)
+    level = level_of(block.confidence)
     cost = tl.load(prices.table + level, mask=takes_test(block, lanes), other=0)
     through = tl.cumsum(cost, axis=0)
     return Costs(cost, through, tl.gather(through - cost, lanes.slot_start, axis=0))
@@ -76,7 +86,7 @@ def worth_feeding(chance, again, prices):
 def predict_width(ints, canvas, prices, lanes):
     """The most masks of a predict."""
     cost = tl.load(prices.table + prices.acceptance) * (lanes.p - 1)
-    worth = worth_feeding(chance_of(tl.maximum(cost, 0), prices), lanes.p, prices)
+    worth = worth_feeding(chance_of(tl.maximum(cost, 0), prices.table), lanes.p, prices)
     width = first((lanes.p >= 1) & ((lanes.p >= lanes.size) | (worth == 0)), lanes)
     # an operation that goes on may take a slot's rows more than what is open in the block
     fits = tl.load(ints + F_BLOCK_LENGTH) + lanes.size <= canvas.length

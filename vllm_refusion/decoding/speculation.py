@@ -82,3 +82,18 @@ def device_table(device: torch.device) -> torch.Tensor:
 
 
 LARGEST_COST = len(chance_table()) - 1
+
+
+def chance_of(cost: int) -> int:
+    return chance_table()[min(cost, LARGEST_COST)]
+
+
+def cost_of(confidence: float) -> int:
+    """Cost of a token that was picked with that probability; NaN is none."""
+    level = confidence * LEVELS
+    return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]
+
+
+def acceptance(passed: int, tested: int) -> int:
+    """Share of a request's tested tokens that passed, in LEVELS-ths, below LEVELS."""
+    return LEVELS * (passed + PRIOR_PASSED) // (tested + PRIOR_TESTED)
