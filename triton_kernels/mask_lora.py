@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.triton_kernels.checks import check
+from vllm_refusion.triton_kernels.mask_lora_twin import LEAST_RANK
 
 MAX_BLOCKS = 3
-LEAST_RANK = 16  # of a matrix product's smallest tile
 FIND_TILE = 1024
 EMBED_TILE = 1024
 ROW_PROGRAMS = 8  # tiles of rows side by side; more of them take turns
@@ -74,7 +74,7 @@ def _embed_masks_kernel(
         tl.store(y_ptr + row * y_stride + column, embedding, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_rows"])
 def _shrink_kernel(
     x_ptr, a_ptr, partial_ptr, rows_ptr, count_ptr, x_stride, most_rows,
     IN: tl.constexpr, RANK: tl.constexpr, SPLIT_COLUMNS: tl.constexpr,
@@ -106,7 +106,7 @@ def _shrink_kernel(
         tl.store(at, total, mask=exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_rows"])
 def _expand_kernel(
     y_ptr, partial_ptr, b_ptr, rows_ptr, count_ptr, y_stride, most_rows, scale,
     COLUMN0: tl.constexpr, WIDTH0: tl.constexpr, COLUMN1: tl.constexpr, WIDTH1: tl.constexpr,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+LEAST_RANK = 16  # the kernel's: of a matrix product's smallest tile
+
 
 def find_masks_twin(
     input_ids: torch.Tensor,

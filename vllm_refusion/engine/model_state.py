@@ -240,6 +240,15 @@ class ReFusionModelState(ModelState):
             self.visibility,
             slot_mappings,
         )
+        masks = self.model.mask_rows
+        if masks is not None:
+            self.operations.find_masks(
+                input_batch.input_ids,
+                input_batch.num_tokens,
+                self.decode_state.mask_token_id,
+                masks.rows,
+                masks.count,
+            )
         metadata = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,
@@ -259,6 +268,8 @@ class ReFusionModelState(ModelState):
         for layer_metadata in metadata.values():
             layer_metadata.visibility = self.visibility[:num_tokens]
             layer_metadata.prompt_tail = prompt_tail
+            # a graph is replayed for steps with masks, too
+            layer_metadata.feeds_masks = full or for_capture or input_batch.num_draft_tokens > 0
         return metadata
 
     def _prompt_tail(self, input_batch: InputBatch) -> PromptTail | None:
