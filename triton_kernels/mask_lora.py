@@ -242,8 +242,10 @@ def mask_lora(
     splits = triton.cdiv(columns, split_columns)
     row_programs = min(triton.cdiv(num_rows, block_m), ROW_PROGRAMS)
     overlap = not interpreted and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    options = {"OVERLAP": overlap, "UPCAST": interpreted and x.dtype == torch.bfloat16}
-    options |= {"num_warps": 4} | ({"launch_pdl": True} if overlap else {})
+    options: dict[str, bool | int] = {"OVERLAP": overlap, "num_warps": 4}
+    options["UPCAST"] = interpreted and x.dtype == torch.bfloat16
+    if overlap:
+        options["launch_pdl"] = True
 
     partial = torch.empty(splits, num_rows, number * rank, dtype=torch.float32, device=x.device)
     _shrink_kernel[(row_programs, splits, number)](

@@ -65,8 +65,8 @@ def _with_adapter(overrides: Any, folder: str) -> Any:
     for name in ("mask_token_id", "architectures"):
         if name in (overrides or {}):
             raise ValueError(
-                f"hf_overrides has {name}={overrides[name]!r}: beside a mask adapter, which decides "
-                "it, allowed is to leave it out."
+                f"hf_overrides has {name}={overrides[name]!r}: beside a mask adapter allowed is to "
+                "leave it out."
             )
     return {**(overrides or {}), ADAPTER_OPTION: folder}
 

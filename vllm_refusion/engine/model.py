@@ -80,9 +80,7 @@ class ReFusionMixin:
         model = self._vllm_config.model_config
         if self._adapter is not None and not Path(model.model).is_dir():
             cache = self._vllm_config.load_config.download_dir
-            check_base(
-                self._adapter, compat.downloaded_folder(model.model, model.revision, cache)
-            )
+            check_base(self._adapter, compat.downloaded_folder(model.model, model.revision, cache))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Passes the rows on: the sampler computes logits in chunks, to bound their memory.
