@@ -27,6 +27,7 @@ from vllm_refusion.engine import compat
 from vllm_refusion.engine.config_hook import ReFusionConfig
 from vllm_refusion.engine.pass_cost import ASSUMED_COST
 from vllm_refusion.engine.row_budget import RowBudget
+from vllm_refusion.engine.step_cost import StepCost
 from vllm_refusion.triton_kernels.dispatch import operations
 
 
@@ -243,7 +244,7 @@ def test_row_manager_lays_out_a_step(takes_drafts, monkeypatch):
         SimpleNamespace(num_computed_tokens=computed),
         starts,
         sizes=[],
-        cost=ASSUMED_COST,
+        cost=StepCost(ASSUMED_COST, learns=False),
         riders=True,
     )
     manager = compat.RowManager(budget)

@@ -151,6 +151,7 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
         PickLimits(max_requests, vocab_size, "cpu"),
         {},
         set(),
+        set(),
     )
 
 

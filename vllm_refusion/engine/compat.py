@@ -582,7 +582,11 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable:
     def allocate(request: Any, num_new_tokens: int, **kwargs: Any) -> Any:
         end = request.num_computed_tokens + num_new_tokens
         end += kwargs.get("num_new_computed_tokens", 0)
-        kwargs["num_lookahead_tokens"] = lookahead(request, end)
+        ahead = lookahead(request, end)
+        if kwargs.keys() == _OF_RUNNING and _holds(manager, request, end + ahead):
+            manager.cache_blocks(request, min(end, request.num_tokens))
+            return manager.empty_kv_cache_blocks
+        kwargs["num_lookahead_tokens"] = ahead
         return allocate_slots(request, num_new_tokens, **kwargs)
 
     def cache_in_order(request: Any, num_computed_tokens: int) -> None:
@@ -590,6 +594,21 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable:
 
     manager.allocate_slots = allocate
     manager.coordinator.cache_blocks = cache_in_order
+
+
+_OF_RUNNING = {"num_lookahead_tokens"}  # what the scheduler says of a running request's slots
+
+
+def _holds(manager: Any, request: Any, end: int) -> bool:
+    """Whether a running request has pages up to ``end``: most steps, and vLLM's way there is long.
+
+    Full attention frees no pages behind a window, so there is nothing else to do.
+    """
+    end = min(end, manager.max_model_len)
+    return all(
+        len(group.req_to_blocks.get(request.request_id, ())) * group.block_size >= end
+        for group in manager.coordinator.single_type_managers
+    )
 
 
 def count_passes(request: Any, canvas_length: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -39,6 +40,7 @@ from vllm_refusion.engine.settings import (
     server_defaults,
     tracing_enabled,
 )
+from vllm_refusion.engine.step_cost import StepCost
 from vllm_refusion.triton_kernels.dispatch import operations
 
 
@@ -98,6 +100,7 @@ class ReFusionModelState(ModelState):
             self.req_states,
             self.limits,
             self.records,
+            self._req_of,
             self.serial,
         )
         return self.sampler, None
@@ -173,10 +176,13 @@ class ReFusionModelState(ModelState):
             self.req_states,
             query_start_loc,
             sizes,
-            self.pass_cost or ASSUMED_COST,
+            StepCost(self.pass_cost or ASSUMED_COST, learns=self._learns_cost()),
             fuses_passes(self.vllm_config),
         )
         return self.sampler.row_budget
+
+    def _learns_cost(self) -> bool:
+        return self.device.type == "cuda" and get_tensor_model_parallel_world_size() == 1
 
     def _limit_picks(self, req: int, spec: RequestSpec) -> None:
         bias = bias_row(
@@ -264,18 +270,30 @@ class ReFusionModelState(ModelState):
             for_cudagraph_capture=for_capture,
         )
         # a graph would replay the tail of the batch that it was captured with
-        prompt_tail = None if full or for_capture else self._prompt_tail(input_batch)
+        prompt_tail = None if full or for_capture else self._causal_tail(input_batch)
         for layer_metadata in metadata.values():
             layer_metadata.visibility = self.visibility[:num_tokens]
             layer_metadata.prompt_tail = prompt_tail
             # a graph is replayed for steps with masks, too
             layer_metadata.feeds_masks = full or for_capture or input_batch.num_draft_tokens > 0
+        if self.sampler.row_budget is not None and not for_capture:
+            self.sampler.row_budget.cost.launch()
         return metadata
 
-    def _prompt_tail(self, input_batch: InputBatch) -> PromptTail | None:
-        is_prompt = input_batch.is_prefilling_np & ~self._repeats_tokens[input_batch.idx_mapping_np]
+    def _causal_tail(self, input_batch: InputBatch) -> PromptTail | None:
+        """The requests at the end whose rows are plainly causal.
+
+        Those are prompts, and, if all of the batch are such, prompts with the first canvas of
+        serial mode: masks in position order. Where other canvases come before them, the host does
+        not know the row that they begin at.
+        """
+        requests = input_batch.idx_mapping_np
+        is_prompt = input_batch.is_prefilling_np & ~self._repeats_tokens[requests]
         if input_batch.num_draft_tokens_per_req is not None:
-            is_prompt &= input_batch.num_draft_tokens_per_req == 0
+            plain = input_batch.num_draft_tokens_per_req == 0
+            starts_serial = np.isin(requests, list(self.serial)) if self.serial else plain
+            if not (is_prompt & (plain | starts_serial)).all():
+                is_prompt &= plain
         return PromptTail.of_batch(
             is_prompt,
             input_batch.query_start_loc_np,

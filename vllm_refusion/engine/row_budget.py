@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_refusion.decoding.speculation import CERTAIN, MAX_PRICE, NO_RIDERS, Speculation
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.config_hook import CAPTURE_SIZES
-from vllm_refusion.engine.pass_cost import PassCost
+from vllm_refusion.engine.step_cost import StepCost
 from vllm_refusion.triton_kernels.allocation_twin import TOTALS
 from vllm_refusion.triton_kernels.dispatch import Operations
 
@@ -38,7 +38,7 @@ class RowBudget:
     Args:
         query_start_loc: [R+1] int32, where the runner reads the layout of every step.
         sizes: numbers of rows that CUDA graphs were captured for, ascending; empty for none.
-        cost: of forward passes.
+        cost: of steps, by their rows.
         riders: whether passes may carry riders.
     """
 
@@ -49,7 +49,7 @@ class RowBudget:
         req_states: RequestState,
         query_start_loc: torch.Tensor,
         sizes: list[int],
-        cost: PassCost,
+        cost: StepCost,
         riders: bool,
     ) -> None:
         self.state = state
@@ -147,6 +147,7 @@ class RowBudget:
             return
         if self._copied is not None:
             self._copied.synchronize()
+        self.cost.learn()
         self._recent.append(self._totals_host.numpy() / self._decoding)
 
     def _choose(self, decoding: int, scheduled: int) -> int:
@@ -167,8 +168,10 @@ class RowBudget:
         return int(sizes[np.argmin(cost / np.maximum(value, 1e-9))])
 
     def _speculate(self, decoding: int) -> Speculation:
-        price = min(max(self.cost.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
-        return Speculation(self.cost.free_rows // max(decoding, 1), int(price), self._row_price())
+        price = min(max(self.cost.passes.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
+        return Speculation(
+            self.cost.passes.free_rows // max(decoding, 1), int(price), self._row_price()
+        )
 
     def _row_price(self) -> int:
         """What a row of serial decoding costs in tokens, in 1/CERTAIN: those of the time it takes.

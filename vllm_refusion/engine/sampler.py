@@ -42,6 +42,7 @@ class CanvasSampler:
         req_states: RequestState,
         limits: PickLimits,
         records: Mapping[int, Record],
+        requests: Collection[str],
         serial: Collection[int],
     ) -> None:
         self.model = model
@@ -50,7 +51,8 @@ class CanvasSampler:
         self.req_states = req_states
         self.limits = limits
         self.records = records
-        self.serial = serial
+        self.requests = requests  # all there are
+        self.serial = serial  # those in serial mode, by req
         self.row_budget: RowBudget | None = None  # starts with the first request
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
@@ -107,13 +109,18 @@ class CanvasSampler:
             output.num_rejected,
             budget.speculation if budget else NO_RIDERS,
         )
-        self.operations.transition(*batch, self.given_prob, self._emit_limit(input_batch), *results)
-        if self.serial:
+        # without any requests both, so that both are compiled before the first one
+        if len(self.serial) < len(self.requests) or not self.requests:
+            emit_limit = self._emit_limit(input_batch)
+            self.operations.transition(*batch, self.given_prob, emit_limit, *results)
+        if self.serial or not self.requests:
             self.operations.serial_transition(*batch, *results)
         if input_batch.num_draft_tokens:
             # the runner makes Python lists of them: no wider than what can be in them
             most = int(input_batch.num_draft_tokens_per_req.max())
             output.sampled_token_ids = output.sampled_token_ids[:, :most].contiguous()
+        if budget is not None:
+            budget.cost.end(rows if rows == input_batch.num_tokens else 0)
         if self.records:
             output.logprobs_tensors = self._emitted_logprobs(input_batch, output.num_sampled)
         return output

@@ -51,9 +51,7 @@ class _CanvasScheduling:
         """
         spec = self._spec(request)
         if spec.serial:
-            # half of what there is, so that prompts get on
-            share = self.max_num_scheduled_tokens // (2 * max(1, len(self.running)))
-            return max(self.serial_rows, min(self.canvas_length, share))
+            return self._serial_width()
         params = spec.decoding
         emitted = params.whole_slots(request.num_output_tokens)
         left = spec.budget - emitted
@@ -68,15 +66,21 @@ class _CanvasScheduling:
         share = self.max_num_scheduled_tokens // max(1, len(self.running))
         return max(needed, min(self.canvas_length, share))
 
+    def _serial_width(self) -> int:
+        """The same of all requests in serial mode: shares of one half, so that prompts get on."""
+        share = self.max_num_scheduled_tokens // (2 * max(1, len(self.running)))
+        return max(self.serial_rows, min(self.canvas_length, share))
+
     def _spec(self, request: Request) -> RequestSpec:
-        if not hasattr(request, "refusion_spec"):
-            request.refusion_spec = RequestSpec.of(
+        spec = getattr(request, "refusion_spec", None)
+        if spec is None:
+            spec = request.refusion_spec = RequestSpec.of(
                 request.sampling_params,
                 request.num_prompt_tokens,
                 self.decoding_defaults,
                 self.vllm_config.model_config.max_model_len,
             )
-        return request.refusion_spec
+        return spec
 
     def _lookahead(self, request: Request, scheduled_end: int) -> int:
         """KV entries to reserve past ``scheduled_end``, the end of what is scheduled now.
@@ -106,7 +110,10 @@ class _CanvasScheduling:
 
         Not to long prompts: they have attention kernels of their own, and gain little.
         """
+        decoding = scheduled.scheduled_spec_decode_tokens
         for request_id, rows in scheduled.num_scheduled_tokens.items():
+            if request_id in decoding:
+                continue
             request = self.requests[request_id]
             prompt = request.num_prompt_tokens
             canvas = self._spec(request).first_rows
@@ -126,10 +133,15 @@ class _CanvasScheduling:
         if self.fuses_passes:
             self._plan_with_prompts(scheduler_output)
         super()._update_after_schedule(scheduler_output)
+        # What a canvas holds is decided on the device: vLLM only needs the number.
+        serial_canvas = [-1] * self._serial_width()
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]
-            if not request.is_prefill_chunk:
-                # What the canvas holds is decided on the device: vLLM only needs the number.
+            if request.is_prefill_chunk:
+                continue
+            if self._spec(request).serial:
+                request.spec_token_ids = serial_canvas
+            else:
                 request.spec_token_ids = [-1] * self.canvas_width(request)
 
     def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:

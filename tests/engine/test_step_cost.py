@@ -1,0 +1,40 @@
+"""What a step costs by its rows, learned from the steps that run."""
+
+import numpy as np
+import pytest
+
+from vllm_refusion.engine.pass_cost import PassCost
+from vllm_refusion.engine.step_cost import PREPARATION, StepCost
+
+PASSES = PassCost((32, 64, 256), (4.0, 5.0, 11.0))
+
+
+def of(cost, *rows):
+    return cost.of(np.array(rows)).tolist()
+
+
+def test_at_first_a_step_costs_its_pass():
+    assert of(StepCost(PASSES, learns=False), 32, 64, 160) == [4.0, 5.0, 8.0]
+
+
+def test_what_is_around_a_pass_is_added_at_every_size():
+    cost = StepCost(PASSES, learns=False)
+    for _ in range(200):
+        cost.observe(64, waited=0.2, busy=5.8)
+    assert of(cost, 32, 64, 256) == pytest.approx([5.0, 6.0, 12.0])
+
+
+def test_rows_cost_nothing_up_to_what_the_host_takes():
+    cost = StepCost(PASSES, learns=False)
+    for _ in range(200):
+        cost.observe(64, waited=3.0, busy=5.0)
+    assert of(cost, 32, 64, 140) == pytest.approx([8.0] * 3, rel=1e-3)
+    assert of(cost, 256)[0] == pytest.approx(11 + PREPARATION)
+
+
+def test_a_shorter_step_shows_at_once_that_the_host_takes_no_more():
+    cost = StepCost(PASSES, learns=False)
+    for _ in range(200):
+        cost.observe(64, waited=9.0, busy=5.0)
+    cost.observe(32, waited=0.1, busy=4.0)
+    assert cost.host == pytest.approx(4.1)
