@@ -185,10 +185,15 @@ def _embed(module: nn.Module, arguments: Any, embedded: torch.Tensor) -> None:
     )
 
 
-def _feeds_masks() -> bool:
-    """Whether a step may feed masks, where that is known when its kernels are launched."""
+def _masks_of_step(count: torch.Tensor) -> torch.Tensor | None:
+    """``count``, or None where no row is a mask and no graph is captured.
+
+    A pass without metadata is a made-up one: what is listed are masks of another step.
+    """
     metadata = get_forward_context().attn_metadata
-    return not metadata or next(iter(metadata.values())).feeds_masks
+    if not metadata:
+        return torch.zeros_like(count)
+    return count if next(iter(metadata.values())).feeds_masks else None
 
 
 def _mask_lora(
@@ -201,15 +206,17 @@ def _mask_lora(
     scale: float,
     blocks: list[int],
 ) -> None:
-    if _feeds_masks():
-        operations(y.device).mask_lora(y, x, a, b, rows, count, scale, blocks)
+    masks = _masks_of_step(count)
+    if masks is not None:
+        operations(y.device).mask_lora(y, x, a, b, rows, masks, scale, blocks)
 
 
 def _embed_masks(
     y: torch.Tensor, embedding: torch.Tensor, rows: torch.Tensor, count: torch.Tensor
 ) -> None:
-    if _feeds_masks():
-        operations(y.device).embed_masks(y, embedding, rows, count)
+    masks = _masks_of_step(count)
+    if masks is not None:
+        operations(y.device).embed_masks(y, embedding, rows, masks)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -271,11 +271,12 @@ class ReFusionModelState(ModelState):
         )
         # a graph would replay the tail of the batch that it was captured with
         prompt_tail = None if full or for_capture else self._causal_tail(input_batch)
+        # dummy batches, from which any graph may be captured, have no prompts
+        prompts_alone = input_batch.has_prefill and not input_batch.num_draft_tokens
         for layer_metadata in metadata.values():
             layer_metadata.visibility = self.visibility[:num_tokens]
             layer_metadata.prompt_tail = prompt_tail
-            # a graph is replayed for steps with masks, too
-            layer_metadata.feeds_masks = full or for_capture or input_batch.num_draft_tokens > 0
+            layer_metadata.feeds_masks = full or not prompts_alone
         if self.sampler.row_budget is not None and not for_capture:
             self.sampler.row_budget.cost.launch()
         return metadata
