@@ -50,9 +50,9 @@ class MaskRows:
         rows: [most rows] int32, ascending. count: [1] int32, how many of them hold.
     """
 
-    def __init__(self, most_rows: int) -> None:
-        self.rows = torch.zeros(most_rows, dtype=torch.int32)
-        self.count = torch.zeros(1, dtype=torch.int32)
+    def __init__(self, most_rows: int, device: torch.device) -> None:
+        self.rows = torch.zeros(most_rows, dtype=torch.int32, device=device)
+        self.count = torch.zeros(1, dtype=torch.int32, device=device)
 
     def share_with(self, module: nn.Module) -> None:
         module.register_buffer("mask_rows", self.rows, persistent=False)
@@ -71,11 +71,6 @@ class _OnMaskRows(LinearMethodBase):
         self.scale = scale
         self.blocks = blocks
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "base":
-            raise AttributeError(name)
-        return getattr(self.base, name)
-
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
         self.base.create_weights(*args, **kwargs)
 
@@ -93,17 +88,19 @@ class _OnMaskRows(LinearMethodBase):
         return y
 
 
-def apply_adapter(model: nn.Module, adapter: MaskAdapter, vllm_config: VllmConfig) -> MaskRows:
-    """Puts ``adapter`` on a causal LM whose layers are made, on the device where these are.
+def apply_adapter(
+    model: nn.Module, adapter: MaskAdapter, vllm_config: VllmConfig, device: torch.device
+) -> MaskRows:
+    """Puts ``adapter`` on a causal LM whose weights are loaded and processed, on ``device``.
 
     Raises:
         ValueError: its tensors do not fit the model; names one.
     """
-    backbone, dtype = model.model, vllm_config.model_config.dtype
-    with torch.device("cpu"):
-        tensors = adapter_tensors(adapter.folder)
-    masks = MaskRows(vllm_config.scheduler_config.max_num_batched_tokens)
-    embedding = _as_parameter(tensors.pop(MASK_EMBEDDING), dtype)
+    backbone = model.model
+    like = {"device": device, "dtype": vllm_config.model_config.dtype}
+    tensors = adapter_tensors(adapter.folder)
+    masks = MaskRows(vllm_config.scheduler_config.max_num_batched_tokens, device)
+    embedding = tensors.pop(MASK_EMBEDDING).to(**like)
     _check(adapter, MASK_EMBEDDING, embedding, (vllm_config.model_config.get_hidden_size(),))
     backbone.embed_tokens.register_buffer("mask_embedding", embedding, persistent=False)
     masks.share_with(backbone.embed_tokens)
@@ -118,7 +115,7 @@ def apply_adapter(model: nn.Module, adapter: MaskAdapter, vllm_config: VllmConfi
             if pairs:
                 module = layer.get_submodule(name)
                 masks.share_with(module)
-                _adapt(adapter, f"layers.{number}.{name}", module, pairs, dtype)
+                _adapt(adapter, f"layers.{number}.{name}", module, pairs, like)
     if tensors:
         raise ValueError(
             f"{adapter.folder / TENSORS}: {min(tensors)} is of no layer of the model, which has "
@@ -132,7 +129,7 @@ def _adapt(
     name: str,
     layer: LinearBase,
     pairs: list[tuple[int, torch.Tensor, torch.Tensor]],
-    dtype: torch.dtype,
+    like: dict[str, Any],
 ) -> None:
     """Gives ``layer`` this rank's part of (index among the stacked, A [r, in], B [out, r])."""
     rank = max(LEAST_RANK, 1 << math.ceil(math.log2(adapter.rank)))
@@ -151,9 +148,8 @@ def _adapt(
         parts_a.append(nn.functional.pad(a, (0, 0, 0, rank - adapter.rank)))
         parts_b.append(nn.functional.pad(b, (0, rank - adapter.rank)))
         blocks += [sum(widths[:index]), widths[index]]
-    a, b = torch.cat(parts_a), torch.cat(parts_b)
-    layer.register_buffer("mask_lora_a", _as_parameter(a, dtype), persistent=False)
-    layer.register_buffer("mask_lora_b", _as_parameter(b, dtype), persistent=False)
+    layer.register_buffer("mask_lora_a", torch.cat(parts_a).to(**like), persistent=False)
+    layer.register_buffer("mask_lora_b", torch.cat(parts_b).to(**like), persistent=False)
     layer.quant_method = _OnMaskRows(layer.quant_method, adapter.scale, blocks)
 
 
@@ -163,11 +159,6 @@ def _part(layer: LinearBase, index: int) -> tuple[int, int]:
     if isinstance(layer, QKVParallelLinear) and index > 0:
         replicas = layer.num_kv_head_replicas
     return layer.tp_rank // replicas, layer.tp_size // replicas
-
-
-def _as_parameter(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy where the model's parameters are being made."""
-    return torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
 
 
 def _check(adapter: MaskAdapter, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -15,7 +15,6 @@ from vllm_refusion.adapters import check_base
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.adapter_option import adapter_of
 from vllm_refusion.engine.attention import CanvasAttentionBackend
-from vllm_refusion.engine.mask_adapter import apply_adapter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,9 +32,7 @@ class ReFusionMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with compat.attention_backend(CanvasAttentionBackend):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        adapter = adapter_of(vllm_config.model_config)
-        self.mask_rows = None if adapter is None else apply_adapter(self, adapter, vllm_config)
-        self._adapter, self._vllm_config = adapter, vllm_config
+        self._vllm_config = vllm_config
         self._quantised = vllm_config.quant_config is not None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -78,9 +75,10 @@ class ReFusionMixin:
     def _check_download(self) -> None:
         """A base from the hub is on the disk only now; see ``take_adapter`` for others."""
         model = self._vllm_config.model_config
-        if self._adapter is not None and not Path(model.model).is_dir():
+        adapter = adapter_of(model)
+        if adapter is not None and not Path(model.model).is_dir():
             cache = self._vllm_config.load_config.download_dir
-            check_base(self._adapter, compat.downloaded_folder(model.model, model.revision, cache))
+            check_base(adapter, compat.downloaded_folder(model.model, model.revision, cache))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Passes the rows on: the sampler computes logits in chunks, to bound their memory.
