@@ -60,8 +60,8 @@ class ReFusionModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.operations = operations(device)
-        adapter = adapter_of(self.model_config)
-        self.mask_rows = adapter and apply_adapter(model, adapter, vllm_config, device)
+        self.adapter = adapter_of(self.model_config)
+        self.mask_rows = self.adapter and apply_adapter(model, self.adapter, vllm_config, device)
         self.recorder: Recorder | None = None
         self.defaults = server_defaults(self.model_config)
         self.slack = position_slack(vllm_config)
