@@ -73,6 +73,14 @@ class RowBudget:
         self._rows = 0
         self.rows_run = 0  # of all steps, with those that nothing used
 
+    def compile(self) -> None:
+        """Deals no rows to an index without a request."""
+        self._rows = 0
+        nothing = np.zeros(1, np.int32)
+        self.assume(nothing, nothing)
+        self._num_decoding = 1
+        self.deal(torch.zeros(1, dtype=torch.int64, device=self.state.device))
+
     def settle(self, decoding: int, scheduled: int) -> int:
         """Decode rows of a step in which so many requests decode, of so many scheduled rows."""
         self._learn()
