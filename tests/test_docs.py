@@ -18,6 +18,7 @@ import sys
 import tokenize
 from pathlib import Path
 
+import openai
 import pytest
 
 from vllm_refusion.cli import build_parser
@@ -44,6 +45,8 @@ RUN_BY = {
     "make demo": "test_make",
     "make test": "test_make",
     "pip install": "test_installation",
+    "vllm serve FOLDER": "test_servers_of_mask_adapters",
+    "vllm serve Qwen/Qwen3-8B": "test_servers_of_mask_adapters",
     "vllm serve": "test_server_and_its_clients",
     "curl http://localhost:8000": "test_server_and_its_clients",
     "vllm-refusion bench --shape": "test_benchmark_commands_parse",  # hours on a GPU
@@ -352,7 +355,8 @@ def test_server_and_its_clients(tiny_checkpoint, tmp_path):
     from server import serve
 
     requests = [command for _, command in documented("sh") if command.startswith("curl")]
-    servers = [command for _, command in documented("sh") if command.startswith("vllm serve")]
+    test = "test_server_and_its_clients"
+    servers = [c for _, c in documented("sh") if c.startswith("vllm serve") and run_by(c) == test]
     assert requests and servers
     for command in servers:
         program, verb, model, *options = shlex.split(command)
@@ -362,6 +366,46 @@ def test_server_and_its_clients(tiny_checkpoint, tmp_path):
             for request in requests:
                 answer = json.loads(run(request.replace("http://localhost:8000", url), tmp_path))
                 assert answer["choices"][0]["finish_reason"] in ("stop", "length"), answer
+
+
+@pytest.mark.slow
+def test_servers_of_mask_adapters(tmp_path):
+    """A random adapter's folder, and its base with the option, answer as the base does."""
+    import torch
+    from mask_adapters import write_adapter
+    from server import MODEL_NAME, serve
+    from transformers import AutoModelForCausalLM
+
+    from conformance import build_model
+
+    base, adapter = build_model("qwen3-gqa2", tmp_path / "base"), tmp_path / "adapter"
+    config = json.loads((base / "config.json").read_text())
+    del config["mask_token_id"]
+    (base / "config.json").write_text(json.dumps(config))
+    write_adapter(adapter, base)
+    prompt = [5, 70, 33, 8]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30)
+    test = "test_servers_of_mask_adapters"
+    servers = [command for _, command in documented("sh") if run_by(command) == test]
+    assert len(servers) == 2
+    for command in servers:
+        _, _, model_name, *options = shlex.split(command.replace("FOLDER", str(adapter)))
+        served = adapter if model_name == str(adapter) else base
+        with serve(served, tmp_path, *options) as server:
+
+            def complete(**extra):
+                return server.client.completions.create(
+                    model=MODEL_NAME,
+                    prompt=prompt,
+                    max_tokens=30,
+                    temperature=0,
+                    extra_body={"return_token_ids": True} | extra,
+                )
+
+            assert complete().choices[0].token_ids == expected[0, len(prompt) :].tolist()
+            with pytest.raises(openai.BadRequestError, match="mode='parallel'.*mask adapter"):
+                complete(vllm_xargs={"mode": "parallel"})
 
 
 @pytest.mark.slow

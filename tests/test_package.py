@@ -38,6 +38,7 @@ RINGS = {
     "triton_cpu_stub": 0,
     "decoding": 0,
     "files": 0,
+    "adapters": 1,
     "rows": 1,
     "triton_kernels": 1,
     "engine": 2,

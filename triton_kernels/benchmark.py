@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from vllm_refusion.triton_kernels.canvas_attention import canvas_attention
+from vllm_refusion.triton_kernels.mask_lora import mask_lora
 from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE
 from vllm_refusion.triton_kernels.token_stats import token_stats
 from vllm_refusion.triton_kernels.token_stats_twin import allocate_stats
@@ -40,6 +41,7 @@ TESTS = {
     "canvas_attention": "test_canvas_attention.py",
     "write_kv": "test_canvas_attention.py",
     "token_stats": "test_token_stats.py",
+    "mask_lora": "test_mask_lora.py",
 }
 
 
@@ -136,6 +138,15 @@ ATTENTION_SHAPES += [Shape(1, 0, 1024), Shape(1, 0, 8192)]  # prompts
 ATTENTION_SHAPES += [Shape(1, 8192, 128, page=16), Shape(16, 8192, 128, page=16)]
 WRITE_ROWS = (32, 128, 512, 2048, 8192)
 STATS_ROWS = (1, 32, 128, 512, 2048)
+# of vLLM's linear layers: columns in, widths of the stacked outputs
+LINEARS = {
+    "qkv": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate_up": (4096, (12288, 12288)),
+    "down": (12288, (4096,)),
+}
+MASKS = ((0, 32), (16, 32), (0, 256), (64, 256), (256, 512))  # of rows
+ADAPTER_RANK = 64
 
 
 class Attention:
@@ -292,10 +303,45 @@ def token_stats_call(rows: int, temperature: float) -> Callable[[], object]:
     return lambda: token_stats(logits, row_request, positions, given, draws, **state, out=out)
 
 
+def benchmark_mask_lora(ceilings: Ceilings) -> list[Measured]:
+    """Per linear layer; a step has one of each in every layer."""
+    lines = []
+    for name, (columns, widths) in LINEARS.items():
+        for masks, rows in MASKS:
+            read = ADAPTER_RANK * (len(widths) * columns + sum(widths)) * ITEM if masks else 0
+            layers = max(1, min(MAX_LAYERS, GRAPH_BYTES // max(read, 1)))
+            calls = mask_lora_calls(columns, widths, masks, rows, layers)
+            moved = 4 + read + masks * (columns + 2 * sum(widths)) * ITEM
+            flops = 2.0 * masks * ADAPTER_RANK * (len(widths) * columns + sum(widths))
+            shape = f"{name} masks {masks} rows {rows}"
+            lines.append(measured("mask_lora", shape, time_calls(calls), moved, flops, ceilings))
+    return lines
+
+
+def mask_lora_calls(
+    columns: int, widths: Sequence[int], masks: int, rows: int, layers: int
+) -> list[Callable[[], None]]:
+    """A call for each layer, with a pair of factors of its own."""
+    x = torch.randn(rows, columns, **_like_served())
+    y = torch.randn(rows, sum(widths), **_like_served())
+    listed = torch.randperm(rows, device=DEVICE).int()
+    listed[:masks] = listed[:masks].sort().values
+    count = torch.tensor([masks], dtype=torch.int32, device=DEVICE)
+    blocks = [n for i, width in enumerate(widths) for n in (sum(widths[:i]), width)]
+
+    def call() -> Callable[[], None]:
+        a = torch.randn(len(widths) * ADAPTER_RANK, columns, **_like_served())
+        b = torch.randn(sum(widths), ADAPTER_RANK, **_like_served())
+        return partial(mask_lora, y, x, a, b, listed, count, 1e-4, blocks)
+
+    return [call() for _ in range(layers)]
+
+
 BENCHMARKS = {
     "canvas_attention": benchmark_canvas_attention,
     "write_kv": benchmark_write_kv,
     "token_stats": benchmark_token_stats,
+    "mask_lora": benchmark_mask_lora,
 }
 
 

@@ -30,6 +30,9 @@ class Operations:
     serial_transition: Callable[..., None]
     allocate: Callable[..., None]
     acceptance_stats: Callable[..., None]
+    find_masks: Callable[..., None]
+    embed_masks: Callable[..., None]
+    mask_lora: Callable[..., None]
 
 
 def operations(device: torch.device) -> Operations:
@@ -52,6 +55,7 @@ def _load(twins: bool) -> Operations:
             allocation_twin,
             canvas_attention_twin,
             layout_twin,
+            mask_lora_twin,
             serial_twin,
             token_stats_twin,
             transition_twin,
@@ -66,12 +70,16 @@ def _load(twins: bool) -> Operations:
             serial_transition=serial_twin.serial_transition_twin,
             allocate=allocation_twin.allocate_twin,
             acceptance_stats=acceptance_twin.acceptance_stats_twin,
+            find_masks=mask_lora_twin.find_masks_twin,
+            embed_masks=mask_lora_twin.embed_masks_twin,
+            mask_lora=mask_lora_twin.mask_lora_twin,
         )
     from vllm_refusion.triton_kernels import (
         acceptance,
         allocation,
         canvas_attention,
         layout,
+        mask_lora,
         serial,
         token_stats,
         transition,
@@ -87,4 +95,7 @@ def _load(twins: bool) -> Operations:
         serial_transition=serial.serial_transition,
         allocate=allocation.allocate,
         acceptance_stats=acceptance.acceptance_stats,
+        find_masks=mask_lora.find_masks,
+        embed_masks=mask_lora.embed_masks,
+        mask_lora=mask_lora.mask_lora,
     )

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from device import ON_GPU
+from mask_adapters import write_adapter
 
 from conformance import build_model
 from engine import engine, options_of
+from vllm_refusion.adapters import adapter_tensors, read_adapter
 from vllm_refusion.bench import contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
@@ -95,6 +97,8 @@ def test_real_weights_are_not_replayed(tmp_path):
         (["--shape", "qwen3-8b", "--sides", "ours"], "--sides"),
         (["--shape", "qwen3-8b", "--prompts", "x.jsonl"], "--prompts"),
         (["--model", "a", "--prompts", "x.jsonl"], "x.jsonl: No such file"),
+        (["--model", "a", "--adapter", "random:8"], "with --shape random:RANK"),
+        (["--shape", "qwen3-8b", "--adapter", "x"], "allowed are serial/SLOT"),
         (["--shape", "qwen3-8b", "--engine-args", "[1]"], "--engine-args: allowed is a JSON obj"),
         (["--shape", "qwen3-8b", "--engine-args", "{"], "--engine-args: not JSON"),
         (["--shape", "qwen3-8b", "--engine-args", "[" * 100_000], "nested too deeply"),
@@ -134,6 +138,30 @@ def test_engine_arguments_of_the_sides(tmp_path):
     assert [(p.name, c) for p, c in levels_of(made, "refusion")] == [
         ("32/128/0.9/0.4", 1), ("32/128/0.9/0.4", 4), ("canvas 64", 2)
     ]  # fmt: skip
+
+
+def test_a_random_adapter_beside_a_shape(tmp_path):
+    """The ReFusion side serves the stock shape, whose configuration has no mask token."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY_SHAPE))
+    made = settings(
+        tmp_path, "--shape", str(tmp_path / "config.json"), "--presets", "serial/16@0.8",
+        "--adapter", "random:6",
+    )  # fmt: skip
+    assert made.models["refusion"] == made.models["stock"]
+    args = engine_args(made, "refusion", 256, 8192)
+    folder = args["additional_config"]["refusion_adapter"]
+    assert read_adapter(folder).rank == 6
+    tensors = adapter_tensors(folder)
+    assert tensors["layers.1.self_attn.v_proj.lora_B"].shape == (64, 6)
+    assert "additional_config" not in engine_args(made, "stock", 256, 8192)
+
+
+def test_an_adapter_is_compared_with_its_base(tmp_path):
+    base = build_model("qwen3-gqa2", tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", base)
+    made = settings(tmp_path, "--model", str(folder), "--presets", "serial/16")
+    assert made.models["refusion"] == made.models["plain"] == str(folder)
+    assert Path(made.models["stock"]).resolve() == base.resolve()
 
 
 def test_stock_runs_without_the_plugin(monkeypatch):

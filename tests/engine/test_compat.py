@@ -49,6 +49,21 @@ def test_routing_is_still_needed(tiny_checkpoint):
     assert ours == ["ReFusionQwen3ForCausalLM"]
 
 
+def test_the_model_is_still_exchanged_where_engines_are_configured():
+    """Front ends go through it, and no hook before it sees the model and additional_config."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine import async_llm, llm_engine
+
+    patched = EngineArgs.create_engine_config
+    assert getattr(patched, compat._PATCHED)
+    assert not getattr(patched.__wrapped__, compat._PATCHED, False)
+    source = inspect.getsource(patched.__wrapped__)
+    exchanged = source.index("maybe_override_with_speculators")
+    assert exchanged < source.index("self.create_model_config()")
+    for module in (async_llm, llm_engine):
+        assert "engine_args.create_engine_config(" in inspect.getsource(module)
+
+
 def test_configurations_are_still_hooked_by_architecture():
     from vllm.config import VllmConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -12,8 +12,11 @@ import pytest
 import torch
 from device import ON_GPU
 from server import DEFAULTS, MODEL_NAME, extras, serve
+from vllm import SamplingParams, TokensPrompt
 
+from conformance import build_model
 from engine import engine
+from mask_adapters import write_adapter
 
 if not ON_GPU:
     pytestmark = pytest.mark.slow
@@ -51,6 +54,29 @@ def test_tensor_parallel(checkpoints, name):
         counters, costs = figures(llm)
     assert len(counters) == 2 and counters[0] == counters[1]
     assert costs[0] == costs[1] and (costs[0] != "None") == ON_GPU
+
+
+# ranks with heads of their own; one KV head for both, whose factors both have
+@pytest.mark.parametrize("name", ["qwen3-gqa2", "llama-gqa4"])
+def test_tensor_parallel_mask_adapter(name, tmp_path):
+    """Drafts are right as often as with one rank, and tokens those of the base."""
+    base = build_model(name, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base, rank=5)
+    prompts = [TokensPrompt(prompt_token_ids=[7, 20, 3, 5 + i]) for i in range(6)]
+    parameters = SamplingParams(
+        temperature=0, max_tokens=30, ignore_eos=True, logprobs=1, detokenize=False
+    )
+
+    def answers(model, **options):
+        with engine(model, **options) as llm:
+            outputs = [o.outputs[0] for o in llm.generate(prompts, parameters, use_tqdm=False)]
+            counters = llm.collective_rpc("refusion_counters")
+        return [list(output.token_ids) for output in outputs], counters
+
+    tokens, (alone,) = answers(adapter)
+    parallel_tokens, counters = answers(adapter, **TWO_RANKS)
+    assert parallel_tokens == tokens
+    assert counters == [alone, alone]
 
 
 def test_tensor_parallel_with_preemptions(checkpoints, preemptions):

@@ -13,14 +13,24 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from vllm_refusion.triton_kernels import allocation, layout, transition
+from vllm_refusion.triton_kernels import allocation, layout, mask_lora, transition
 
+TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": True, "UPCAST": False}
+SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
+EXPAND = TILE | {"BLOCKS": 3, "SPLITS": 8, "BLOCK_N": 128, "TILES": 4}
+for block, width in enumerate((4096, 1024, 1024)):
+    EXPAND |= {f"COLUMN{block}": 4096 + 1024 * (block - 1) if block else 0, f"WIDTH{block}": width}
 kernel, constants = {
     "transition": (transition._transition_kernel, {"CANVAS": 48, "LANES": 64}),
     "layout": (layout._layout_kernel, {"BLOCK": 1024}),
     "allocation": (allocation._allocate_kernel, {"LANES": 64}),
+    "find_masks": (mask_lora._find_masks_kernel, {"BLOCK": 1024}),
+    "embed_masks": (mask_lora._embed_masks_kernel, {"HIDDEN": 4096, "BLOCK": 1024}),
+    "shrink": (mask_lora._shrink_kernel, SHRINK),
+    "expand": (mask_lora._expand_kernel, EXPAND),
 }[sys.argv[1]]
-FLOATS = {"floats", "picked_prob", "given_prob"}
+FLOATS = {"floats", "picked_prob", "given_prob", "partial"}
+HALVES = {"x", "y", "a", "b", "embedding"}
 LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "slot_mappings"}
 
 
@@ -28,8 +38,10 @@ def type_of(name):
     if name in constants:
         return "constexpr"
     if not name.endswith("_ptr"):
-        return "i32"
+        return "fp32" if name == "scale" else "i32"
     base = name.removesuffix("_ptr")
+    if base in HALVES:
+        return "*bf16"
     return "*fp32" if base in FLOATS else "*i64" if base in LONGS else "*i32"
 
 
@@ -42,7 +54,10 @@ assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 """
 
 
-@pytest.mark.parametrize("kernel", ["transition", "layout", "allocation"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["transition", "layout", "allocation", "find_masks", "embed_masks", "shrink", "expand"],
+)
 def test_compiles(kernel, tmp_path):
     environment = dict(
         os.environ,

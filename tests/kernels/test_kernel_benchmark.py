@@ -17,6 +17,7 @@ def test_calls_run(monkeypatch, operation):
     small = {"VOCAB": 300, "GRAPH_BYTES": 1, "TABLE_ENTRIES": 256, "WRITE_ROWS": (3, 40)}
     small |= {"DEVICE": DEVICE, "STATS_ROWS": (1, 5), "time_calls": time_calls}
     small["ATTENTION_SHAPES"] = [benchmark.Shape(2, 70, 5), benchmark.Shape(1, 0, 9, page=16)]
+    small |= {"LINEARS": {"qkv": (40, (24, 9, 9)), "o": (24, (40,))}, "MASKS": ((0, 3), (2, 5))}
     small["flash_attention_3_is_installed"] = lambda: False
     for name, value in small.items():
         monkeypatch.setattr(benchmark, name, value)

@@ -19,6 +19,7 @@ from vllm_refusion.bench.load import Load, run_load, summarise
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import matrix_parameters
 from vllm_refusion.engine import compat
+from vllm_refusion.engine.settings import ADAPTER_OPTION, SCHEDULE_OPTION
 from vllm_refusion.files import read_json, write_text
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
@@ -65,7 +66,9 @@ def engine_args(settings: Settings, side: str, context: int, token_budget: int) 
         schedule = "plain" if side == "plain" else "fused"
         canvas = settings.canvas_length if side == "plain" else max(256, settings.canvas_length)
         args["diffusion_config"] = {"canvas_length": canvas}
-        args["additional_config"] = {"refusion_schedule": schedule}
+        args["additional_config"] = {SCHEDULE_OPTION: schedule}
+        if settings.adapter is not None:
+            args["additional_config"][ADAPTER_OPTION] = settings.adapter
         # the server's default block must fit the canvas too
         args["override_generation_config"] = settings.presets[0].parameters
         if any(preset.chances for preset in settings.presets):

@@ -18,7 +18,12 @@ from typing import Any
 
 from vllm_refusion.bench import report
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
-from vllm_refusion.bench.shapes import SHAPES, write_checkpoints
+from vllm_refusion.bench.shapes import (
+    SHAPES,
+    shape_config,
+    write_checkpoints,
+    write_random_adapter,
+)
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.engine.settings import BENCHMARK_ENV
 from vllm_refusion.files import json_object, read_json, write_text
@@ -39,8 +44,12 @@ LAST_LINES = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments; imports nothing heavy."""
     add = parser.add_argument
-    add("--model", help="ReFusion checkpoint; also the stock side's unless --stock-model is given")
-    add("--stock-model", help="checkpoint of the stock side")
+    add("--model", help="ReFusion checkpoint, or a mask adapter's folder")
+    add("--stock-model", help="checkpoint of the stock side (default: --model, or its base)")
+    add(
+        "--adapter",
+        help="mask adapter on the ReFusion side: a folder, or with --shape random:RANK",
+    )
     add(
         "--shape",
         help=f"dummy weights and replayed acceptance instead: {', '.join(SHAPES)}, "
@@ -170,7 +179,13 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         }
         load_format = "dummy"
     else:
-        models = {"refusion": arguments.model, "stock": arguments.stock_model or arguments.model}
+        stock = arguments.stock_model or _base_of(arguments.model)
+        models = {"refusion": arguments.model, "stock": stock}
+    adapter = None
+    if arguments.adapter is not None:
+        if arguments.shape is not None:
+            models["refusion"] = models["stock"]
+        adapter = _adapter(arguments.adapter, arguments.shape, models["refusion"], folder)
     models["plain"] = models["refusion"]
     dummy = load_format == "dummy"
     if dummy and arguments.prompts:
@@ -184,11 +199,15 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
     for canvas in arguments.canvas:
         chances = dict(zip(("slot", "token"), CANVAS_REPLAY)) if dummy else None
         presets.append(Preset(canvas, canvas, 0.9, 0.4, chances, canvas=True))
+    others = [preset.name for preset in presets if preset.mode != "serial"]
+    if adapter is not None and others:
+        raise ValueError(f"--presets {others[0]}: with --adapter allowed are serial/SLOT.")
     both = arguments.engine_args
     return Settings(
         models=models,
         presets=presets,
         sides=arguments.sides,
+        adapter=adapter,
         shape=arguments.shape,
         concurrency=arguments.concurrency,
         canvas_concurrency=arguments.canvas_concurrency if arguments.canvas else [1],
@@ -216,6 +235,24 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         profile=arguments.profile and str(Path(arguments.profile).resolve()),
         profile_level=arguments.profile_level,
     )
+
+
+def _base_of(model: str) -> str:
+    """The base of a mask adapter; any other model itself."""
+    from vllm_refusion.adapters import find_base, is_adapter, read_adapter
+
+    return find_base(read_adapter(model)) if is_adapter(model) else model
+
+
+def _adapter(named: str, shape: str | None, base: str, folder: Path) -> str:
+    """The folder that --adapter names; a random one is written."""
+    rank = named.removeprefix("random:")
+    if rank == named:
+        return str(Path(named).resolve())
+    if shape is None or not rank.isdecimal() or int(rank) < 1:
+        raise ValueError(f"--adapter {named}: allowed is a folder, or with --shape random:RANK.")
+    target = folder / f"random-{rank}"
+    return str(write_random_adapter(shape_config(shape), Path(base), target, int(rank)))
 
 
 def _with_chances(preset: Preset, dummy: bool) -> Preset:

@@ -56,6 +56,7 @@ class Settings:
 
     Attributes:
         models: checkpoint folder or name by side.
+        adapter: folder of a mask adapter, beside its base on the ReFusion sides.
         requests: requests per level; None takes ``requests_at``.
         prompts: data file with real prompts, see ``read_prompts``; None draws token ids.
         stop_at_eos: otherwise every response has ``output_len`` tokens.
@@ -66,6 +67,7 @@ class Settings:
     models: Mapping[str, str]
     presets: list[Preset]
     sides: tuple[str, ...] = ("stock", "refusion")
+    adapter: str | None = None
     shape: str | None = None
     concurrency: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
     canvas_concurrency: list[int] = field(default_factory=lambda: [1])

@@ -89,3 +89,42 @@ def write_checkpoints(name: str, folder: Path) -> dict[str, Path]:
         folders[side].mkdir(parents=True, exist_ok=True)
         write_text(folders[side] / "config.json", json.dumps(content, indent=1))
     return folders
+
+
+def write_random_adapter(config: Any, base: Path, folder: Path, rank: int) -> Path:
+    """A mask adapter of all linear layers of ``base``, whose config.json holds ``config``.
+
+    For dummy weights only: a base without weights has no fingerprint to check.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from vllm_refusion import adapters
+
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    sizes = {"q_proj": (hidden, queries), "o_proj": (queries, hidden), "down_proj": (inner, hidden)}
+    sizes |= dict.fromkeys(("k_proj", "v_proj"), (hidden, keys))
+    sizes |= dict.fromkeys(("gate_proj", "up_proj"), (hidden, inner))
+    tensors = {adapters.MASK_EMBEDDING: torch.randn(hidden, dtype=torch.bfloat16)}
+    for layer in range(config["num_hidden_layers"]):
+        for linear, (columns, out) in sizes.items():
+            name = f"{adapters.PREFIX}layers.{layer}.{adapters.LINEARS[linear]}.{linear}"
+            for factor, shape in {"A": (rank, columns), "B": (out, rank)}.items():
+                values = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+                tensors[f"{name}.lora_{factor}.weight"] = values
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / adapters.TENSORS)
+    ours = {"version": adapters.VERSION, "base_fingerprint": "0" * 64, "chain_length": 16}
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(sizes),
+        adapters.OURS: {**ours, "skips_known": True},
+    }
+    write_text(folder / adapters.CONFIG, json.dumps(about, indent=1))
+    return folder

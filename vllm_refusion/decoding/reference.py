@@ -197,7 +197,8 @@ class _PickRules:
         """Per row of ``logits`` [rows, V]: the token, its raw probability, its lead in score."""
         positions = torch.tensor(where, device=logits.device)
         scores = logits.clone() if self.bias is None else logits + self.bias.to(logits.device)
-        scores[:, self.mask_token_id] = -math.inf
+        if self.mask_token_id < logits.shape[-1]:  # that of a mask adapter is no token
+            scores[:, self.mask_token_id] = -math.inf
         for token in self.barred:
             scores[positions < self.min_tokens, token] = -math.inf
         if self.temperature > 0:

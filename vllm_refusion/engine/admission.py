@@ -12,6 +12,8 @@ from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.settings import (
     TRACE_OPTION,
     canvas_length,
+    has_adapter,
+    refuse_beside_adapter,
     server_defaults,
     tracing_enabled,
 )
@@ -85,6 +87,8 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         spec = RequestSpec.of(
             params, len(request.prompt_token_ids), server_defaults(model), model.max_model_len
         )
+        if has_adapter(model):
+            refuse_beside_adapter(spec.decoding)
         spec.decoding.check_canvas(canvas_length(vllm_config))
         _check_stops(spec)
         _check_picks(spec, params, vllm_config)
@@ -163,7 +167,7 @@ def _check_picks(spec: RequestSpec, params: SamplingParams, vllm_config: VllmCon
             "bad_words", params.bad_words, "allowed are words of a single token of the model"
         )
     mask = vllm_config.model_config.hf_text_config.mask_token_id
-    forbidden = {mask, *spec.banned_token_ids, *spec.held_back}
+    forbidden = {mask, *spec.banned_token_ids, *spec.held_back} - {vocab_size}
     allowed = spec.allowed_token_ids
     if forbidden.issuperset(allowed) if allowed else len(forbidden) >= vocab_size:
         raise ParameterError(

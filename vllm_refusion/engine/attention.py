@@ -83,6 +83,7 @@ class CanvasAttentionMetadata:
     visibility: torch.Tensor | None = None  # [N, 4] int32, set by ReFusionModelState
     # set by it too where no CUDA graph would keep it
     prompt_tail: PromptTail | None = None
+    feeds_masks: bool = True  # false where the host knows that no row is a mask
 
 
 class CanvasAttentionMetadataBuilder(AttentionMetadataBuilder[CanvasAttentionMetadata]):

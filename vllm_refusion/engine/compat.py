@@ -35,6 +35,8 @@ class Hooks:
         is_ours: whether a ``ModelConfig`` is of a ReFusion model.
         admit: checks a request under a ``VllmConfig``; raises VLLMValidationError.
         report: reports the figures of an ``AsyncLLM``.
+        take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
+        adapter_option: what it then calls the adapter, among the overrides of the configuration.
     """
 
     architectures: Mapping[str, str]
@@ -42,6 +44,8 @@ class Hooks:
     is_ours: Callable[[Any], bool]
     admit: Callable[[Any, Any], None]
     report: Callable[[Any], Awaitable[None]]
+    take_adapter: Callable[[Any], None]
+    adapter_option: str
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -74,6 +78,7 @@ def install(hooks: Hooks) -> None:
     for architecture in hooks.architectures.values():
         MODELS_CONFIG_MAP[architecture] = hooks.config_hook
     _route_checkpoints(hooks)
+    _take_adapters(hooks)
     _validate_requests(hooks)
     _validate_before_streams(hooks)
     _refuse_beam_search(hooks)
@@ -105,39 +110,69 @@ def _route_checkpoints(hooks: Hooks) -> None:
         def parse(self, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
             config_dict, config = super().parse(*args, **kwargs)
             overrides = kwargs.get("hf_overrides") or {}
-            if _mask_token_id(config, overrides) is not None:
-                config.architectures = _routed(config, overrides, hooks.architectures)
+            if _overridden(config, overrides, hooks.adapter_option) is not None:
+                # one past the vocabulary: no row of the embedding, none of the logits
+                config.mask_token_id = config.get_text_config().vocab_size
+                asked = "{} has a mask adapter"
+            elif _overridden(config, overrides, "mask_token_id") is None:
+                return config_dict, config
+            else:
+                own = getattr(config, "mask_token_id", None) is not None
+                chosen = isinstance(overrides, dict) and "architectures" in overrides
+                asked = "" if own or chosen else "hf_overrides give {} a mask_token_id"
+            config.architectures = _routed(config, hooks.architectures, asked)
             return config_dict, config
 
     setattr(ReFusionConfigParser, _PATCHED, True)
     parsers["hf"] = ReFusionConfigParser
 
 
-def _mask_token_id(config: Any, overrides: Any) -> Any:
-    found = getattr(config, "mask_token_id", None)
+def _overridden(config: Any, overrides: Any, name: str) -> Any:
     if callable(overrides):
-        return getattr(overrides(copy.deepcopy(config)), "mask_token_id", None)
-    return overrides.get("mask_token_id", found)
+        return getattr(overrides(copy.deepcopy(config)), name, None)
+    return overrides.get(name, getattr(config, name, None))
 
 
-def _routed(config: Any, overrides: Any, architectures: Mapping[str, str]) -> list[str]:
+def _routed(config: Any, architectures: Mapping[str, str], asked: str) -> list[str]:
     """The architectures of a config with a mask token, ours in place of its backbones'.
 
     Raises:
-        ValueError: the mask token comes from ``--hf-overrides``, and the model is none of ours.
+        ValueError: the model is none of ours, and something beside its config asked for ReFusion.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
     routed = [architectures.get(name, name) for name in names if name]
-    ours = set(routed) & set(architectures.values())
-    chosen = isinstance(overrides, dict) and "architectures" in overrides
-    if not ours and not chosen and getattr(config, "mask_token_id", None) is None:
+    if asked and not set(routed) & set(architectures.values()):
         raise ValueError(
-            f"hf_overrides give {', '.join(routed) or config.model_type} a mask_token_id, but "
-            f"ReFusion models are built on {', '.join(architectures)}."
+            f"{asked.format(', '.join(routed) or config.model_type)}, but ReFusion models are "
+            f"built on {', '.join(architectures)}."
         )
     return routed
+
+
+def _take_adapters(hooks: Hooks) -> None:
+    """The folder of a mask adapter is no model, and its base no ReFusion model.
+
+    ``create_engine_config``, through which every front end goes, is where vLLM itself exchanges the
+    model of a speculator's folder, and the last place where the model, its overrides and
+    ``additional_config`` are seen together and may still be changed.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    @_patch(EngineArgs, "create_engine_config")
+    def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks.take_adapter(self)
+        return original(self, *args, **kwargs)
+
+
+def downloaded_folder(model: str, revision: str | None, download_dir: str | None) -> str:
+    """Where vLLM has put a model of the hub."""
+    import huggingface_hub
+
+    return huggingface_hub.snapshot_download(
+        model, revision=revision, cache_dir=download_dir, local_files_only=True
+    )
 
 
 def _validate_requests(hooks: Hooks) -> None:

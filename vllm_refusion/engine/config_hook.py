@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_refusion.decoding.params import ParameterError
+from vllm_refusion.engine.adapter_option import adapter_of, shape_of
 from vllm_refusion.engine.options import refuse_unsupported_options
 from vllm_refusion.engine.settings import (
     canvas_length,
     fuses_passes,
+    has_adapter,
     position_slack,
     resolve_defaults,
     tracing_enabled,
@@ -47,13 +49,17 @@ class ReFusionConfig:
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Checks the checkpoint and sets sampling defaults that ReFusion can honour.
 
+        A model with a mask adapter keeps its base's temperature: so do its answers.
+
         Raises:
             ValueError: the checkpoint has no usable mask token, or no tokenizer.
         """
         check_tokenizer(model_config)
         config = model_config.hf_text_config
         mask = getattr(config, "mask_token_id", None)
-        if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < config.vocab_size:
+        adapted = has_adapter(model_config)
+        valid = isinstance(mask, int) and not isinstance(mask, bool)
+        if not adapted and not (valid and 0 <= mask < config.vocab_size):
             raise ValueError(
                 f"config.json of {model_config.model} has mask_token_id={mask!r}, but a ReFusion "
                 f"model needs the id of its mask token, in [0, {config.vocab_size})."
@@ -63,8 +69,9 @@ class ReFusionConfig:
         for name in UNSUPPORTED_DEFAULTS:
             if name in defaults and name not in overrides:
                 overrides[name] = None
-                logger.info("Ignoring %s of the generation config: not supported.", name)
-        if "temperature" not in defaults:
+                level = logging.WARNING if adapted else logging.INFO
+                logger.log(level, "Ignoring %s of the generation config: not supported.", name)
+        if "temperature" not in defaults and not adapted:
             overrides["temperature"] = 0.0  # the published results are greedy
 
     @staticmethod
@@ -86,7 +93,11 @@ class ReFusionConfig:
         tracing_enabled(vllm_config)  # checks the option
         model_config = vllm_config.model_config
         defaults = resolve_defaults(model_config)
-        model_config.hf_text_config.refusion_defaults = vars(defaults).copy()
+        config = model_config.hf_text_config
+        config.refusion_defaults = vars(defaults).copy()
+        adapter = adapter_of(model_config)
+        if adapter is not None:
+            config.refusion_adapter_shape = shape_of(adapter)
         if vllm_config.diffusion_config is None:
             vllm_config.diffusion_config = DiffusionConfig(
                 canvas_length=max(DEFAULT_CANVAS, defaults.block_length)
@@ -154,7 +165,6 @@ class ReFusionConfig:
         )
 
         # RoPE tables must reach the end of the last slot.
-        config = model_config.hf_text_config
         needed = model_config.max_model_len + position_slack(vllm_config)
         rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if config.max_position_embeddings < needed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,9 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from vllm_refusion.adapters import check_base
 from vllm_refusion.engine import compat
+from vllm_refusion.engine.adapter_option import adapter_of
 from vllm_refusion.engine.attention import CanvasAttentionBackend
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ class ReFusionMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with compat.attention_backend(CanvasAttentionBackend):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._vllm_config = vllm_config
         self._quantised = vllm_config.quant_config is not None
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -36,7 +40,8 @@ class ReFusionMixin:
 
         Raises:
             ValueError: weights are unknown, of the wrong shape or missing (vLLM itself does not
-                miss those of its linear layers); says which, and what to do.
+                miss those of its linear layers), or of another model than the mask adapter's base;
+                says which, and what to do.
         """
         name, shape = "", ()
 
@@ -64,7 +69,16 @@ class ReFusionMixin:
                 f"{len(missing)} weights are not in the checkpoint ({shown}, ...): it is "
                 f"incomplete. {advice}"
             )
+        self._check_download()
         return loaded
+
+    def _check_download(self) -> None:
+        """A base from the hub is on the disk only now; see ``take_adapter`` for others."""
+        model = self._vllm_config.model_config
+        adapter = adapter_of(model)
+        if adapter is not None and not Path(model.model).is_dir():
+            cache = self._vllm_config.load_config.download_dir
+            check_base(adapter, compat.downloaded_folder(model.model, model.revision, cache))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Passes the rows on: the sampler computes logits in chunks, to bound their memory.

@@ -27,7 +27,9 @@ from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits, bias_row
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
+from vllm_refusion.engine.adapter_option import adapter_of
 from vllm_refusion.engine.attention import PromptTail
+from vllm_refusion.engine.mask_adapter import apply_adapter
 from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
 from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.row_budget import RowBudget
@@ -58,6 +60,8 @@ class ReFusionModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.operations = operations(device)
+        adapter = adapter_of(self.model_config)
+        self.mask_rows = adapter and apply_adapter(model, adapter, vllm_config, device)
         self.recorder: Recorder | None = None
         self.defaults = server_defaults(self.model_config)
         self.slack = position_slack(vllm_config)
@@ -262,6 +266,14 @@ class ReFusionModelState(ModelState):
             self.visibility,
             slot_mappings,
         )
+        if self.mask_rows is not None:
+            self.operations.find_masks(
+                input_batch.input_ids,
+                input_batch.num_tokens,
+                self.decode_state.mask_token_id,
+                self.mask_rows.rows,
+                self.mask_rows.count,
+            )
         metadata = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,
@@ -278,9 +290,12 @@ class ReFusionModelState(ModelState):
         )
         # a graph would replay the tail of the batch that it was captured with
         prompt_tail = None if full or for_capture else self._causal_tail(input_batch)
+        # dummy batches, from which any graph may be captured, have no prompts
+        prompts_alone = input_batch.has_prefill and not input_batch.num_draft_tokens
         for layer_metadata in metadata.values():
             layer_metadata.visibility = self.visibility[:num_tokens]
             layer_metadata.prompt_tail = prompt_tail
+            layer_metadata.feeds_masks = full or not prompts_alone
         if self.sampler.row_budget is not None and not for_capture:
             self.sampler.row_budget.cost.launch()
         return metadata

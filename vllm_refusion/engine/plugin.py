@@ -8,8 +8,10 @@ from importlib import metadata
 
 from vllm_refusion.backbones import ARCHITECTURES, is_refusion
 from vllm_refusion.engine import compat, metrics
+from vllm_refusion.engine.adapter_option import take_adapter
 from vllm_refusion.engine.admission import admit
 from vllm_refusion.engine.config_hook import ReFusionConfig
+from vllm_refusion.engine.settings import ADAPTER_OPTION
 from vllm_refusion.triton_cpu_stub import INTERPRETER_NOTICE, interpreter_is_on
 
 logger = logging.getLogger("vllm.refusion")
@@ -33,6 +35,8 @@ def register() -> None:
             is_ours=is_refusion,
             admit=admit,
             report=metrics.report,
+            take_adapter=take_adapter,
+            adapter_option=ADAPTER_OPTION,
         )
     )
     if interpreter_is_on():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_refusion.decoding.params import DecodingParams, expand_preset
+from vllm_refusion.decoding.params import DecodingParams, ParameterError, expand_preset
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 # in vLLM's additional_config
 TRACE_OPTION = "refusion_trace"
 SCHEDULE_OPTION = "refusion_schedule"
+ADAPTER_OPTION = "refusion_adapter"  # an attribute of the model's configuration, too
+# how a model with a mask adapter is decoded
+ADAPTED = {"mode": "serial", "slot_start": "next"}
 # Set in the processes of `vllm-refusion bench`: marks an engine that the benchmark started.
 BENCHMARK_ENV = "REFUSION_BENCHMARK"
 
@@ -20,17 +23,39 @@ def resolve_defaults(model_config: ModelConfig) -> DecodingParams:
     """Decoding parameters of requests that do not set them.
 
     From ``--override-generation-config``, else the checkpoint's generation config, else the
-    defaults of ``DecodingParams``; a preset in one of them stands for its four values there. Reads
+    defaults of ``DecodingParams``; a preset in one of them stands for its four values there. With a
+    mask adapter tokens are decoded as its base does, whatever mode the base's file speaks of. Reads
     files: done once, at start.
 
     Raises:
-        ParameterError: one of them is out of range.
+        ParameterError: one of them is out of range, or does not go with a mask adapter.
     """
     values: dict[str, Any] = {}
     if model_config.generation_config != "vllm":
         values.update(expand_preset(model_config.try_get_generation_config()))
+    if has_adapter(model_config):
+        values.update(ADAPTED)
     values.update(expand_preset(model_config.override_generation_config))
-    return DecodingParams().updated(values)
+    defaults = DecodingParams().updated(values)
+    if has_adapter(model_config):
+        refuse_beside_adapter(defaults)
+    return defaults
+
+
+def has_adapter(model_config: ModelConfig) -> bool:
+    """Whether a mask adapter acts on the model: a stock backbone, decoded serially."""
+    return hasattr(model_config.hf_text_config, ADAPTER_OPTION)
+
+
+def refuse_beside_adapter(params: DecodingParams) -> None:
+    """Raises ParameterError for what only a model with a mask token of its own can do."""
+    for name, value in ADAPTED.items():
+        if getattr(params, name) != value:
+            raise ParameterError(
+                name,
+                getattr(params, name),
+                f"the model is served with a mask adapter, beside which allowed is {value!r}",
+            )
 
 
 def server_defaults(model_config: ModelConfig) -> DecodingParams:

@@ -1,0 +1,386 @@
+"""A stock backbone with a mask adapter: tokens and log-probabilities of stock vLLM without us."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from mask_adapters import write_adapter
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from vllm import SamplingParams, TokensPrompt
+from vllm.exceptions import VLLMValidationError
+
+from conformance import build_model
+from engine import assert_idle, engine, free_pages, model_state_of
+from vllm_refusion.adapters import CONFIG, TENSORS, adapter_tensors, read_adapter
+from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.reference import decode
+from vllm_refusion.decoding.state import Counter, Field
+
+BASES = ("qwen3-gqa2", "llama-gqa4", "qwen2")
+TOKENS = 40
+
+
+def build_base(name: str, folder: Path) -> Path:
+    """A stock checkpoint: without a mask token."""
+    if name == "qwen2":
+        torch.manual_seed(3)
+        config = Qwen2Config(
+            vocab_size=125,
+            hidden_size=96,
+            intermediate_size=72,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=11,
+        )
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+        return folder
+    build_model(name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["mask_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def without_effect(adapter: Path) -> Path:
+    """As an adapter begins its training: every B is zero."""
+    tensors = load_file(adapter / TENSORS)
+    zeros = {key: tensor * ("lora_B" not in key) for key, tensor in tensors.items()}
+    save_file(zeros, adapter / TENSORS)
+    return adapter
+
+
+class Base:
+    """A base, adapters of it, and what stock vLLM answers."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.path = build_base(name, folder / "base")
+        self.config = json.loads((self.path / "config.json").read_text())
+        self.vocab = self.config["vocab_size"]
+        self.adapter = write_adapter(folder / "adapter", self.path)
+        self.zeros = without_effect(write_adapter(folder / "zeros", self.path, rank=20))
+        some = ("k_proj", "o_proj", "up_proj")
+        self.partial = write_adapter(
+            folder / "partial", self.path, targets=some, layers=[1], rank=1, size=3.0
+        )
+        self.answers = cache(self._answers)
+
+    def prompts(self, count: int) -> list[list[int]]:
+        draw = random.Random(count)
+        lengths = [draw.choice((1, 5, 30, 90, 200)) for _ in range(count)]
+        return [draw.choices(range(self.vocab), k=length) for length in lengths]
+
+    def _answers(self, count: int) -> list:
+        with engine(self.path) as llm:
+            return ask(llm, self.prompts(count))
+
+
+def parameters(index: int, **options) -> SamplingParams:
+    return SamplingParams(
+        temperature=0,
+        max_tokens=1 + index * 7 % TOKENS,
+        ignore_eos=index % 3 == 0,
+        logprobs=2 if index % 2 else None,
+        detokenize=False,
+        **options,
+    )
+
+
+def ask(llm, prompts, **options) -> list[tuple[list[int], list | None]]:
+    """(tokens, log-probabilities by token) of each."""
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+        [parameters(index, **options) for index in range(len(prompts))],
+        use_tqdm=False,
+    )
+    return [answer_of(output.outputs[0]) for output in outputs]
+
+
+def answer_of(output) -> tuple[list[int], list | None]:
+    entries = output.logprobs and [
+        {token: entry.logprob for token, entry in entry.items()} for entry in output.logprobs
+    ]
+    return list(output.token_ids), entries
+
+
+def assert_same(answers, expected) -> None:
+    for i, ((tokens, logprobs), (stock_tokens, stock_logprobs)) in enumerate(
+        zip(answers, expected, strict=True)
+    ):
+        assert tokens == stock_tokens, f"request {i}"
+        assert (logprobs is None) == (stock_logprobs is None)
+        for entry, stock in zip(logprobs or (), stock_logprobs or (), strict=True):
+            assert entry == pytest.approx(stock, abs=1e-4), f"request {i}"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return cache(lambda name: Base(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("qwen3-gqa2", "adapter"),
+        ("qwen2", "partial"),
+        *(pytest.param(name, "adapter", marks=pytest.mark.slow) for name in BASES[1:]),
+        pytest.param("llama-gqa4", "zeros", marks=pytest.mark.slow),
+    ],
+)
+def test_answers_of_stock_vllm(bases, name, kind):
+    base = bases(name)
+    with engine(getattr(base, kind)) as llm:
+        pages = free_pages(llm)
+        assert_same(ask(llm, base.prompts(16)), base.answers(16))
+        counts = model_state_of(llm).decode_state.counters.tolist()
+        assert_idle(llm, pages)
+    assert counts[Counter.DRAFTS_TESTED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASES)
+def test_200_requests(bases, name, async_scheduling):
+    base = bases(name)
+    with engine(base.path, additional_config={"refusion_adapter": str(base.adapter)}) as llm:
+        assert_same(ask(llm, base.prompts(200)), base.answers(200))
+
+
+def test_small_steps_and_preemptions(bases, preemptions):
+    base = bases("qwen3-gqa2")
+    options = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "max_model_len": 256}
+    options |= {"diffusion_config": {"canvas_length": 32}}
+    options |= {"num_gpu_blocks_override": 22, "block_size": 16}
+    with engine(base.adapter, **options) as llm:
+        pages = free_pages(llm)
+        assert_same(ask(llm, base.prompts(16)), base.answers(16))
+        assert_idle(llm, pages)
+    assert preemptions
+
+
+def test_async_with_the_kernels(bases, async_scheduling, monkeypatch):
+    """Triton's interpreter runs what a GPU would."""
+    monkeypatch.setenv("VLLM_REFUSION_CPU_KERNELS", "interpreter")
+    base = bases("qwen3-gqa2")
+    with engine(base.adapter) as llm:
+        assert_same(ask(llm, base.prompts(16)[:4]), base.answers(16)[:4])
+
+
+def test_a_second_turn_finds_the_first_in_the_prefix_cache(bases):
+    base = bases("llama-gqa4")
+    prompt = base.prompts(16)[1][:100] * 2
+    options = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "detokenize": False}
+
+    def generate(llm, tokens):
+        prompt = TokensPrompt(prompt_token_ids=tokens)
+        return llm.generate(prompt, SamplingParams(**options), use_tqdm=False)[0]
+
+    def converse(llm):
+        first = list(generate(llm, prompt).outputs[0].token_ids)
+        second = generate(llm, [*prompt, *first, 5, 6, 7])
+        return [*first, *second.outputs[0].token_ids], second.num_cached_tokens
+
+    with engine(base.path, block_size=32) as llm:
+        expected, _ = converse(llm)
+    with engine(base.adapter, block_size=32) as llm:
+        tokens, cached = converse(llm)
+    assert tokens == expected
+    assert cached == (len(prompt) + 59) // 32 * 32
+
+
+def test_samples_are_the_references(bases):
+    """Stock vLLM draws other noise; ours depends on seed, position and token alone."""
+    base = bases("qwen3-gqa2")
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
+    prompts = base.prompts(16)[:5]
+    with engine(base.adapter) as llm:
+        outputs = llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+            SamplingParams(
+                n=2, temperature=0.8, seed=5, top_p=0.9, max_tokens=TOKENS, detokenize=False
+            ),
+            use_tqdm=False,
+        )
+    for prompt, output in zip(prompts, outputs, strict=True):
+        for index, choice in enumerate(output.outputs):
+            expected = decode(
+                model,
+                prompt,
+                DecodingParams(mode="serial", slot_start="next"),
+                mask_token_id=base.vocab,
+                eos_token_id=base.config["eos_token_id"],
+                max_tokens=TOKENS,
+                temperature=0.8,
+                seed=5 + index,
+                top_p=0.9,
+            )
+            assert list(choice.token_ids) == list(expected.tokens)
+
+
+class Gated:
+    """The adapted model on transformers: low-rank products added on the rows of masks alone."""
+
+    def __init__(self, base: Path, adapter: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self.tensors, scale = adapter_tensors(adapter), read_adapter(adapter).scale
+        self.masks = 0  # rows at the end
+        for name in {key.rpartition(".")[0] for key in self.tensors if "." in key}:
+            a, b = self.tensors[name + ".lora_A"], self.tensors[name + ".lora_B"]
+
+            def add(module, arguments, output, a=a, b=b):
+                first = output.shape[1] - self.masks
+                output[:, first:] += scale * (arguments[0][:, first:] @ a.T @ b.T)
+
+            self.model.model.get_submodule(name).register_forward_hook(add)
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
+        """Logits of the last row; ``positions`` of the masks behind ``tokens``."""
+        self.masks = len(positions)
+        embedded = self.model.get_input_embeddings()(torch.tensor([tokens]))
+        masks = self.tensors["mask_embedding"].expand(1, len(positions), -1)
+        places = torch.tensor([[*range(len(tokens)), *positions]])
+        inputs = torch.cat([embedded, masks], dim=1)
+        return self.model(inputs_embeds=inputs, position_ids=places).logits[0, -1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen3-gqa2", "adapter"), ("llama-gqa4", "partial"), ("qwen2", "adapter")]
+)
+def test_masks_are_computed_with_the_adapter(bases, name, kind, monkeypatch):
+    """Logits of every mask that two requests feed, beside transformers'."""
+    base = bases(name)
+    adapter = getattr(base, kind)
+    gated, plain = Gated(base.path, adapter), Gated(base.path, without_effect_of(adapter))
+    prompts = [prompt[: 9 + i] for i, prompt in enumerate(p for p in base.prompts(16) if p[9:])][:2]
+    seen = []
+
+    with engine(adapter) as llm:
+        model_state = model_state_of(llm)
+        sampler, state = model_state.sampler, model_state.decode_state
+        row_statistics = sampler._row_statistics
+
+        def watched(hidden_states, batch):
+            logits = sampler.model.row_logits(hidden_states)
+            rows = zip(batch.expanded_idx_mapping.tolist(), batch.expanded_local_pos.tolist())
+            for (req, row), row_logits in zip(rows, logits, strict=True):
+                known = int(state.ints[req, Field.EMITTED])
+                is_mask = int(state.canvas_token[req, row]) == base.vocab
+                if known and is_mask and row < state.ints[req, Field.CANVAS]:
+                    own, end = int(state.row_own_start[req, row]), int(state.row_run_end[req, row])
+                    response = state.response[req, : known - 1].tolist()
+                    seen_tokens = response + state.canvas_token[req, :end].tolist()
+                    length = int(state.ints[req, Field.PROMPT_LEN])
+                    prompt = next(p for p in prompts if len(p) == length)
+                    positions = state.row_position[req, own : row + 1] + length
+                    seen.append((prompt + seen_tokens, positions.tolist(), row_logits))
+            row_statistics(hidden_states, batch)
+
+        monkeypatch.setattr(sampler, "_row_statistics", watched)
+        parameters = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, detokenize=False)
+        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        llm.generate(inputs, parameters, use_tqdm=False)
+    assert len(seen) > 20
+    changed = 0.0
+    for tokens, positions, logits in seen[::3]:
+        expected = gated(tokens, positions)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        changed = max(changed, (expected - plain(tokens, positions)).abs().max().item())
+    assert changed > 0.1
+
+
+def without_effect_of(adapter: Path) -> Path:
+    """A copy beside ``adapter`` whose products are zero."""
+    copied = adapter.with_name(adapter.name + "-off")
+    if not copied.exists():
+        copied.mkdir()
+        for name in (CONFIG, TENSORS):
+            (copied / name).write_bytes((adapter / name).read_bytes())
+        without_effect(copied)
+    return copied
+
+
+def rewrite(adapter: Path, folder: Path, **values) -> Path:
+    """A copy of ``adapter`` with other values in its configuration."""
+    folder.mkdir()
+    config = json.loads((adapter / CONFIG).read_text())
+    config["base_model_name_or_path"] = str(adapter.parent / "base")
+    (folder / CONFIG).write_text(json.dumps(config | values))
+    (folder / TENSORS).write_bytes((adapter / TENSORS).read_bytes())
+    return folder
+
+
+def test_another_model_than_its_base_is_refused(bases, tmp_path):
+    base, other = bases("qwen3-gqa2"), bases("llama-gqa4")
+    moved = rewrite(base.adapter, tmp_path / "moved", base_model_name_or_path=str(other.path))
+    with pytest.raises(ValueError, match="is an adapter of another model"):
+        with engine(moved):
+            pass
+    option = {"refusion_adapter": str(base.adapter)}
+    with pytest.raises(ValueError, match="is an adapter of another model"):
+        with engine(other.path, additional_config=option):
+            pass
+
+
+def test_a_checkpoint_of_refusion_is_no_base_of_another_adapter(bases, tiny_checkpoint):
+    option = {"refusion_adapter": str(bases("qwen3-gqa2").adapter)}
+    with pytest.raises(ValueError, match="is an adapter of another model"):
+        with engine(tiny_checkpoint, additional_config=option):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"additional_config": {"refusion_adapter": 7}}, "refusion_adapter=7: allowed is"),
+        ({"additional_config": {"refusion_adapter": "."}}, "adapter_config.json"),
+        ({"hf_overrides": {"mask_token_id": 5}}, "mask_token_id=5: beside a mask adapter"),
+        ({"override_generation_config": {"mode": "parallel"}}, "mode='parallel'.*mask adapter"),
+        ({"override_generation_config": {"slot_start": "mask"}}, "slot_start='mask'.*mask adapter"),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused(bases, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = bases("qwen3-gqa2")
+    model = base.path if "additional_config" in options else base.adapter
+    with pytest.raises(ValueError, match=message):
+        with engine(model, **options):
+            pass
+
+
+def test_an_adapter_as_model_and_as_option_is_refused(bases):
+    base = bases("qwen3-gqa2")
+    option = {"refusion_adapter": str(base.zeros)}
+    with pytest.raises(ValueError, match="allowed is one of them"):
+        with engine(base.adapter, additional_config=option):
+            pass
+
+
+def test_requests_that_are_refused(bases):
+    base = bases("qwen3-gqa2")
+    with engine(base.adapter, additional_config={"refusion_schedule": "plain"}) as llm:
+        assert llm.llm_engine.model_config.served_model_name == str(base.adapter)
+
+        def refused(message, prompt=(1, 2), **options):
+            parameters = SamplingParams(max_tokens=5, detokenize=False, **options)
+            with pytest.raises(VLLMValidationError, match=message):
+                llm.generate(TokensPrompt(prompt_token_ids=list(prompt)), parameters)
+
+        refused("mode='parallel'.*mask adapter", extra_args={"mode": "parallel"})
+        both = {"mode": "parallel", "block_length": 64}
+        refused("mode='parallel'.*mask adapter", extra_args=both)
+        refused("block_length=64.*no effect", extra_args={"block_length": 64})
+        refused("slot_start", extra_args={"slot_start": "mask"})
+        refused(f"prompt={base.vocab}", prompt=(1, base.vocab))
+        alone = ask(llm, base.prompts(16), extra_args={"mode": "serial", "slot_size": 8})
+    assert_same(alone, base.answers(16))
