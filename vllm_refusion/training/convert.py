@@ -52,7 +52,9 @@ def convert(
     parameters = vars(DecodingParams().updated(decoding)) if parameters else {}
     where = _location(source)
     config = _load(AutoConfig, source, where)
-    _check_config(source, config)
+    if (mask := getattr(config, "mask_token_id", None)) is not None:
+        raise ValueError(f"{source} is a ReFusion checkpoint already: its mask_token_id is {mask}")
+    check_backbone(source, config)
     tokenizer = _load(AutoTokenizer, source, where)
     if "gguf_file" in where and isinstance(config.eos_token_id, int):
         # transformers before 5.19 takes the file's BOS for EOS here, not in the configuration
@@ -130,10 +132,8 @@ def _load_model(source: str, where: Mapping[str, str], dtype: str) -> Any:
     return plain
 
 
-def _check_config(source: str, config: Any) -> None:
-    mask = getattr(config, "mask_token_id", None)
-    if mask is not None:
-        raise ValueError(f"{source} is a ReFusion checkpoint already: its mask_token_id is {mask}")
+def check_backbone(source: str, config: Any) -> None:
+    """Raises ValueError if a model of this configuration cannot be trained; says why."""
     # GGUF files name no architecture; what transformers would load is what counts there.
     stock: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     names = config.architectures or ([stock.__name__] if stock else [])
