@@ -61,9 +61,9 @@ class MaskAdapterModel(torch.nn.Module):
             task_type="CAUSAL_LM",
         )
         shared = {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())}
-        self.adapted = inject_adapter_in_model(
-            self.lora, copy.deepcopy(backbone.base_model, shared)
-        )
+        self.adapted = copy.deepcopy(backbone.base_model, shared)
+        # PEFT finds numbers of layers only where a name stands before "layers".
+        inject_adapter_in_model(self.lora, torch.nn.ModuleDict({"model": self.adapted}))
         for module in self.adapted.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False  # autocast casts what needs it

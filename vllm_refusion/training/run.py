@@ -57,13 +57,16 @@ def train(
     args = _arguments(recipe, execution, run)
     with args.main_process_first(local=False, desc="tokenising"):
         first = args.process_index == 0  # the others may find what this one has begun
+        settings = {**asdict(recipe), **task.settings}
         if first:
             _check_folder(run, task.outcome, resume)
+            _check_settings(settings, run)
         data_encoder, data = task.texts(encoder, data, run / "own")
         if first:
             _write_data(data_encoder, data, run / "data", recipe.max_length, execution.progress)
-            fingerprint = TokenStore(run / "data").fingerprint
-            _check_settings({**asdict(recipe), "data": fingerprint, **task.settings}, run)
+            settings["data"] = TokenStore(run / "data").fingerprint
+            _check_settings(settings, run)
+            write_text(run / "settings.json", json.dumps(settings, indent=2) + "\n")
             _set_damaged_aside(run)
         dev = _dev(task, execution, encoder, run) if execution.dev else None
     store = TokenStore(run / "data")
@@ -200,18 +203,18 @@ def _check_folder(run: Path, outcome: str, resume: bool) -> None:
 
 
 def _check_settings(settings: dict[str, Any], run: Path) -> None:
-    """Writes the run's settings, or compares them with those it was started with."""
+    """Raises ValueError if the run was started with other settings than these."""
     settings = json.loads(json.dumps(settings))
     path = run / "settings.json"
-    if path.exists():
-        before = read_json(path, "restore it, or start a run in another folder")
-        if not isinstance(before, dict):
-            raise ValueError(f"{path}: not settings: restore it, or start a run in another folder")
-        changed = {n: (before.get(n), v) for n, v in settings.items() if before.get(n) != v}
-        if changed:
-            listed = ", ".join(f"{n} was {a!r}, now {b!r}" for n, (a, b) in changed.items())
-            raise ValueError(f"{run} cannot go on with other settings: {listed}")
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    if not path.exists():
+        return
+    before = read_json(path, "restore it, or start a run in another folder")
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: not settings: restore it, or start a run in another folder")
+    changed = {n: (before.get(n), v) for n, v in settings.items() if before.get(n) != v}
+    if changed:
+        listed = ", ".join(f"{n} was {a!r}, now {b!r}" for n, (a, b) in changed.items())
+        raise ValueError(f"{run} cannot go on with other settings: {listed}")
 
 
 def _dev(task: HybridTask | AdapterTask, execution: Execution, encoder: Encoder, run: Path) -> Dev:

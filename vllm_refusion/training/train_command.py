@@ -108,10 +108,10 @@ def settings_from(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.mask_adapter:
         idle = [n for n in (*HYBRID, "dev_decoded") if getattr(args, n, None) is not None]
         idle += [f"dev_{name}" for name in dev_options]
-        if args.on_policy is None and args.max_tokens is not None:
-            idle.append("max_tokens")
         for name in idle:
             raise ValueError(f"--{name.replace('_', '-')}: has no use with --mask-adapter")
+        if args.on_policy is None and args.max_tokens is not None:
+            raise ValueError("--max-tokens: has no use with --mask-adapter but --on-policy")
         recipe = {"learning_rate": ADAPTER_RATE, **recipe, "adapter": AdapterRecipe(**adapter)}
     else:
         adapter.pop("max_tokens", None)
