@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mask_adapters import write_adapter
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, linear, log_softmax
 from transformers import (
@@ -83,7 +86,7 @@ def randomised(model):
 
 
 def literal_logits(model, factors, prefix, masks, first):
-    """Logits [masks, V]: one sequence of the clean prefix and masks; only these have the adapter."""
+    """Logits [masks, V]: the clean prefix and masks as one sequence; these have the adapter."""
     rows = torch.arange(len(prefix) + masks) >= len(prefix)
     hooks = []
 
@@ -293,6 +296,44 @@ def test_peft_reads_it(base, data, tmp_path):
             name = name.removeprefix("base_model.model.model.")
             assert torch.equal(parameter, tensors[name.replace(".default.weight", "")])
     assert not torch.equal(read(torch.tensor([[1, 2, 3]])).logits, plain)
+
+
+@pytest.fixture(scope="module")
+def drafts():
+    """The program examples/adapter_drafts.py."""
+    path = Path(__file__).parents[2] / "examples/adapter_drafts.py"
+    spec = importlib.util.spec_from_file_location("adapter_drafts", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_accepted_drafts_are_the_literal_ones(base, tmp_path, drafts):
+    """Of every cut of texts that the backbone wrote, in batches and one by one."""
+    folder = write_adapter(tmp_path / "adapter", base, rank=3, chain_length=4, size=0.1)
+    plain = Qwen3ForCausalLM.from_pretrained(base).eval()
+    prompts = [[5, 6, 7], [9], [4] * 8]
+    responses = drafts.written(plain, prompts, 9, 0, 2)
+    for prompt, response in zip(prompts, responses, strict=True):
+        alone = plain.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)
+        assert response == alone[0, len(prompt) :].tolist()
+    model = drafts.load(folder, str(base), torch.float32, "cpu", chains=2)
+    runs = drafts.accepted(model, prompts, responses, masks=16)
+    factors = adapter_tensors(folder)
+    for prompt, response, run in zip(prompts, responses, runs, strict=True):
+        tokens = [*prompt, *response]
+        assert len(run) == len(response)
+        for at, hits in enumerate(run, len(prompt)):
+            picks = literal_logits(plain, factors, tokens[:at], 4, at + 1).argmax(1).tolist()
+            right = [pick == token for pick, token in zip(picks, tokens[at + 1 :], strict=False)]
+            assert hits == (right + [False]).index(False)
+
+
+def test_figures_of_drafts(drafts):
+    """Tokens of two responses: passes begin at 0, 3, 4 of the first and at 0 of the other."""
+    found = drafts.figures([[2, 9, 9, 0, 1, 0], [1, 0]], 2)
+    assert found["tokens_per_pass"] == 8 / 4 and found["chains"] == 8
+    assert found["accepted"] == 22 / 8 and found["by_depth"] == [0.625, 0.375]
 
 
 class Killed(Exception):

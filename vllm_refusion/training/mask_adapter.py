@@ -106,6 +106,18 @@ class MaskAdapterModel(torch.nn.Module):
     def trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def _factors(self) -> dict[str, torch.nn.Parameter]:
+        """The adapters' factors under the names of ``adapter_tensors``."""
+        end = ".default.weight"  # "default" is PEFT's name of the only adapter
+        named = self.adapted.named_parameters()
+        return {name.removesuffix(end): p for name, p in named if name.endswith(end)}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes the values of ``adapter_tensors``, of an adapter of this shape."""
+        for name, parameter in {MASK_EMBEDDING: self.mask_embedding, **self._factors()}.items():
+            parameter.copy_(tensors[name])
+
     def backbone_digest(self) -> str:
         """SHA-256, in hexadecimal, of all that the backbone holds."""
         digest = hashlib.sha256()
@@ -118,9 +130,8 @@ class MaskAdapterModel(torch.nn.Module):
         """Writes the adapter as PEFT does, and what ``adapters`` adds to it, to a new folder."""
         folder.mkdir()
         tensors: dict[str, torch.Tensor] = {MASK_EMBEDDING: self.mask_embedding}
-        for name, parameter in self.adapted.named_parameters():
-            if parameter.requires_grad:
-                tensors[PREFIX + name.replace(".default.", ".")] = parameter
+        for name, parameter in self._factors().items():
+            tensors[f"{PREFIX}{name}.weight"] = parameter
         tensors = {name: t.detach().cpu().to(dtype).contiguous() for name, t in tensors.items()}
         save_file(tensors, folder / TENSORS, {"format": "pt"})
         self.lora.base_model_name_or_path, self.lora.inference_mode = base, True
