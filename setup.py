@@ -44,12 +44,13 @@ setup(
             "hypothesis>=6",
             "matplotlib>=3.8",
             "mypy==2.4.*",
+            "peft>=0.21",
             "rich>=13",
             "ruff==0.17.*",
         ],
         # With Debian's chromium beside it: tests of the viewer's page.
         "browser": ["playwright>=1.50"],
-        "train": ["accelerate>=1.10", "gguf>=0.17"],
+        "train": ["accelerate>=1.10", "gguf>=0.17", "peft>=0.21"],
         "bench": ["matplotlib>=3.8"],
     },
     entry_points={

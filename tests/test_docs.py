@@ -62,6 +62,7 @@ RUN_BY = {
     "vllm-refusion trace": SLOW,
     "python examples/evaluate.py": "test_measurement",
     "python -m vllm_refusion.bench.contributions": "test_measurement",
+    "python examples/adapter_drafts.py": "test_drafts_of_an_adapter",
     "python examples/": SLOW,
     "python tests/support/soak.py": "test_soak",
     "ruff": RUN,
@@ -347,6 +348,19 @@ def test_training_commands_parse():
         args = parser.parse_args(words[words.index(launched) + 1 :])
         if args.command == "train":
             assert settings_from(args)
+
+
+@pytest.mark.slow
+def test_drafts_of_an_adapter(tiny_checkpoint, copy):
+    """The documented program, with an adapter of the bundled checkpoint."""
+    from mask_adapters import write_adapter
+
+    write_adapter(copy / "run/adapter", tiny_checkpoint, size=0.01)
+    for _, command in documented("sh"):
+        if run_by(command) == "test_drafts_of_an_adapter":
+            command = command.replace("dev.jsonl.gz", "examples/dev_problems.jsonl")
+            found = json.loads(run(f"{command} --count 2 --max-tokens 8", copy))
+            assert found["responses"] == 2 and found["chains"] == 16
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ RINGS = {
     "files": 0,
     "adapters": 1,
     "rows": 1,
+    "stock": 1,
     "triton_kernels": 1,
     "engine": 2,
     "vllm_refusion": 3,  # registers the engine

@@ -48,7 +48,11 @@ def _deal(wanted, left):
     return tl.minimum(tl.maximum(left - before, 0), wanted)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_decoding", "rows", "first"])
+# Compiled once: batches come in all sizes, and their parts begin anywhere.
+@triton.jit(
+    do_not_specialize=["num_requests", "num_decoding", "rows", "first"],
+    do_not_specialize_on_alignment=["idx_mapping_ptr", "scheduled_ptr", "prompt_rows_ptr"],
+)
 def _allocate_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     num_computed_ptr,  # [max_reqs] int32
@@ -139,7 +143,7 @@ def allocate(
     check(totals, (TOTALS,), torch.int32)
     assert query_start_loc.is_contiguous() and len(query_start_loc) > requests
     assert 0 <= first < max(num_decoding, 1) and num_decoding <= requests
-    lanes = max(16, triton.next_power_of_2(requests))
+    lanes = max(16, triton.next_power_of_2(state.max_requests))
     _allocate_kernel[(1,)](
         state.ints,
         num_computed,

@@ -17,7 +17,6 @@ from vllm_refusion.decoding.speculation import (
     CERTAIN,
     LARGEST_COST,
     LEVELS,
-    MAX_CHAIN,
     Speculation,
     device_table,
 )
@@ -46,12 +45,14 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_EXPECTED,
     F_MASKED_STARTS,
     F_MAX_TOKENS,
+    F_MOST_MASKS,
     F_MOST_TESTS,
     F_PASSED,
     F_PASSES,
     F_PHASE,
     F_RESUME,
     F_ROWS,
+    F_SKIPS_KNOWN,
     F_SLOT_SIZE,
     F_TESTED,
     F_TESTS,
@@ -86,7 +87,6 @@ _ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
 _CERTAIN = tl.constexpr(CERTAIN)
 _LARGEST_COST = tl.constexpr(LARGEST_COST)
 _LEVELS = tl.constexpr(LEVELS)
-_MAX_CHAIN = tl.constexpr(MAX_CHAIN)
 _SEARCH_STEPS = tl.constexpr(SEARCH_STEPS)
 
 
@@ -119,12 +119,13 @@ class Worth(NamedTuple):
     """What chains are worth; ``comes_true``: [LANES], the chance that one does.
 
     Attributes:
-        starts: [LANES], whether its first mask picks a token.
+        starts: [LANES], whether its first mask picks a token. leads: whether it drafts none.
         most: [LANES], drafts that it may have. each: the cost of a draft. table: ``device_table``.
     """
 
     comes_true: tl.tensor
     starts: tl.tensor
+    leads: tl.tensor
     most: tl.tensor
     each: tl.tensor
     table: tl.tensor
@@ -140,6 +141,12 @@ def _starts_slot(position, ints):
     """Whether the token there is picked in the row of a mask; 0 or 1."""
     starts = (position % tl.load(ints + F_SLOT_SIZE)) == 0
     return (starts & (tl.load(ints + F_MASKED_STARTS) > 0)).to(tl.int32)
+
+
+@triton.jit
+def _leads(position, ints):
+    """Masks of a chain from there on that draft nothing; 0 or 1."""
+    return tl.where(tl.load(ints + F_SKIPS_KNOWN) > 0, _starts_slot(position, ints), 1)
 
 
 @triton.jit
@@ -178,15 +185,18 @@ def _decide(drafts, chain_row, picked, ints, known, fed, lanes):
 
 
 @triton.jit
-def _take_drafts(drafts, picks, chain_row, chain_width, picked, picked_prob, fed, lanes):
+def _take_drafts(
+    drafts, picks, chain_row, chain_width, leads, picked, picked_prob, fed, lanes
+):  # fmt: skip
     """The drafts from now on: those of the chain that came true, else old ones that may."""
     j = lanes.p
     row = at_lane(chain_row, lanes, picks.accepted)
-    of_chain = tl.minimum(row + at_lane(chain_width, lanes, picks.accepted), fed) - row - 1
+    lead = at_lane(leads, lanes, picks.accepted)
+    of_chain = tl.minimum(row + at_lane(chain_width, lanes, picks.accepted), fed) - row - lead
     if (row >= 0) & (of_chain > 0):
         number = of_chain
-        token = tl.load(picked + row + 1 + j, mask=j < number, other=0)
-        confidence = tl.load(picked_prob + row + 1 + j, mask=j < number, other=0.0)
+        token = tl.load(picked + row + lead + j, mask=j < number, other=0)
+        confidence = tl.load(picked_prob + row + lead + j, mask=j < number, other=0.0)
     else:
         number = tl.where(picks.refused > 0, 0, tl.maximum(drafts.number - picks.new, 0))
         behind = tl.minimum(j + picks.new, lanes.last)
@@ -204,9 +214,10 @@ def _chain_widths(worth, price, lanes):
     one = chance_of(worth.each, worth.table).to(tl.int64)
     through = one - chance_of(worth.each * (tl.maximum(number, 0) + 1), worth.table)
     drafted = through * _CERTAIN // (_CERTAIN - one)
-    gain = comes_true * (drafted - number * price) // _CERTAIN - price * (number + 1 - worth.starts)
+    gain = comes_true * (drafted - number * price) // _CERTAIN
+    gain -= price * (number + worth.leads - worth.starts)
     pays = (worth.comes_true > 0) & (number > 0) & (gain > 0)
-    return tl.where(pays, number + 1, worth.starts)
+    return tl.where(pays, number + worth.leads, worth.starts)
 
 
 @triton.jit
@@ -225,11 +236,12 @@ def _compose(
     with_start = 1 + _starts_slot(known + j + 1, ints)
     tests = first(((j < most) & (chance > with_start * price)) == 0, lanes)
 
-    starts = _starts_slot(known + j, ints)
+    starts, leads = _starts_slot(known + j, ints), _leads(known + j, ints)
     worth = Worth(
         chance_before - tl.where(j < tests, chance, 0),
         starts,
-        tl.minimum(_MAX_CHAIN - 1, max_tokens - 2 - known - j),
+        leads,
+        tl.minimum(tl.load(ints + F_MOST_MASKS) - leads, max_tokens - 2 - known - j),
         tl.load(table + acceptance(passed, tested)),
         table,
     )
@@ -261,7 +273,7 @@ def _compose(
     own_start = tl.associative_scan(tl.where(begins, j, 0), 0, _maximum)
     chain = tl.load(positions + P_CANVAS_ROW * CANVAS + own_start)
     used, is_mask = j < canvas, j > tests
-    behind = known + chain + j - own_start
+    behind = known + chain + 1 - _leads(known + chain, ints) + j - own_start
     target = tl.where(is_mask, behind, known + j)
     fed = tl.gather(drafts.token, tl.maximum(j - 1, 0), axis=0)
     fed = tl.where(is_mask, mask_token_id, tl.where(j > 0, fed, last))
@@ -353,8 +365,9 @@ def _serial_kernel(
         tested = tl.load(ints + F_TESTED) + picks.tested
         passed = tl.load(ints + F_PASSED) + picks.accepted
         halves = (tested >= _ACCEPTANCE_WINDOW).to(tl.int32)
+        leads = _leads(known + lanes.p, ints)
         drafts = _take_drafts(
-            drafts, picks, chain_row, chain_width, picked, picked_prob, fed, lanes
+            drafts, picks, chain_row, chain_width, leads, picked, picked_prob, fed, lanes
         )
         # Every load of the old state comes before every store of the new one.
         tl.debug_barrier()

@@ -8,7 +8,8 @@ written yet, and *drafts* of the positions behind it. Its canvas holds, in this 
 2. *Chains*: masks of consecutive positions. Chain a is what follows if just the first a drafts are
    accepted: it sees the context and a + 1 tokens of the canvas. Its first mask has the position
    whose token that pass picks in any case: where a slot starts there it is the row which picks it.
-   The others draft the positions behind it.
+   The others draft the positions behind it. Where masks are trained to do without (``SKIPS_KNOWN``)
+   a chain has that mask at the start of a slot only.
 
 While no token is known there is none to feed: the masks of chain 0 stand alone behind the prompt,
 or, where a token's row picks a slot's first token too, behind the prompt's last token fed again.
@@ -26,7 +27,6 @@ from vllm_refusion.decoding.speculation import (
     CERTAIN,
     LARGEST_COST,
     LEVELS,
-    MAX_CHAIN,
     Speculation,
     acceptance,
     chance_of,
@@ -127,6 +127,10 @@ class _Request:
         """Whether the token there is picked in the row of a mask."""
         return bool(self.ints[Field.MASKED_STARTS]) and position % self.ints[Field.SLOT_SIZE] == 0
 
+    def leads(self, position: int) -> int:
+        """Masks of a chain from that position on that draft nothing: 1 or 0."""
+        return int(not self.ints[Field.SKIPS_KNOWN] or self.starts_slot(position))
+
     def decide(self, picked: list[int], picked_prob: torch.Tensor) -> list[int]:
         """Accepts drafts while they are what is picked; returns the tokens newly known."""
         ints, known, fed = self.ints, self.ints[Field.EMITTED], len(picked)
@@ -164,7 +168,8 @@ class _Request:
         if ends:
             ints[Field.PHASE] = Phase.DONE
             return tokens
-        self._take_drafts(accepted, len(tokens), refused, picked, picked_prob)
+        lead = self.leads(known + accepted)
+        self._take_drafts(accepted, len(tokens), lead, refused, picked, picked_prob)
         self.compose()
         return tokens
 
@@ -187,13 +192,19 @@ class _Request:
             ints[Field.PASSED] //= 2
 
     def _take_drafts(
-        self, accepted: int, advance: int, refused: bool, picked: list[int], prob: torch.Tensor
+        self,
+        accepted: int,
+        advance: int,
+        lead: int,
+        refused: bool,
+        picked: list[int],
+        prob: torch.Tensor,
     ) -> None:
         """The drafts from now on: those of the chain that came true, else old ones that may."""
         row = int(self.state.rider_row[self.req, accepted])
         end = min(row + int(self.state.rider_width[self.req, accepted]), len(picked))
-        if row >= 0 and end - row > 1:
-            self.token, self.confidence = picked[row + 1 : end], prob[row + 1 : end]
+        if row >= 0 and end - row > lead:
+            self.token, self.confidence = picked[row + lead : end], prob[row + lead : end]
         elif refused:
             self.token, self.confidence = [], prob[:0]
         else:
@@ -223,9 +234,10 @@ class _Request:
             if width == 0:
                 continue
             chain_row[accepted], chain_width[accepted], chain_at[start] = start, width, accepted
+            first = known + accepted + 1 - self.leads(known + accepted)
             rows += [
                 _Row(mask, at, at, run_end=accepted + 1, own_start=start)
-                for at in range(known + accepted, known + accepted + width)
+                for at in range(first, first + width)
             ]
             if accepted == 0 and self.starts_slot(known):
                 ints[Field.ROWS] = start + 1
@@ -273,7 +285,7 @@ class _Request:
         picks nothing is a cost of the others.
         """
         position = self.ints[Field.EMITTED] + accepted
-        starts = int(self.starts_slot(position))
+        starts, lead = int(self.starts_slot(position)), self.leads(position)
         comes_true = chance_of(costs[accepted])
         comes_true -= chance_of(costs[accepted + 1]) if accepted < tests else 0
         if comes_true <= 0:
@@ -282,13 +294,14 @@ class _Request:
         least = price + price * CERTAIN // comes_true
         # drafts whose chance exceeds the least one
         count = max(0, (_cost_of(least) - 1) // each)
-        count = min(count, MAX_CHAIN - 1, self.ints[Field.MAX_TOKENS] - 2 - position)
+        count = min(count, self.ints[Field.MOST_MASKS] - lead)
+        count = min(count, self.ints[Field.MAX_TOKENS] - 2 - position)
         if count <= 0:
             return starts
         through = chance_of(each) - chance_of(min(each * (count + 1), LARGEST_COST))
         drafted = through * CERTAIN // (CERTAIN - chance_of(each))
-        gain = comes_true * (drafted - count * price) // CERTAIN - price * (count + 1 - starts)
-        return count + 1 if gain > 0 else starts
+        gain = comes_true * (drafted - count * price) // CERTAIN - price * (count + lead - starts)
+        return count + lead if gain > 0 else starts
 
 
 def _cost_of(chance: int) -> int:

@@ -45,6 +45,8 @@ F_DRAFTS = tl.constexpr(int(Field.DRAFTS))
 F_TESTS = tl.constexpr(int(Field.TESTS))
 F_MOST_TESTS = tl.constexpr(int(Field.MOST_TESTS))
 F_EXPECTED = tl.constexpr(int(Field.EXPECTED))
+F_MOST_MASKS = tl.constexpr(int(Field.MOST_MASKS))
+F_SKIPS_KNOWN = tl.constexpr(int(Field.SKIPS_KNOWN))
 
 NUM_FLOAT_FIELDS = tl.constexpr(len(FloatField))
 FLOAT_SLOT_THRESHOLD = tl.constexpr(int(FloatField.SLOT_THRESHOLD))

@@ -17,11 +17,18 @@ def test_at_first_a_step_costs_its_pass():
     assert of(StepCost(PASSES, learns=False), 32, 64, 160) == [4.0, 5.0, 8.0]
 
 
-def test_what_is_around_a_pass_is_added_at_every_size():
+def test_steps_that_take_longer_than_their_pass_make_every_size_dearer():
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
         cost.observe(64, waited=0.2, busy=5.8)
-    assert of(cost, 32, 64, 256) == pytest.approx([5.0, 6.0, 12.0])
+    assert of(cost, 32, 64, 256) == pytest.approx([4.8, 6.0, 13.2])
+
+
+def test_the_slope_is_the_larger_of_both_sides():
+    tiled = StepCost(PassCost((128, 256, 257, 512), (4.0, 4.0, 8.0, 8.0)), learns=False)
+    assert tiled.slope(128) == 0
+    assert tiled.slope(256) == pytest.approx(4 / 64)
+    assert tiled.slope(300) == pytest.approx(4 / 150)
 
 
 def test_rows_cost_nothing_up_to_what_the_host_takes():
@@ -29,7 +36,7 @@ def test_rows_cost_nothing_up_to_what_the_host_takes():
     for _ in range(200):
         cost.observe(64, waited=3.0, busy=5.0)
     assert of(cost, 32, 64, 140) == pytest.approx([8.0] * 3, rel=1e-3)
-    assert of(cost, 256)[0] == pytest.approx(11 + PREPARATION)
+    assert of(cost, 256)[0] == pytest.approx(11 * (5 + PREPARATION) / 5)
 
 
 def test_a_shorter_step_shows_at_once_that_the_host_takes_no_more():

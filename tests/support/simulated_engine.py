@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import CERTAIN, Speculation
+from vllm_refusion.decoding.speculation import CERTAIN, MAX_CHAIN, Speculation
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
 from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 
@@ -176,7 +176,12 @@ class SimulatedEngine:
                 more: dict[str, int] = {}
                 if serial:
                     add = self.state.add_serial
-                    more = {"last_token": job.prefill[-1], "known": len(job.output)}
+                    more = {
+                        "last_token": job.prefill[-1],
+                        "known": len(job.output),
+                        "chain_length": self.random.choice((2, 5, MAX_CHAIN)),
+                        "skips_known": self._chance(0.5),
+                    }
                 add(
                     job.req,
                     len(request.prompt),

@@ -154,6 +154,14 @@ def test_gguf(tmp_path):
     ids = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(new(ids).logits[..., :300], model(ids).logits)
 
+    convert(str(tmp_path / "a.gguf"), tmp_path / "plain", dtype="float32", plain=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert not hasattr(plain.config, "mask_token_id") and plain.config.vocab_size == 300
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").mask_token is None
+    with pytest.raises(ValueError, match="--plain: allowed is a GGUF file alone"):
+        convert(str(tmp_path / "a.gguf"), tmp_path / "no", mask_token="[m]", plain=True)
+
 
 def refusal(*arguments, capsys) -> str:
     with pytest.raises(SystemExit) as ended:
@@ -170,6 +178,7 @@ def refusal(*arguments, capsys) -> str:
         ({}, ["--slot-size", "5"], "block_length=128 is not supported"),
         ({}, ["--preset", "gsm9k"], "allowed presets are gsm8k"),
         ({}, ["--dtype", "int4"], "--dtype int4: allowed are auto"),
+        ({}, ["--plain"], "--plain: allowed is a GGUF file alone"),
         ({"layer_types": ["sliding_attention"] * 2}, [], "without full attention (sliding"),
     ],
 )

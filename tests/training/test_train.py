@@ -26,9 +26,10 @@ from vllm_refusion.cli import build_parser, main
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.training import run
-from vllm_refusion.training.run import Recipe, ReFusionTrainer
+from vllm_refusion.training.hybrid_task import HybridTask
+from vllm_refusion.training.recipe import Recipe
 from vllm_refusion.training.train_command import settings_from
-from vllm_refusion.training.trainer import SEAL
+from vllm_refusion.training.trainer import SEAL, ReFusionTrainer
 
 pytest.importorskip("accelerate")
 GENERATION = {"eos_token_id": 0, **vars(DecodingParams(4, 8, 0.9, 0.4))}
@@ -195,7 +196,7 @@ def test_a_resumed_run_ends_bit_equal(checkpoint, data, tmp_path, monkeypatch):
         def trainer(*, callbacks, **given):
             return ReFusionTrainer(callbacks=[Interrupt(step, act), *callbacks], **given)
 
-        monkeypatch.setattr(run, "ReFusionTrainer", trainer)
+        monkeypatch.setattr(HybridTask, "trainer", staticmethod(trainer))
 
     interrupted(5, kill)
     with pytest.raises(Killed):

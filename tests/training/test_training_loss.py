@@ -28,8 +28,8 @@ from vllm_refusion.training.collator import (
 )
 from vllm_refusion.training.loss import (
     CAUSAL,
-    _chunk_losses,
     attach,
+    cross_entropies,
     hybrid_loss,
     label_counts,
     visible,
@@ -297,7 +297,7 @@ def test_training_pass_compiles_without_graph_breaks(model, seed):
     fed = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     fed["attention_mask"] = visible(batch["sees"], batch["since"]) if "sees" in batch else None
     hidden = base(**fed, use_cache=False).last_hidden_state
-    compiled = torch.compile(_chunk_losses, dynamic=True, fullgraph=True, backend="eager")
+    compiled = torch.compile(cross_entropies, dynamic=True, fullgraph=True, backend="eager")
     ours = hybrid_loss(hidden, model.lm_head, batch, label_counts(batch), chunk_losses=compiled)
     assert_close(ours, expected)
 

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from vllm_refusion.bench.shapes import (
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.engine.settings import BENCHMARK_ENV
 from vllm_refusion.files import json_object, read_json, write_text
+from vllm_refusion.stock import stock_environment
 
 HELP = "Measure stock autoregressive decoding and ReFusion on the same vLLM."
 DEFAULT_PRESET = "32/128/0.9/0.4"
@@ -377,21 +377,6 @@ def run_side(
 
 def child_environment(side: str) -> dict[str, str]:
     """Stock vLLM runs without this plugin, as if it were not installed."""
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    if side != "stock":
-        environment[BENCHMARK_ENV] = "1"
-        return environment
-    plugins = metadata.entry_points(group="vllm.general_plugins")
-    allowed = environment.get("VLLM_PLUGINS")
-    names = allowed.split(",") if allowed is not None else plugins.names
-    environment["VLLM_PLUGINS"] = ",".join(sorted(set(names) - {"refusion"}))
-    if _is_cpu_build():
-        environment.pop("TRITON_INTERPRET", None)
-        environment["TRITON_BACKENDS_IN_TREE"] = "1"  # keeps the plugin's interpreter off
-    return environment
-
-
-def _is_cpu_build() -> bool:
-    from vllm_refusion.triton_cpu_stub import vllm_is_cpu_build
-
-    return vllm_is_cpu_build()
+    if side == "stock":
+        return stock_environment()
+    return dict(os.environ, PYTHONUNBUFFERED="1", **{BENCHMARK_ENV: "1"})

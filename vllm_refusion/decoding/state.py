@@ -46,9 +46,11 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_refusion.decoding.params import FIRST_MASKS, DecodingParams
+from vllm_refusion.decoding.speculation import MAX_CHAIN
 
 
 class Phase(IntEnum):
@@ -105,6 +107,8 @@ class Field(IntEnum):
     TESTS = 22  # of them, those in the present canvas
     MOST_TESTS = 23  # more are never fed at once
     EXPECTED = 24  # tokens that the present canvas is expected to bring, in 1/256
+    MOST_MASKS = 25  # of a chain
+    SKIPS_KNOWN = 26  # whether chains leave out a position whose token is picked without its mask
 
 
 class FloatField(IntEnum):
@@ -195,6 +199,7 @@ class Counter(IntEnum):
 
 ACCEPTANCE_WINDOW = 128  # TESTED and PASSED are halved when so many have been tested
 MAX_STOP_IDS = 64  # stop token ids that min_tokens can hold back, per request
+_TORCH_TYPES = {"<i4": torch.int32, "<i8": torch.int64, "<f4": torch.float32}
 
 
 class DecodeState:
@@ -222,6 +227,9 @@ class DecodeState:
 
     Args:
         canvas_token: the tensor to use for ``canvas_token``; allocated when None.
+
+    ``gathers_starts``, False at first, says whether requests that are added wait for
+    ``write_starts``, which writes many of them as fast as one.
     """
 
     def __init__(
@@ -261,6 +269,22 @@ class DecodeState:
         }
         self.counters = zeros(len(Counter), dtype=torch.int64)
         self._name_views()
+        self.gathers_starts = False
+        self._starts: list[np.ndarray] = []
+        self._start_type = np.dtype(
+            [
+                ("seed", "<i8"),
+                ("req", "<i4"),
+                ("min_tokens", "<i4"),
+                ("temperature", "<f4"),
+                ("floats", "<f4", (len(FloatField),)),
+                ("ints", "<i4", (len(Field),)),
+                ("stop_ids", "<i4", (MAX_STOP_IDS,)),
+                ("by_row", "<i4", (len(RowField), canvas_length)),
+                ("chains", "<i4", (2, canvas_length)),
+                ("canvas_token", "<i4", (canvas_length,)),
+            ]
+        )
 
     def _name_views(self) -> None:
         self.slot_threshold = self.floats[:, FloatField.SLOT_THRESHOLD]
@@ -312,10 +336,9 @@ class DecodeState:
         first = params.first_rows(max_tokens)
         ints = _ints(prompt_len, params, max_tokens, eos_token_id)
         ints |= {Field.RESUME: Phase.START, Field.ROWS: first, Field.CANVAS: first}
-        positions = [*range(first), *[-1] * (self.canvas_length - first)]
-        rows = {RowField.POSITION: positions, RowField.TARGET: positions}
-        tokens = [self.mask_token_id] * self.canvas_length
-        self._begin(req, params, ints, tokens, rows, **picks)
+        start = self._begin(req, params, ints, **picks)
+        start["by_row"][[RowField.POSITION, RowField.TARGET], :first] = np.arange(first)
+        self._start(start)
 
     def add_serial(
         self,
@@ -328,6 +351,8 @@ class DecodeState:
         last_token: int,
         known: int = 0,
         most_tests: int | None = None,
+        chain_length: int = MAX_CHAIN,
+        skips_known: bool = False,
         **picks: Any,
     ) -> None:
         """Starts or resumes a request in serial mode: its prompt comes next.
@@ -336,12 +361,16 @@ class DecodeState:
             last_token: of the prompt and the ``known`` response tokens. The prefill is all of them,
                 but for the last one where a response token is known: the canvas begins with that.
             most_tests: drafts that are fed at once at most.
+            chain_length: masks of consecutive positions that draft at most, of 2 to MAX_CHAIN.
+            skips_known: whether chains begin behind the position whose token the pass picks in any
+                case, where no mask is needed for it: of mask adapters that are trained so.
             picks: how tokens are picked, see ``_begin``.
         """
         masked_starts = params.slot_start == "mask"
-        masks = min(FIRST_MASKS, max_tokens - known)
         tokens = 1 if known or not masked_starts else 0
         starts_slot = masked_starts and known % params.slot_size == 0
+        first = known + int(skips_known and not starts_slot)
+        masks = max(0, min(FIRST_MASKS, chain_length, max_tokens - first))
         most = self.canvas_length // 2 - 1
         ints = _ints(prompt_len, params, max_tokens, eos_token_id)
         ints |= {
@@ -352,50 +381,86 @@ class DecodeState:
             Field.ROWS: tokens + starts_slot if known else 1,
             Field.CANVAS: tokens + masks,
             Field.EXPECTED: 256,
+            Field.MOST_MASKS: chain_length,
+            Field.SKIPS_KNOWN: int(skips_known),
         }
         # the prompt's last token is in the context: fed again, it does not see itself there
         again = tokens if not known else 0
-        rest = self.canvas_length - tokens
-        targets = [*range(known, known + masks), *[-1] * (rest - masks)]
-        rows = {
-            RowField.POSITION: [known - 1] * tokens + targets,
-            RowField.TARGET: [known] * tokens + targets,
-            RowField.CONTEXT: [-again] * tokens + [0] * rest,
-            RowField.RUN_END: [0] * tokens + [tokens - again] * rest,
-            RowField.OWN_START: [0] * tokens + [tokens] * rest,
-        }
-        canvas = [last_token] * tokens + [self.mask_token_id] * rest
-        self._begin(req, params, ints, canvas, rows, **picks)
-        _write(self.rider_row[req], -1)
-        _write(self.rider_row[req, :1], tokens)
-        _write(self.rider_width[req, :1], masks)
+        start = self._begin(req, params, ints, **picks)
+        by_row, masks_end = start["by_row"], tokens + masks
+        targets = np.arange(first, first + masks)
+        by_row[[RowField.POSITION, RowField.TARGET], tokens:masks_end] = targets
+        by_row[RowField.POSITION, :tokens] = known - 1
+        by_row[RowField.TARGET, :tokens] = known
+        by_row[RowField.CONTEXT, :tokens] = -again
+        by_row[RowField.RUN_END, tokens:] = tokens - again
+        by_row[RowField.OWN_START, tokens:] = tokens
+        start["canvas_token"][:tokens] = last_token
+        start["chains"][0] = -1
+        start["chains"][:, 0] = (tokens, masks) if masks else (-1, 0)
+        self._start(start)
 
     def _begin(
         self,
         req: int,
         params: DecodingParams,
         ints: Mapping[Field, int],
-        canvas_token: list[int],
-        rows: Mapping[RowField, list[int]],
         *,
         min_tokens: int = 0,
         stop_ids: Sequence[int] = (),
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> None:
-        """Writes a request's first state: in few copies, since they are what starting it costs."""
+    ) -> np.ndarray:
+        """A request's first state, of a canvas without rows."""
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"min_tokens holds back at most {MAX_STOP_IDS} stop token ids")
-        nothing = [0] * self.canvas_length
-        _write(self.ints[req], [ints.get(field, 0) for field in Field])
-        _write(self.floats[req], [params.slot_threshold, params.token_threshold])
-        _write(self.temperature[req], temperature)
-        _write(self.seed[req], seed)
-        _write(self.min_tokens[req], min_tokens)
-        if min_tokens:
-            _write(self.stop_ids[req], [*stop_ids, *[-1] * (MAX_STOP_IDS - len(stop_ids))])
-        _write(self.canvas_token[req], canvas_token)
-        _write(self.by_row[req], [rows.get(field, nothing) for field in RowField])
+        start = np.zeros((), self._start_type)
+        start["req"], start["temperature"], start["seed"] = req, temperature, seed
+        start["floats"] = params.slot_threshold, params.token_threshold
+        start["min_tokens"], start["stop_ids"] = min_tokens, -1
+        start["stop_ids"][: len(stop_ids)] = stop_ids
+        start["ints"][list(ints)] = list(ints.values())
+        start["by_row"][[RowField.POSITION, RowField.TARGET]] = -1
+        start["canvas_token"] = self.mask_token_id
+        return start
+
+    def _start(self, start: np.ndarray) -> None:
+        self._starts.append(start)
+        if not self.gathers_starts:
+            self.write_starts()
+
+    def write_starts(self) -> None:
+        """Writes what ``add`` and ``add_serial`` have gathered: in one copy from the host."""
+        if not self._starts:
+            return
+        host = torch.from_numpy(
+            np.stack(self._starts).view(np.int32).reshape(len(self._starts), -1)
+        )
+        self._starts.clear()
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        packed = host.to(self.device, non_blocking=True)
+
+        def part(name: str) -> torch.Tensor:
+            kind, offset = self._start_type.fields[name][:2]
+            flat = packed[:, offset // 4 : (offset + kind.itemsize) // 4]
+            dtype = _TORCH_TYPES[kind.base.str]
+            return flat.contiguous().view(dtype).view(len(packed), *kind.shape)
+
+        reqs = part("req").long()
+        chains = self.by_position[:, PositionField.RIDER_ROW : PositionField.RIDER_WIDTH + 1]
+        for name, target in (
+            ("ints", self.ints),
+            ("floats", self.floats),
+            ("by_row", self.by_row),
+            ("chains", chains),
+            ("canvas_token", self.canvas_token),
+            ("temperature", self.temperature),
+            ("seed", self.seed),
+            ("min_tokens", self.min_tokens),
+            ("stop_ids", self.stop_ids),
+        ):
+            target.index_copy_(0, reqs, part(name).to(target.dtype))
 
     def save(self, req: int) -> dict[str, torch.Tensor]:
         """A copy of everything about the request at ``req``, for ``restore``; stays on device."""
@@ -441,13 +506,3 @@ def _ints(
         Field.MAX_TOKENS: max_tokens,
         Field.EOS: -1 if eos_token_id is None else eos_token_id,
     }
-
-
-def _write(target: torch.Tensor, value: float | list[Any]) -> None:
-    if not isinstance(value, list):
-        target.fill_(value)  # a kernel argument: no copy from the host
-        return
-    host = torch.tensor(value, dtype=target.dtype)
-    if target.is_cuda:
-        host = host.pin_memory()
-    target.copy_(host, non_blocking=True)

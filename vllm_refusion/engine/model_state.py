@@ -92,6 +92,7 @@ class ReFusionModelState(ModelState):
             self.device,
             canvas_token=self.req_states.draft_tokens,  # what the runner feeds as draft tokens
         )
+        self.decode_state.gathers_starts = True
         if tracing_enabled(self.vllm_config):
             self.recorder = Recorder(self.decode_state)
             transition = self.recorder.around(self.operations.transition)
@@ -146,6 +147,10 @@ class ReFusionModelState(ModelState):
             seed=spec.seed,
         )
 
+    def apply_staged_writes(self) -> None:
+        """Called once all new requests of a step are added."""
+        self.decode_state.write_starts()
+
     def _add_serial(self, req: int, spec: RequestSpec, new_req_data: Any) -> None:
         """Starts it, or goes on after a preemption: its tokens are computed again in order."""
         prompt_len, tokens = len(new_req_data.prompt_token_ids), new_req_data.prefill_token_ids
@@ -169,8 +174,19 @@ class ReFusionModelState(ModelState):
         )
 
     def measure_passes(self, run: Callable[[int], Any]) -> None:
-        """Times ``run(rows)``, a forward pass, after the graphs are captured; see ``PassCost``."""
+        """Times ``run(rows)``, a forward pass, after the graphs are captured; see ``PassCost``.
+
+        Then it compiles what the first request would have to wait for.
+        """
         self.pass_cost = measure_passes(run, self.max_num_tokens, self.device)
+        if self.device.type == "cuda":
+            hidden = self.model_config.get_hidden_size()
+            self.sampler.compile(
+                torch.zeros(1, hidden, dtype=self.model_config.dtype, device=self.device)
+            )
+            starts = torch.zeros(2, dtype=torch.int32, device=self.device)
+            self.start_row_budget(starts, []).compile()
+            self.sampler.row_budget = None
 
     def start_row_budget(self, query_start_loc: torch.Tensor, sizes: list[int]) -> RowBudget:
         """The row budget, in its beginning; see there."""

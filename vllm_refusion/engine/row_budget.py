@@ -24,7 +24,6 @@ STEPS_REMEMBERED = 64
 ROWS_APART = 256  # sizes of a step beyond those of the graphs
 # Riders are worth a few rows even where rows are all that counts: a saved pass saves its sampling.
 LEAST_PRICE = 4
-LEAST_STEP = 32  # rows over which the cost of one more is taken
 PRICE_FOLLOWS = 0.25  # share of a change that the price of a row takes in a step
 
 
@@ -73,6 +72,14 @@ class RowBudget:
         self._step = 0
         self._rows = 0
         self.rows_run = 0  # of all steps, with those that nothing used
+
+    def compile(self) -> None:
+        """Deals no rows to an index without a request."""
+        self._rows = 0
+        nothing = np.zeros(1, np.int32)
+        self.assume(nothing, nothing)
+        self._num_decoding = 1
+        self.deal(torch.zeros(1, dtype=torch.int64, device=self.state.device))
 
     def settle(self, decoding: int, scheduled: int) -> int:
         """Decode rows of a step in which so many requests decode, of so many scheduled rows."""
@@ -168,21 +175,20 @@ class RowBudget:
         return int(sizes[np.argmin(cost / np.maximum(value, 1e-9))])
 
     def _speculate(self, decoding: int) -> Speculation:
-        price = min(max(self.cost.passes.rows_per_pass / max(decoding, 1), LEAST_PRICE), MAX_PRICE)
-        return Speculation(
-            self.cost.passes.free_rows // max(decoding, 1), int(price), self._row_price()
-        )
+        passes, requests = self.cost.passes, max(decoding, 1)
+        price = min(max(passes.rows_per_pass / requests, LEAST_PRICE), MAX_PRICE)
+        return Speculation(passes.free_rows // requests, int(price), self._row_price(decoding))
 
-    def _row_price(self) -> int:
+    def _row_price(self, decoding: int) -> int:
         """What a row of serial decoding costs in tokens, in 1/CERTAIN: those of the time it takes.
 
         Feeding all rows that bring more, and no others, gives most tokens in a time. It follows the
         load slowly, as it depends on what it leads to.
         """
-        if self._recent and self._decoding:
-            tokens = self._decoding * (1 + self._recent[-1][2] / 256)
-            more = max(LEAST_STEP, self._rows // 4)
-            now, then = self.cost.of(np.array([self._rows, self._rows + more]))
-            price = min(tokens / now * (then - now) / more, 1.0)
-            self._price += PRICE_FOLLOWS * (price - self._price)
+        if decoding:
+            expected = self._recent[-1][2] / 256 if self._recent else 0.0
+            tokens = decoding * (1 + expected)
+            per_ms = tokens / float(self.cost.of(np.array(self._rows)))
+            price = min(per_ms * self.cost.slope(self._rows), 1.0)
+            self._price += (PRICE_FOLLOWS if self._recent else 1.0) * (price - self._price)
         return int(CERTAIN * self._price)

@@ -162,6 +162,38 @@ class CanvasSampler:
             starts,
         )
 
+    def compile(self, hidden_states: torch.Tensor) -> None:
+        """Asks nothing of a row [1, hidden]."""
+        nothing = torch.full((1,), -1, dtype=torch.int32, device=hidden_states.device)
+        requests = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
+        logits = self.model.row_logits(hidden_states)
+        self._token_stats(logits, requests, nothing, nothing, nothing, slice(0, 1))
+
+    def _token_stats(
+        self,
+        logits: torch.Tensor,
+        requests: torch.Tensor,
+        positions: torch.Tensor,
+        given: torch.Tensor,
+        draws: torch.Tensor,
+        rows: slice,
+    ) -> None:
+        state = self.state
+        self.operations.token_stats(
+            logits,
+            requests[rows],
+            positions[rows],
+            given[rows],
+            draws[rows],
+            temperature=state.temperature,
+            seed=state.seed,
+            min_tokens=state.min_tokens,
+            stop_ids=state.stop_ids,
+            mask_token_id=state.mask_token_id,
+            limits=self.limits.used,
+            out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
+        )
+
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
         state = self.state
         requests, row = input_batch.expanded_idx_mapping, input_batch.expanded_local_pos
@@ -173,20 +205,7 @@ class CanvasSampler:
         for start in range(0, hidden_states.shape[0], self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
             logits = self.model.row_logits(hidden_states[rows])
-            self.operations.token_stats(
-                logits,
-                requests[rows],
-                positions[rows],
-                given[rows],
-                draws[rows],
-                temperature=state.temperature,
-                seed=state.seed,
-                min_tokens=state.min_tokens,
-                stop_ids=state.stop_ids,
-                mask_token_id=state.mask_token_id,
-                limits=self.limits.used,
-                out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
-            )
+            self._token_stats(logits, requests, positions, given, draws, rows)
             if self.records:
                 self._describe_rows(input_batch, logits, rows.start, given)
         if self.acceptance is not None:
@@ -194,7 +213,8 @@ class CanvasSampler:
             serial = state.ints[:, Field.RESUME] == Phase.SERIAL
             # a draft's draw says where its chain began
             behind = row - state.row_own_start[requests, row]
-            is_draft = serial[requests] & (behind > 0)
+            lead = 1 - state.ints[:, Field.SKIPS_KNOWN]
+            is_draft = serial[requests] & (behind >= lead[requests])
             is_draft &= state.canvas_token[requests, row] == state.mask_token_id
             draws = torch.where(is_draft, positions - behind + 1, draws)
             self.operations.acceptance_stats(

@@ -28,6 +28,7 @@ from vllm_refusion.engine.settings import (
 )
 
 LONGEST_PROMPT_TO_PLAN_WITH = 2048  # tokens in the last chunk
+FIRST_ROWS_OF_ALL = 128  # of requests in serial mode together: drafts are dear where many run
 
 
 class _CanvasScheduling:
@@ -70,6 +71,13 @@ class _CanvasScheduling:
         """The same of all requests in serial mode: shares of one half, so that prompts get on."""
         share = self.max_num_scheduled_tokens // (2 * max(1, len(self.running)))
         return max(self.serial_rows, min(self.canvas_length, share))
+
+    def _first_rows(self, request: Request) -> int:
+        """Rows of its first canvas; where many requests run, not all masks of serial mode."""
+        spec = self._spec(request)
+        if spec.serial:
+            return min(spec.first_rows, max(1, FIRST_ROWS_OF_ALL // len(self.running)))
+        return spec.first_rows
 
     def _spec(self, request: Request) -> RequestSpec:
         spec = getattr(request, "refusion_spec", None)
@@ -116,7 +124,7 @@ class _CanvasScheduling:
                 continue
             request = self.requests[request_id]
             prompt = request.num_prompt_tokens
-            canvas = self._spec(request).first_rows
+            canvas = self._first_rows(request)
             if (
                 rows <= LONGEST_PROMPT_TO_PLAN_WITH
                 and request.num_computed_tokens + rows == prompt == request.num_tokens

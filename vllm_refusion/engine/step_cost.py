@@ -13,6 +13,7 @@ from vllm_refusion.engine.pass_cost import PassCost
 # The device's work between the end of a step and the next forward pass, in ms. Where it takes
 # longer, the device waits for the host.
 PREPARATION = 0.3
+LEAST_STEP = 32  # rows over which the cost of one more is taken
 FOLLOWS = 0.1  # share of a change that an estimate takes in a step
 
 
@@ -27,9 +28,9 @@ class _Marks(NamedTuple):
 class StepCost:
     """Milliseconds of a step by its rows, of late.
 
-    ``passes`` is measured at start. What a step takes besides (longer contexts, statistics, the
-    sampler) and what the host takes for one are learned from the steps that run: below the host's
-    time rows cost nothing. Marks are read once they have passed, so nothing waits for them.
+    ``passes`` is measured at start. How much more steps take (longer contexts, statistics, a clock
+    that heat slows down) and what the host takes for one are learned from the steps that run: below
+    the host's time rows cost nothing. Marks are read once they have passed: nothing waits for them.
 
     Args:
         learns: False where nothing can be learned: on a CPU, or in a tensor parallel group, whose
@@ -38,14 +39,24 @@ class StepCost:
 
     def __init__(self, passes: PassCost, learns: bool) -> None:
         self.passes = passes
-        self.around = self.host = 0.0
+        self.scale, self.host = 1.0, 0.0
         self._learns = learns
         self._launched: torch.cuda.Event | None = None
         self._steps: deque[_Marks] = deque()  # the last one learned from, and those after it
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Milliseconds of steps of so many rows each."""
-        return np.maximum(self.passes.of(rows) + self.around, self.host)
+        return np.maximum(self.passes.of(rows) * self.scale, self.host)
+
+    def slope(self, rows: int) -> float:
+        """Milliseconds of one more row where a step has so many.
+
+        The larger of the slopes before and behind: costs have steps, as products have tiles, and a
+        flat place behind a step shall not draw a load over it that would do better in front.
+        """
+        less, more = rows // 2, rows + max(LEAST_STEP, rows // 4)
+        at_less, at, at_more = self.of(np.array([less, rows, more]))
+        return max((at - at_less) / max(rows - less, 1), (at_more - at) / (more - rows))
 
     def launch(self) -> None:
         """Marks the beginning of a forward pass, in stream order."""
@@ -76,5 +87,5 @@ class StepCost:
             self.host += FOLLOWS * (took - self.host)
         elif took < self.host:
             self.host = took
-        around = min(waited, PREPARATION) + busy - float(self.passes.of(np.array(rows)))
-        self.around += FOLLOWS * (max(around, 0.0) - self.around)
+        ratio = (min(waited, PREPARATION) + busy) / float(self.passes.of(np.array(rows)))
+        self.scale += FOLLOWS * (ratio - self.scale)

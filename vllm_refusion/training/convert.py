@@ -29,6 +29,7 @@ def convert(
     pad_token: str | None = None,
     decoding: Mapping[str, Any] | None = None,
     dtype: str = "auto",
+    plain: bool = False,
 ) -> dict[str, Any]:
     """Writes the ReFusion form of ``source`` to the folder ``output``; says what it did.
 
@@ -42,6 +43,7 @@ def convert(
         mask_token: the tokenizer's own if it has one, else ``<|mask|>``.
         pad_token: for a tokenizer without one; else ``<|pad|>``.
         dtype: of the weights; "auto" keeps theirs, for GGUF it is bfloat16.
+        plain: a GGUF file is unpacked, and nothing is added: the base of a mask adapter.
 
     Raises:
         ValueError: the source cannot be converted, or ``output`` exists; says why.
@@ -51,22 +53,28 @@ def convert(
     parameters = expand_preset(decoding or {})
     parameters = vars(DecodingParams().updated(decoding)) if parameters else {}
     where = _location(source)
+    if plain and ("gguf_file" not in where or mask_token or pad_token or decoding):
+        raise ValueError(
+            "--plain: allowed is a GGUF file alone, without tokens and decoding defaults"
+        )
     config = _load(AutoConfig, source, where)
-    _check_config(source, config)
+    if (mask := getattr(config, "mask_token_id", None)) is not None:
+        raise ValueError(f"{source} is a ReFusion checkpoint already: its mask_token_id is {mask}")
+    check_backbone(source, config)
     tokenizer = _load(AutoTokenizer, source, where)
     if "gguf_file" in where and isinstance(config.eos_token_id, int):
         # transformers before 5.19 takes the file's BOS for EOS here, not in the configuration
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     old_words = len(tokenizer)
-    _add_tokens(source, tokenizer, mask_token, pad_token)
+    if not plain:
+        _add_tokens(source, tokenizer, mask_token, pad_token)
     model = _load_model(source, where, dtype)
     old_rows = model.get_input_embeddings().weight.shape[0]
-    _resize(model, tokenizer, old_words)
-
     config, eos, pad = model.config, tokenizer.eos_token_id, tokenizer.pad_token_id
-    config.mask_token_id, config.eos_token_id, config.pad_token_id = (
-        tokenizer.mask_token_id, eos, pad,
-    )  # fmt: skip
+    if not plain:
+        _resize(model, tokenizer, old_words)
+        config.mask_token_id = tokenizer.mask_token_id
+    config.eos_token_id, config.pad_token_id = eos, pad
     # Not the source's: sampling defaults of an autoregressive model say nothing here.
     generation = {"eos_token_id": eos, "pad_token_id": pad, **parameters}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +138,8 @@ def _load_model(source: str, where: Mapping[str, str], dtype: str) -> Any:
     return plain
 
 
-def _check_config(source: str, config: Any) -> None:
-    mask = getattr(config, "mask_token_id", None)
-    if mask is not None:
-        raise ValueError(f"{source} is a ReFusion checkpoint already: its mask_token_id is {mask}")
+def check_backbone(source: str, config: Any) -> None:
+    """Raises ValueError if a model of this configuration cannot be trained; says why."""
     # GGUF files name no architecture; what transformers would load is what counts there.
     stock: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     names = config.architectures or ([stock.__name__] if stock else [])

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask-token", help="default: the tokenizer's, else <|mask|>")
     parser.add_argument("--pad-token", help="for a tokenizer without one; default: <|pad|>")
     parser.add_argument("--dtype", default="auto", help="of the weights; default: as they are")
+    parser.add_argument(
+        "--plain", action="store_true", help="unpack a GGUF file, add nothing: for a mask adapter"
+    )
     defaults = parser.add_argument_group("decoding defaults, for the generation config")
     defaults.add_argument("--preset", help=", ".join(PRESETS))
     add_options(defaults)
@@ -35,10 +38,12 @@ def run(args: argparse.Namespace) -> None:
         pad_token=args.pad_token,
         decoding=given_options(args),
         dtype=args.dtype,
+        plain=args.plain,
     )
     for name in ("mask_token", "pad_token", "eos_token"):
         token, number = made[name]
-        print(f"{name}: {token} ({number})", file=sys.stderr)
+        if number is not None:
+            print(f"{name}: {token} ({number})", file=sys.stderr)
     old, new = made["embedding_rows"]
     print(f"embedding rows: {old} -> {new}", file=sys.stderr)
     if not made["chat_template"]:

@@ -66,7 +66,10 @@ class Encoder:
             )
 
     def prompt(self, query: str) -> list[int]:
-        return self._tokenised([self._prompt_text(query)], self.plain)[0]
+        return self.prompts([query])[0]
+
+    def prompts(self, queries: Iterable[str]) -> list[list[int]]:
+        return self._tokenised([self._prompt_text(query) for query in queries], self.plain)
 
     def _prompt_text(self, query: str) -> str:
         if self.plain:

@@ -58,9 +58,9 @@ def hybrid_loss(
         batch: from ``collate``.
         counts: [3], from ``label_counts``.
         chunk_rows: rows of logits at a time.
-        chunk_losses: a compiled ``_chunk_losses``.
+        chunk_losses: a compiled ``cross_entropies``.
     """
-    chunk_losses = chunk_losses or _chunk_losses
+    chunk_losses = chunk_losses or cross_entropies
     rows, length = batch["labelled"], hidden.shape[1]
     hidden = hidden.flatten(0, 1)
     if len(rows) == 0:  # gradients of zero rather than none: other processes wait for them
@@ -80,13 +80,7 @@ def hybrid_loss(
     targets = targets[:, None]
     if "certainty_of" in at:  # the second target of a first mask is what is fed there
         targets = torch.cat([targets, at["input_ids"][:, None]], 1)
-    parts = zip(hidden[rows].split(chunk_rows), targets.split(chunk_rows))
-    if len(rows) <= chunk_rows:
-        losses = chunk_losses(head, *next(parts))
-    else:  # logits are computed again in the backward pass instead of being kept
-        losses = torch.cat(
-            [checkpoint(chunk_losses, head, *part, use_reentrant=False) for part in parts]
-        )
+    losses = in_chunks(chunk_losses, head, hidden[rows], targets, chunk_rows)
     of_token = losses[:, 0]
     if "certainty_of" in at:
         counted = at["certainty_of"] >= 0
@@ -105,7 +99,24 @@ def visible(sees: torch.Tensor, since: torch.Tensor) -> torch.Tensor:
     return ((index < sees[..., None]) | own)[:, None]
 
 
-def _chunk_losses(
+def in_chunks(
+    losses_of: Callable[..., torch.Tensor],
+    head: torch.nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    chunk_rows: int,
+) -> torch.Tensor:
+    """``losses_of(head, hidden, targets)`` of N rows, of ``chunk_rows`` at a time.
+
+    Logits of more than one chunk are computed again in the backward pass instead of being kept.
+    """
+    if len(hidden) <= chunk_rows:
+        return losses_of(head, hidden, targets)
+    parts = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
+    return torch.cat([checkpoint(losses_of, head, *part, use_reentrant=False) for part in parts])
+
+
+def cross_entropies(
     head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """Cross-entropies [N, T] of each row's targets [N, T]."""
@@ -129,7 +140,7 @@ def attach(
     """
     model.set_attn_implementation(CAUSAL)
     chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // model.config.vocab_size)
-    plain, base, chunk_losses = model.forward, model.base_model, _chunk_losses
+    plain, base, chunk_losses = model.forward, model.base_model, cross_entropies
     if compiled:
         from accelerate.utils import compile_regions
 

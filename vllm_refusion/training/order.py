@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from vllm_refusion.training.collator import (
     Draw,
     Example,
-    Sequenced,
     autoregressive,
     draw,
     sequence,
@@ -70,8 +69,11 @@ class Course:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Sequenced:
-        number, example = self._number(index), self.example(index)
+    def __getitem__(self, index: int) -> Any:
+        return self._row(self._number(index), self.example(index))
+
+    def _row(self, number: int, example: Example) -> Any:
+        """Item ``number``: a ``Sequenced``; other courses make others."""
         if self._mask is None:
             return autoregressive(example)
         drawn = self._drawn(number, example)

@@ -24,20 +24,19 @@ from transformers import (
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.files import parse_json, seal, writing
-from vllm_refusion.training.collator import Sequenced, collate
-from vllm_refusion.training.loss import attach, label_counts
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 SEAL = "complete.json"  # of a checkpoint, see ``files.seal``
 KEPT = 2  # checkpoints of a run
+FED = ("input_ids", "mask_positions")  # of a batch, a row of the model for each element
 
 
 class Problem(NamedTuple):
-    """A row of the dev set: its values, its prompt, and its sequence for the dev loss."""
+    """A row of the dev set: its values, its prompt, and what is fed of it for the dev loss."""
 
     values: Mapping[str, Any]
     prompt: list[int]
-    row: Sequenced
+    row: Any
 
 
 class Dev(NamedTuple):
@@ -56,12 +55,27 @@ class Dev(NamedTuple):
     samples: Path
 
 
+class Losses(NamedTuple):
+    """What ``model(batch=..., counts=...)`` is given, and what the losses mean that it returns.
+
+    Attributes:
+        collate: makes a batch of rows.
+        counts: of a batch's labels, added up over a step: what its losses are divided by.
+        weights: of the losses, in ``loss``.
+        logged: names of the first losses, or of all.
+    """
+
+    collate: Callable[..., dict[str, torch.Tensor]]
+    counts: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    weights: tuple[float, ...]
+    logged: tuple[str, ...]
+
+
 class ReFusionTrainer(Trainer):
     """All losses are means over an optimiser step's whole batch, however it is spread.
 
-    Logs ``loss_ar``, ``loss_mdm`` and, if it counts, ``loss_infill`` beside ``loss``, and
-    ``tokens_per_second`` fed, padding included. ``evaluate`` gives the losses on the dev set and
-    figures of decoding it.
+    Logs the losses that have names beside ``loss``, and ``tokens_per_second`` fed, padding
+    included. ``evaluate`` gives the losses on the dev set and figures of decoding it.
     """
 
     model: Any
@@ -72,31 +86,26 @@ class ReFusionTrainer(Trainer):
         *,
         model: Any,
         args: TrainingArguments,
-        pad_token_id: int,
+        losses: Losses,
         examples: int,
-        loss_weights: tuple[float, float, float] = (1.0, 1.0, 0.0),
-        compiled: bool = False,
-        slot_certainty: float = 1.0,
         dev: Dev | None = None,
         **options: Any,
     ) -> None:
         """``examples`` is the size of an epoch, for the log."""
-        attach(model, compiled=compiled, slot_certainty=slot_certainty)
-        self._collate: Callable[..., dict] = lambda rows: collate(rows, pad_token_id)
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collate,
+            data_collator=losses.collate,
             eval_dataset=dev.problems if dev else None,
             **options,
         )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
-        self._examples, self._dev = examples, dev
-        self._loss_weights = torch.tensor(loss_weights, device=args.device)
+        self._examples, self._dev, self._of = examples, dev, losses
+        self._loss_weights = torch.tensor(losses.weights, device=args.device)
         self._start_interval()
 
     def _start_interval(self) -> None:
-        self._losses = torch.zeros(3, device=self.args.device)
+        self._losses = torch.zeros_like(self._loss_weights)
         self._steps, self._tokens, self._since = 0, 0, time.monotonic()
 
     def get_train_dataloader(self) -> DataLoader:
@@ -106,7 +115,7 @@ class ReFusionTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         self._steps += 1
-        counts = reduce(torch.add, (label_counts(batch).to(device) for batch in batch_samples))
+        counts = reduce(torch.add, (self._of.counts(batch).to(device) for batch in batch_samples))
         return self.accelerator.gather(counts[None]).sum(0)
 
     def compute_loss(
@@ -118,7 +127,7 @@ class ReFusionTrainer(Trainer):
     ) -> torch.Tensor:
         losses = model(batch=inputs, counts=num_items_in_batch)
         self._losses += losses.detach()
-        self._tokens += inputs["input_ids"].numel()
+        self._tokens += sum(inputs[name].numel() for name in FED if name in inputs)
         # Gradients are averaged over the processes, but their losses are parts of one sum.
         return (losses * self._loss_weights).sum() * self.accelerator.num_processes
 
@@ -133,8 +142,7 @@ class ReFusionTrainer(Trainer):
         super().log(logs, start_time)
 
     def _named(self, losses: torch.Tensor) -> dict[str, float]:
-        names = ("loss_ar", "loss_mdm", "loss_infill")[: 3 if self._loss_weights[2] else 2]
-        return dict(zip(names, losses.tolist()))
+        return dict(zip(self._of.logged, losses.tolist()))
 
     def _batch_size(self) -> int:
         args = self.args
@@ -159,8 +167,8 @@ class ReFusionTrainer(Trainer):
 
     def _dev_losses(self, model: Any, dev: Dev) -> dict[str, float]:
         rows, size = [p.row for p in dev.problems], self.args.per_device_eval_batch_size
-        batches = [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-        counts = reduce(torch.add, map(label_counts, batches)).to(self.args.device)
+        batches = [self._of.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        counts = reduce(torch.add, map(self._of.counts, batches)).to(self.args.device)
         prepared = (self._prepare_inputs(batch) for batch in batches)
         losses = reduce(torch.add, (model(batch=batch, counts=counts) for batch in prepared))
         return {"loss": (losses * self._loss_weights).sum().item(), **self._named(losses)}

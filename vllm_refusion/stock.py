@@ -1,0 +1,57 @@
+"""Stock vLLM in a process of its own; as a program: the responses that it writes to prompts.
+
+    python -m vllm_refusion.stock ASKED WRITTEN
+
+ASKED is JSON: ``model``, ``prompts`` and ``max_tokens`` of each, ``max_model_len``,
+``temperature``, ``seed`` and ``eos_token_id``. WRITTEN gets a line for each prompt, the token ids
+of its response, EOS included where it was said. The device's memory is free when the program ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from vllm_refusion.files import read_json, writing
+
+
+def stock_environment() -> dict[str, str]:
+    """Of a process in which vLLM runs without this plugin, as if it were not installed."""
+    from vllm_refusion.triton_cpu_stub import vllm_is_cpu_build
+
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    plugins = metadata.entry_points(group="vllm.general_plugins")
+    allowed = environment.get("VLLM_PLUGINS")
+    names = allowed.split(",") if allowed is not None else plugins.names
+    environment["VLLM_PLUGINS"] = ",".join(sorted(set(names) - {"refusion"}))
+    if vllm_is_cpu_build():
+        environment.pop("TRITON_INTERPRET", None)
+        environment["TRITON_BACKENDS_IN_TREE"] = "1"  # keeps the plugin's interpreter off
+    return environment
+
+
+def main(asked: Path, written: Path) -> None:
+    from vllm import LLM, SamplingParams
+
+    what = read_json(asked)
+    llm = LLM(what["model"], max_model_len=what["max_model_len"], seed=what["seed"])
+    limits = [
+        SamplingParams(
+            temperature=what["temperature"],
+            max_tokens=tokens,
+            stop_token_ids=[what["eos_token_id"]],
+            detokenize=False,
+        )
+        for tokens in what["max_tokens"]
+    ]
+    prompts = [{"prompt_token_ids": ids} for ids in what["prompts"]]
+    with writing(written) as file:
+        for output in llm.generate(prompts, limits):
+            file.write(json.dumps(list(output.outputs[0].token_ids)) + "\n")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
