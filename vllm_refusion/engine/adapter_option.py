@@ -87,7 +87,7 @@ def adapter_of(model_config: ModelConfig) -> MaskAdapter | None:
 
 
 def chains_of(adapter: MaskAdapter) -> dict[str, Any]:
-    """What serial decoding has to know of the masks that it was trained for; see ``DecodeState``."""
+    """The masks that it was trained for, as ``DecodeState.add_serial`` takes them."""
     return {
         "chain_length": min(max(adapter.chain_length, LEAST_CHAIN), MAX_CHAIN),
         "skips_known": adapter.skips_known,
