@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vllm import SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from conformance import build_model
 from engine import assert_idle, engine, free_pages, model_state_of
@@ -23,6 +24,7 @@ from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.decoding.state import Counter, Field
 from vllm_refusion.engine import mask_adapter
+from vllm_refusion.triton_kernels.mask_lora_twin import mask_lora_twin
 
 BASES = ("qwen3-gqa2", "llama-gqa4", "qwen2")
 TOKENS = 40
@@ -344,6 +346,62 @@ def test_compiled_layers_are_adapted_too(monkeypatch):
     metadata["layer"].feeds_masks = False
     with torch.no_grad():
         torch.testing.assert_close(model(torch.arange(5))[1], layer(embedding.weight[1:2])[0])
+
+
+def of_rank(kind, rank: int, ranks: int, **sizes) -> torch.nn.Module:
+    """A layer of vLLM's with what tells its part of the outputs or inputs, and nothing else."""
+    layer = kind.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    layer.tp_rank, layer.tp_size, layer.quant_method = rank, ranks, None
+    for name, size in sizes.items():
+        setattr(layer, name, size)
+    return layer
+
+
+def delta(layer, x: torch.Tensor, out: int) -> torch.Tensor:
+    """What the adapter adds to all rows of a layer's output, of ``out`` columns."""
+    y, rows = torch.zeros(len(x), out), torch.arange(len(x)).int()
+    count, method = torch.tensor([len(x)]).int(), layer.quant_method
+    mask_lora_twin(
+        y, x, layer.mask_lora_a, layer.mask_lora_b, rows, count, method.scale, method.blocks
+    )
+    return y
+
+
+def test_ranks_have_their_parts(bases):
+    """Four ranks, two KV heads: outputs of columns side by side, sums over rows' inputs."""
+    adapter = read_adapter(bases("qwen3-gqa2").adapter)  # rank 4, scale 2
+    like = {"dtype": torch.float32, "device": "cpu"}
+    torch.manual_seed(0)
+    x, heads, keys, head = torch.randn(5, 24), 8, 2, 6
+    outs = {"q": heads * head, "k": keys * head, "v": keys * head}
+    pairs = [(i, torch.randn(4, 24), torch.randn(out, 4)) for i, out in enumerate(outs.values())]
+    whole = [2 * x @ a.T @ b.T for _, a, b in pairs]
+    for rank in range(4):
+        widths = [heads // 4 * head, head, head]
+        layer = of_rank(
+            QKVParallelLinear, rank, 4, output_partition_sizes=widths, input_size=24,
+            num_kv_head_replicas=2,
+        )  # fmt: skip
+        mask_adapter._adapt(adapter, "qkv", layer, pairs, like)
+        part = rank // 2
+        mine = [
+            whole[0][:, rank * widths[0] :][:, : widths[0]],
+            *(of_keys[:, part * head : (part + 1) * head] for of_keys in whole[1:]),
+        ]
+        torch.testing.assert_close(delta(layer, x, sum(widths)), torch.cat(mine, dim=1))
+
+    a, b = torch.randn(4, 24), torch.randn(7, 4)
+    total = torch.zeros(5, 7)
+    for rank in range(4):
+        layer = of_rank(RowParallelLinear, rank, 4, output_size=7, input_size=24)
+        mask_adapter._adapt(adapter, "o", layer, [(0, a, b)], like)
+        total += delta(layer, x[:, rank * 6 : (rank + 1) * 6], 7)
+    torch.testing.assert_close(total, 2 * x @ a.T @ b.T)
+
+    layer = of_rank(RowParallelLinear, 0, 4, output_size=8, input_size=24)
+    with pytest.raises(ValueError, match=r"o: lora_B has the shape \[7, 4\].*needs \[8, 4\]"):
+        mask_adapter._adapt(adapter, "o", layer, [(0, a, b)], like)
 
 
 def without_effect_of(adapter: Path) -> Path:
