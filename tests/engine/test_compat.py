@@ -49,6 +49,19 @@ def test_routing_is_still_needed(tiny_checkpoint):
     assert ours == ["ReFusionQwen3ForCausalLM"]
 
 
+def test_names_are_still_looked_up_before_vllm_redirects_them():
+    from vllm.engine import arg_utils
+    from vllm.engine.arg_utils import EngineArgs
+
+    for patched in (arg_utils.get_model_path, EngineArgs.create_engine_config):
+        assert getattr(patched, compat._PATCHED)
+        assert not getattr(patched.__wrapped__, compat._PATCHED, False)
+    source = inspect.getsource(EngineArgs.create_engine_config.__wrapped__)
+    assert source.index("maybe_override_with_speculators(") < source.index("create_model_config()")
+    source = inspect.getsource(EngineArgs.__post_init__)
+    assert source.index("load_general_plugins()") < source.index("get_model_path(self.model,")
+
+
 def test_configurations_are_still_hooked_by_architecture():
     from vllm.config import VllmConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import math
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Hooks:
         is_ours: whether a ``ModelConfig`` is of a ReFusion model.
         admit: checks a request under a ``VllmConfig``; raises VLLMValidationError.
         report: reports the figures of an ``AsyncLLM``.
+        short_names: of published checkpoints, each with the one that the Hugging Face Hub knows.
     """
 
     architectures: Mapping[str, str]
@@ -42,6 +44,7 @@ class Hooks:
     is_ours: Callable[[Any], bool]
     admit: Callable[[Any, Any], None]
     report: Callable[[Any], Awaitable[None]]
+    short_names: Mapping[str, str]
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -73,6 +76,7 @@ def install(hooks: Hooks) -> None:
 
     for architecture in hooks.architectures.values():
         MODELS_CONFIG_MAP[architecture] = hooks.config_hook
+    _resolve_short_names(hooks)
     _route_checkpoints(hooks)
     _validate_requests(hooks)
     _validate_before_streams(hooks)
@@ -85,6 +89,40 @@ def install(hooks: Hooks) -> None:
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter(hooks)
+
+
+def _resolve_short_names(hooks: Hooks) -> None:
+    """Clients use the name that the user typed; a folder of that name goes first.
+
+    vLLM's own redirection, by a file of names, comes after the Hub was asked for the name typed.
+    Without the Hub vLLM looks into its cache before that: within the call that loads this plugin,
+    from which the name has to come back as it was.
+    """
+    import huggingface_hub
+    from vllm.engine import arg_utils
+
+    look_up = arg_utils.get_model_path
+    if getattr(look_up, _PATCHED, False):
+        return
+
+    def is_short(model: Any) -> bool:
+        return model in hooks.short_names and not os.path.exists(model)
+
+    @functools.wraps(look_up)
+    def get_model_path(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return model if is_short(model) else look_up(model, *args, **kwargs)
+
+    setattr(get_model_path, _PATCHED, True)
+    arg_utils.get_model_path = get_model_path
+
+    @_patch(arg_utils.EngineArgs, "create_engine_config")
+    def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_short(self.model):
+            self.served_model_name = self.served_model_name or self.model
+            self.model = hooks.short_names[self.model]
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                self.model = look_up(self.model, self.revision)
+        return original(self, *args, **kwargs)
 
 
 def _route_checkpoints(hooks: Hooks) -> None:

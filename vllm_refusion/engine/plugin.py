@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from vllm_refusion.backbones import ARCHITECTURES, is_refusion
+from vllm_refusion.backbones import ARCHITECTURES, SHORT_NAMES, is_refusion
 from vllm_refusion.engine import compat, metrics
 from vllm_refusion.engine.admission import admit
 from vllm_refusion.engine.config_hook import ReFusionConfig
@@ -32,6 +32,7 @@ def register() -> None:
             is_ours=is_refusion,
             admit=admit,
             report=metrics.report,
+            short_names=SHORT_NAMES,
         )
     )
     if interpreter_is_on():
