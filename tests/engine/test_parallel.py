@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from device import ON_GPU
+from mask_adapters import write_adapter
 from server import DEFAULTS, MODEL_NAME, extras, serve
 from vllm import SamplingParams, TokensPrompt
 
 from conformance import build_model
 from engine import engine
-from mask_adapters import write_adapter
 
 if not ON_GPU:
     pytestmark = pytest.mark.slow
