@@ -6,6 +6,7 @@ import json
 import random
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vllm_refusion.adapters import CONFIG, TENSORS, adapter_tensors, read_adapte
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.decoding.state import Counter, Field
+from vllm_refusion.engine import mask_adapter
 
 BASES = ("qwen3-gqa2", "llama-gqa4", "qwen2")
 TOKENS = 40
@@ -296,6 +298,52 @@ def test_masks_are_computed_with_the_adapter(bases, name, kind, monkeypatch):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         changed = max(changed, (expected - plain(tokens, positions)).abs().max().item())
     assert changed > 0.1
+
+
+class Product:
+    """As vLLM's methods of linear layers; gives a view."""
+
+    def apply(self, layer, x, bias=None):
+        return torch.nn.functional.linear(x, layer.weight).view(-1, 40)
+
+
+class Layer(torch.nn.Module):
+    """As vLLM's linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(40, 24))
+        self.quant_method = mask_adapter._OnMaskRows(Product(), 0.5, [0, 30, 30, 10])
+
+    def forward(self, x):
+        return self.quant_method.apply(self, x)
+
+
+def test_compiled_layers_are_adapted_too(monkeypatch):
+    """Operations that change a tensor in place survive the compiler, as does the hook."""
+    metadata = {"layer": SimpleNamespace(feeds_masks=True)}
+    context = SimpleNamespace(attn_metadata=metadata)
+    monkeypatch.setattr(mask_adapter, "get_forward_context", lambda: context)
+    masks = mask_adapter.MaskRows(5, torch.device("cpu"))
+    masks.rows[:2], masks.count[:] = torch.tensor([1, 3]), 2
+    embedding, layer = torch.nn.Embedding(10, 24), Layer()
+    embedding.register_buffer("mask_embedding", torch.randn(24))
+    embedding.register_forward_hook(mask_adapter._embed)
+    layer.register_buffer("mask_lora_a", torch.randn(32, 24))
+    layer.register_buffer("mask_lora_b", torch.randn(40, 16))
+    masks.share_with(embedding)
+    masks.share_with(layer)
+    model, tokens = torch.nn.Sequential(embedding, layer), torch.tensor([1, 0, 2, 0, 4])
+    with torch.no_grad():
+        expected = model(tokens)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens)
+        plain = torch.nn.functional.linear(embedding.weight[tokens], layer.weight)
+    torch.testing.assert_close(compiled, expected)
+    differs = (expected - plain).abs().amax(1) > 1
+    assert differs.tolist() == [False, True, False, True, False]
+    metadata["layer"].feeds_masks = False
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.arange(5))[1], layer(embedding.weight[1:2])[0])
 
 
 def without_effect_of(adapter: Path) -> Path:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.adapters import MaskAdapter, check_base, find_base, is_adapter, read_adapter
+from vllm_refusion.decoding.speculation import MAX_CHAIN
 from vllm_refusion.engine.settings import ADAPTER_OPTION
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
+
+LEAST_CHAIN = 2  # a first mask may draft nothing
 
 logger = logging.getLogger("vllm.refusion")
 
@@ -81,6 +84,14 @@ def adapter_of(model_config: ModelConfig) -> MaskAdapter | None:
     """The mask adapter that a model is served with; None without one. Reads its configuration."""
     folder = getattr(model_config.hf_text_config, ADAPTER_OPTION, None)
     return None if folder is None else read_adapter(folder)
+
+
+def chains_of(adapter: MaskAdapter) -> dict[str, Any]:
+    """The masks that it was trained for, as ``DecodeState.add_serial`` takes them."""
+    return {
+        "chain_length": min(max(adapter.chain_length, LEAST_CHAIN), MAX_CHAIN),
+        "skips_known": adapter.skips_known,
+    }
 
 
 def shape_of(adapter: MaskAdapter) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits, bias_row
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
-from vllm_refusion.engine.adapter_option import adapter_of
+from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.mask_adapter import apply_adapter
 from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
@@ -62,6 +62,7 @@ class ReFusionModelState(ModelState):
         self.operations = operations(device)
         adapter = adapter_of(self.model_config)
         self.mask_rows = adapter and apply_adapter(model, adapter, vllm_config, device)
+        self._chains = chains_of(adapter) if adapter else {}
         self.recorder: Recorder | None = None
         self.defaults = server_defaults(self.model_config)
         self.slack = position_slack(vllm_config)
@@ -167,6 +168,7 @@ class ReFusionModelState(ModelState):
             last_token=tokens[-1],
             known=known,
             most_tests=serial_rows(self.vllm_config) - 2,
+            **self._chains,
             min_tokens=spec.min_tokens,
             stop_ids=spec.held_back,
             temperature=spec.temperature,
