@@ -32,7 +32,7 @@ setup(
     # requirements-cpu.txt (an extra cannot say --no-deps).
     install_requires=["torch>=2.11", "transformers>=5.16.1", "triton>=3.6"],
     extras_require={
-        "gpu": ["vllm>=0.32,<0.33"],
+        "gpu": ["vllm>=0.32,<0.34"],
         # The terminal view and pictures. What vLLM requires itself includes Pillow.
         "view": ["rich>=13", "pillow>=11"],
         "test": [

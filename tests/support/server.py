@@ -80,15 +80,21 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path | str, folder: Path, *options: str) -> Iterator[Server]:
-    """``vllm serve`` in float32 with short contexts, started in ``folder`` (outside the tree)."""
+def serve(
+    model: Path | str, folder: Path, *options: str, name: str | None = MODEL_NAME
+) -> Iterator[Server]:
+    """``vllm serve`` in float32 with short contexts, started in ``folder`` (outside the tree).
+
+    Clients know the model as ``name``; None leaves that to vLLM.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SERVERS}
     environment["VLLM_LOG_STATS_INTERVAL"] = "1"
     arguments = [
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *(("--served-model-name", name) if name else ()),
         *("--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "512", "--max-num-batched-tokens", "1024"),
         *(GPU_OPTIONS if ON_GPU else ()),

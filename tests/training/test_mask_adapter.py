@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -403,6 +404,28 @@ def test_compiled_training_gives_the_same_losses(base, data, tmp_path):
         for name in ("plain", "compiled")
     )
     assert len(plain) == 3 and compiled == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(base, data, tmp_path):
+    """Under DDP on the CPU: the same losses and, but for rounding, the same adapter."""
+    train(base, data, tmp_path / "one", *SHORT, "--steps", 3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "vllm_refusion", "train", base, "--data", data / "train.jsonl", "--quiet"]
+    command += ["-o", tmp_path / "two", "--mask-adapter", *SHORT, "--steps", "3"]
+    result = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "3 steps of 4 examples on 2 devices" in result.stderr
+    for name in ("loss", "grad_norm"):
+        one, two = (
+            [row[name] for row in log(tmp_path / folder) if "loss_mask" in row]
+            for folder in ("one", "two")
+        )
+        assert len(one) == 3 and one == pytest.approx(two, rel=1e-3)
+    first, second = (adapter_tensors(tmp_path / name / "adapter") for name in ("one", "two"))
+    assert all(torch.allclose(first[n], second[n], atol=2e-3) for n in first)
 
 
 def test_a_changed_backbone_is_noticed(base, data, tmp_path, monkeypatch):

@@ -441,8 +441,11 @@ class DecodeState:
             host = host.pin_memory()
         packed = host.to(self.device, non_blocking=True)
 
+        fields = self._start_type.fields
+        assert fields is not None
+
         def part(name: str) -> torch.Tensor:
-            kind, offset = self._start_type.fields[name][:2]
+            kind, offset = fields[name][:2]
             flat = packed[:, offset // 4 : (offset + kind.itemsize) // 4]
             dtype = _TORCH_TYPES[kind.base.str]
             return flat.contiguous().view(dtype).view(len(packed), *kind.shape)

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import math
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Hooks:
         report: reports the figures of an ``AsyncLLM``.
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
         adapter_option: what it then calls the adapter, among the overrides of the configuration.
+        short_names: of published checkpoints, each with the one that the Hugging Face Hub knows.
     """
 
     architectures: Mapping[str, str]
@@ -46,6 +48,7 @@ class Hooks:
     report: Callable[[Any], Awaitable[None]]
     take_adapter: Callable[[Any], None]
     adapter_option: str
+    short_names: Mapping[str, str]
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -77,8 +80,8 @@ def install(hooks: Hooks) -> None:
 
     for architecture in hooks.architectures.values():
         MODELS_CONFIG_MAP[architecture] = hooks.config_hook
+    _exchange_models(hooks)
     _route_checkpoints(hooks)
-    _take_adapters(hooks)
     _validate_requests(hooks)
     _validate_before_streams(hooks)
     _refuse_beam_search(hooks)
@@ -90,6 +93,46 @@ def install(hooks: Hooks) -> None:
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter(hooks)
+
+
+def _exchange_models(hooks: Hooks) -> None:
+    """A short name stands for a published checkpoint, a mask adapter's folder for its base.
+
+    ``create_engine_config``, through which every front end goes, is where vLLM itself exchanges the
+    model of a speculator's folder, and the last place where the model, its overrides and
+    ``additional_config`` are seen together and may still be changed. Clients use the name that the
+    user typed; a folder of that name goes first.
+
+    vLLM's own redirection, by a file of names, comes after the Hub was asked for the name typed.
+    Without the Hub vLLM looks into its cache before that: within the call that loads this plugin,
+    from which a short name has to come back as it was.
+    """
+    import huggingface_hub
+    from vllm.engine import arg_utils
+
+    look_up = arg_utils.get_model_path
+    if getattr(look_up, _PATCHED, False):
+        return
+
+    def is_short(model: Any) -> bool:
+        return model in hooks.short_names and not os.path.exists(model)
+
+    @functools.wraps(look_up)
+    def get_model_path(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return model if is_short(model) else look_up(model, *args, **kwargs)
+
+    setattr(get_model_path, _PATCHED, True)
+    arg_utils.get_model_path = get_model_path
+
+    @_patch(arg_utils.EngineArgs, "create_engine_config")
+    def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_short(self.model):
+            self.served_model_name = self.served_model_name or self.model
+            self.model = hooks.short_names[self.model]
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                self.model = look_up(self.model, self.revision)
+        hooks.take_adapter(self)
+        return original(self, *args, **kwargs)
 
 
 def _route_checkpoints(hooks: Hooks) -> None:
@@ -149,21 +192,6 @@ def _routed(config: Any, architectures: Mapping[str, str], asked: str) -> list[s
             f"built on {', '.join(architectures)}."
         )
     return routed
-
-
-def _take_adapters(hooks: Hooks) -> None:
-    """The folder of a mask adapter is no model, and its base no ReFusion model.
-
-    ``create_engine_config``, through which every front end goes, is where vLLM itself exchanges the
-    model of a speculator's folder, and the last place where the model, its overrides and
-    ``additional_config`` are seen together and may still be changed.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-
-    @_patch(EngineArgs, "create_engine_config")
-    def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        hooks.take_adapter(self)
-        return original(self, *args, **kwargs)
 
 
 def downloaded_folder(model: str, revision: str | None, download_dir: str | None) -> str:

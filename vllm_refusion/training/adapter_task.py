@@ -30,7 +30,7 @@ from vllm_refusion.training.own_text import OwnText, write_own_text
 from vllm_refusion.training.recipe import AdapterRecipe, Execution, Recipe
 from vllm_refusion.training.trainer import Dev, Losses, ReFusionTrainer
 
-FILES = ["*.json", "*.safetensors"]  # of a base on the hub
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a base on the hub
 
 
 class AdapterTask:
