@@ -2,7 +2,7 @@
 
     python -m vllm_refusion.stock ASKED WRITTEN
 
-ASKED is JSON: ``model``, ``prompts`` and ``max_tokens`` of each, ``max_model_len``,
+ASKED is JSON: ``model``, ``dtype``, ``prompts`` and ``max_tokens`` of each, ``max_model_len``,
 ``temperature``, ``seed`` and ``eos_token_id``. WRITTEN gets a line for each prompt, the token ids
 of its response, EOS included where it was said. The device's memory is free when the program ends.
 """
@@ -37,7 +37,8 @@ def main(asked: Path, written: Path) -> None:
     from vllm import LLM, SamplingParams
 
     what = read_json(asked)
-    llm = LLM(what["model"], max_model_len=what["max_model_len"], seed=what["seed"])
+    names = ("model", "dtype", "max_model_len", "seed")
+    llm = LLM(**{name: what[name] for name in names})
     limits = [
         SamplingParams(
             temperature=what["temperature"],

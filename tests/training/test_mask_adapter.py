@@ -66,8 +66,7 @@ def backbone(kind="qwen3", tied=True, vocabulary=VOCABULARY, **config):
             num_key_value_heads=2,
             tie_word_embeddings=tied,
             attention_dropout=0.5,  # has no effect on what is frozen
-            **more,
-            **config,
+            **{**more, **config},
         )
     )
     with torch.no_grad():
@@ -228,7 +227,8 @@ def test_accepted_drafts_of_a_chain():
 def base(tmp_path_factory, tiny_checkpoint):
     """A plain checkpoint: no mask token in its configuration."""
     folder = tmp_path_factory.mktemp("models") / "base"
-    backbone(vocabulary=3321, eos_token_id=0, pad_token_id=2).save_pretrained(folder)
+    config = {"head_dim": 32, "eos_token_id": 0, "pad_token_id": 2}  # a size that vLLM's CPU has
+    backbone(vocabulary=3321, **config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(folder)
     return folder
 

@@ -59,8 +59,9 @@ class AdapterTask:
         temperature = self._adapter.on_policy
         if temperature is None:
             return encoder, paths
-        asked = {"temperature": temperature, "max_tokens": self._adapter.max_tokens}
+        asked: dict[str, Any] = {"temperature": temperature, "max_tokens": self._adapter.max_tokens}
         asked |= {"max_length": self._recipe.max_length, "seed": self._recipe.seed}
+        asked["dtype"] = "bfloat16" if self._recipe.bf16 else "float32"
         path = write_own_text(self._base, self.settings["base"], encoder, paths, folder, asked)
         return OwnText.of(encoder), [path]
 

@@ -51,7 +51,7 @@ def write_own_text(
     text, are left out. A response that was cut off has no EOS.
 
     Args:
-        asked: temperature, max_tokens of a response, max_length with its prompt, seed.
+        asked: temperature, max_tokens of a response, max_length with its prompt, seed, dtype.
 
     Raises:
         DataError: a row is broken, or none is left.
@@ -95,6 +95,7 @@ def _written(
     tokens = [min(asked["max_tokens"], limit - len(ids)) for ids in prompts]
     what = {
         "model": str(model),
+        "dtype": asked["dtype"],
         "prompts": prompts,
         "max_tokens": tokens,
         "max_model_len": max(len(ids) + n for ids, n in zip(prompts, tokens, strict=True)),
