@@ -47,7 +47,13 @@ RUN_BY = {
     "pip install": "test_installation",
     "vllm serve FOLDER": "test_servers_of_mask_adapters",
     "vllm serve Qwen/Qwen3-8B": "test_servers_of_mask_adapters",
+    "vllm serve examples/": "test_client",
     "vllm serve": "test_server_and_its_clients",
+    "vllm chat": "test_client",
+    "vllm complete": "test_client",
+    "vllm bench serve": "test_client",
+    "vllm run-batch": "test_client",
+    "lm_eval": "test_client",
     "curl http://localhost:8000": "test_server_and_its_clients",
     "vllm-refusion bench --shape": "test_benchmark_commands_parse",  # hours on a GPU
     "vllm-refusion bench --model": "test_benchmark_commands_parse",
@@ -369,8 +375,8 @@ def test_server_and_its_clients(tiny_checkpoint, tmp_path):
     from server import serve
 
     requests = [command for _, command in documented("sh") if command.startswith("curl")]
-    test = "test_server_and_its_clients"
-    servers = [c for _, c in documented("sh") if c.startswith("vllm serve") and run_by(c) == test]
+    run_here = "test_server_and_its_clients"
+    servers = [c for _, c in documented("sh") if c.startswith("vllm") and run_by(c) == run_here]
     assert requests and servers
     for command in servers:
         program, verb, model, *options = shlex.split(command)
@@ -458,11 +464,47 @@ def test_soak(copy):
             assert not result[fault], output
 
 
+URL = "http://localhost:8000"
+
+
+@pytest.fixture(scope="module")
+def bundled(tiny_checkpoint, tmp_path_factory):
+    """Where a server of the bundled model listens, under the name that the documentation uses."""
+    from server import serve
+
+    folder = tmp_path_factory.mktemp("server")
+    with serve(tiny_checkpoint, folder, name="examples/refusion-tiny") as server:
+        yield str(server.http.base_url).rstrip("/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", chosen("test_client"))
+def test_client(command, copy, bundled):
+    """Clients are no requirement of this package: those are tried that are installed."""
+    program, verb, *_ = shlex.split(command)
+    if not Path(sys.executable).with_name(program).exists():
+        pytest.skip(f"{program} is not installed here")
+    if verb != "serve":
+        output = run(command.replace(URL, bundled) + URL_OPTION.get(verb, "").format(bundled), copy)
+        assert EXPECTED[verb] in output
+
+
+URL_OPTION = {"chat": " --url {}/v1", "complete": " --url {}/v1"}
+# in what a client prints or writes
+EXPECTED = {"chat": "####", "complete": "", "bench": "Failed requests:                         0"}
+EXPECTED |= {"run-batch": "", "run": "|word_problems|"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program", [pytest.param(item, id=document) for document, item in documented("python")]
 )
-def test_program(program, copy):
+def test_program(program, copy, request):
+    if URL in program:
+        program = program.replace(URL, request.getfixturevalue("bundled"))
+    for module in re.findall(r"^(?:from|import) (\w+)", program, re.MULTILINE):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed here")
     program = program.replace(f'"{PUBLISHED}"', '"examples/refusion-tiny"')
     # in a folder of its own: Python puts that on sys.path
     (copy / "programs").mkdir()

@@ -7,6 +7,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -270,3 +271,42 @@ def test_gives_way_to_a_real_cpu_backend(tmp_path):
     )
     seen = run_python(LOOK_AT_TRITON, tmp_path, PYTHONPATH=str(tmp_path))
     assert seen == {**STUB_IDLE, "driver": "Real", "driver_active": True}
+
+
+ANSWER = """
+import sys
+from vllm import LLM, SamplingParams
+import vllm_refusion
+assert sys.prefix in vllm_refusion.__file__
+llm = LLM(sys.argv[1], max_model_len=512, enforce_eager=True, dtype="float32")
+chat = [{"role": "user", "content": sys.argv[2]}]
+(output,) = llm.chat(chat, SamplingParams(max_tokens=200), use_tqdm=False)
+print(output.outputs[0].text)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bdist_wheel", "sdist"])
+def test_built_packages_work_without_the_tree(
+    kind, tiny_checkpoint, questions, reference, tmp_path
+):
+    """In an environment of its own that finds all else, but not this package, in this one."""
+    root, tree = Path(__file__).parents[1], tmp_path / "tree"
+    shutil.copytree(root, tree, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info"))
+    build = [sys.executable, "setup.py", "-q", kind, "--dist-dir", str(tmp_path)]
+    subprocess.run(build, cwd=tree, check=True)
+    shutil.rmtree(tree)
+    (built,) = tmp_path.glob("vllm_refusion-*")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "new"], check=True)
+    (packages,) = tmp_path.glob("new/lib/python*/site-packages")
+    (packages / "others.pth").write_text(
+        "\n".join(path for path in sys.path if "site-pack" in path)
+    )
+    python = tmp_path / "new/bin/python"
+    install = "-m pip install --quiet --no-deps --no-build-isolation".split()
+    subprocess.run([python, *install, built], cwd=tmp_path, check=True)
+    answer = subprocess.run(
+        [python, "-c", ANSWER, tiny_checkpoint, questions[22]],
+        cwd=tmp_path, text=True, capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    assert answer.strip().endswith(reference.text(questions[22]))  # below vLLM's log

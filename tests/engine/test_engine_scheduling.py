@@ -38,6 +38,13 @@ def test_chunked_prompts(checkpoints, scheduling, request):
         checkpoint.run(llm, checkpoint.mixed)
 
 
+def test_prompts_are_held_back(checkpoints):
+    """As vLLM 0.33 does it for any engine, between steps that only decode."""
+    checkpoint = checkpoints()
+    with engine(checkpoint.path, prefill_schedule_interval=4, max_num_batched_tokens=300) as llm:
+        checkpoint.run(llm, checkpoint.mixed[:12])
+
+
 def test_requests_wait_for_rows(checkpoints, monkeypatch):
     """A step with fewer rows than its phases need: who gets none decides nothing and waits."""
 

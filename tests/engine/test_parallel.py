@@ -5,6 +5,7 @@ On two GPUs, or on a CPU with two processes (slow).
 
 from __future__ import annotations
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +78,24 @@ def test_tensor_parallel_mask_adapter(name, tmp_path):
     parallel_tokens, counters = answers(adapter, **TWO_RANKS)
     assert parallel_tokens == tokens
     assert counters == [alone, alone]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="vLLM does not support Ray on CPUs")
+def test_tensor_parallel_through_ray(checkpoints):
+    """Workers that Ray starts, as on several hosts, find the plugin."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed here")
+    checkpoint = checkpoints()
+    ray.init(num_gpus=2, include_dashboard=False)
+    try:
+        options = TWO_RANKS | {"distributed_executor_backend": "ray"}
+        with engine(checkpoint.path, **options) as llm:
+            checkpoint.run(llm, checkpoint.mixed)
+            counters, _ = figures(llm)
+            processes = llm.collective_rpc(lambda worker: os.getpid())
+    finally:
+        ray.shutdown()
+    assert len(counters) == 2 and counters[0] == counters[1]
+    assert len({*processes, os.getpid()}) == 3
 
 
 def test_tensor_parallel_with_preemptions(checkpoints, preemptions):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import psutil
@@ -13,6 +16,7 @@ from server import DEFAULTS, MODEL_NAME, STOP_SECONDS
 
 from vllm_refusion.decoding.params import DecodingParams
 
+DOCS = Path(__file__).parents[2] / "docs"
 SMALL = DecodingParams(8, 32)
 PRESETS = pytest.mark.parametrize("params", [DEFAULTS, SMALL], ids=["defaults", "small slots"])
 
@@ -345,6 +349,24 @@ def passes(values):
         values.get(f'vllm:refusion_passes_total{{kind="{kind}",model_name="{MODEL_NAME}"}}', 0)
         for kind in kinds
     )
+
+
+def test_dashboard_asks_for_metrics_that_are_there(server, chat, questions):
+    dashboard = json.loads((DOCS / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
+    kinds = {kind for query in queries for found in re.findall(r'kind=~"(.*?)"', query)
+             for kind in found.split("|")}  # fmt: skip
+    assert len(asked) > 12 and len(kinds) == 5
+    chat(questions[0])
+    for _ in range(100):  # figures are fetched every second
+        text = server.http.get("/metrics").text
+        missing = {name for name in asked if f"\n{name}{{" not in text}
+        missing |= {kind for kind in kinds if f'kind="{kind}"' not in text}
+        if not missing:
+            return
+        time.sleep(0.1)
+    raise AssertionError(missing)
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["at once", "streamed"])
