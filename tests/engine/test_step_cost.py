@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_refusion.engine.pass_cost import PassCost
-from vllm_refusion.engine.step_cost import PREPARATION, StepCost
+from vllm_refusion.engine.step_cost import StepCost
 
 PASSES = PassCost((32, 64, 256), (4.0, 5.0, 11.0))
 
@@ -20,7 +20,7 @@ def test_at_first_a_step_costs_its_pass():
 def test_steps_that_take_longer_than_their_pass_make_every_size_dearer():
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
-        cost.observe(64, waited=0.2, busy=5.8)
+        cost.observe(64, took=6.0, busy=5.8, late=False)
     assert of(cost, 32, 64, 256) == pytest.approx([4.8, 6.0, 13.2])
 
 
@@ -34,14 +34,26 @@ def test_the_slope_is_the_larger_of_both_sides():
 def test_rows_cost_nothing_up_to_what_the_host_takes():
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
-        cost.observe(64, waited=3.0, busy=5.0)
+        cost.observe(64, took=8.0, busy=5.0, late=True)
     assert of(cost, 32, 64, 140) == pytest.approx([8.0] * 3, rel=1e-3)
-    assert of(cost, 256)[0] == pytest.approx(11 * (5 + PREPARATION) / 5)
+    assert of(cost, 256)[0] == pytest.approx(11)
+    assert cost.slope(100) == 0
+
+
+def test_more_rows_do_not_make_the_host_slower():
+    """A step that the device fills says nothing of the host but that it is no slower."""
+    cost = StepCost(PASSES, learns=False)
+    for _ in range(200):
+        cost.observe(64, took=8.0, busy=5.0, late=True)
+    for _ in range(200):
+        cost.observe(256, took=11.0, busy=11.0, late=False)
+    assert cost.host < 2
+    assert of(cost, 64, 256) == pytest.approx([5, 11])
 
 
 def test_a_shorter_step_shows_at_once_that_the_host_takes_no_more():
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
-        cost.observe(64, waited=9.0, busy=5.0)
-    cost.observe(32, waited=0.1, busy=4.0)
-    assert cost.host == pytest.approx(4.1)
+        cost.observe(64, took=14.0, busy=5.0, late=True)
+    cost.observe(32, took=4.1, busy=4.0, late=False)
+    assert cost.host == pytest.approx(4.1, rel=0.02)

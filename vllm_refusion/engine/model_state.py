@@ -204,7 +204,9 @@ class ReFusionModelState(ModelState):
         return self.sampler.row_budget
 
     def _learns_cost(self) -> bool:
-        return self.device.type == "cuda" and get_tensor_model_parallel_world_size() == 1
+        alone = get_tensor_model_parallel_world_size() == 1
+        ahead = self.scheduler_config.async_scheduling
+        return self.device.type == "cuda" and alone and bool(ahead)
 
     def _limit_picks(self, req: int, spec: RequestSpec) -> None:
         bias = bias_row(

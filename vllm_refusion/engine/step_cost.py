@@ -10,16 +10,18 @@ import torch
 
 from vllm_refusion.engine.pass_cost import PassCost
 
-# The device's work between the end of a step and the next forward pass, in ms. Where it takes
-# longer, the device waits for the host.
-PREPARATION = 0.3
 LEAST_STEP = 32  # rows over which the cost of one more is taken
 FOLLOWS = 0.1  # share of a change that an estimate takes in a step
+FORGETS = 0.01  # share of the host's time that is doubted in a step that it did not delay
 
 
 class _Marks(NamedTuple):
-    """Of a step: before its pass, after its last kernel; rows, 0 if some are of prompts."""
+    """Of a step: before its pass, after its last kernel; rows, 0 if some are of prompts.
 
+    ``late``: whether the device had nothing left to do when the host launched the pass.
+    """
+
+    late: bool
     launched: torch.cuda.Event
     ended: torch.cuda.Event
     rows: int
@@ -34,14 +36,15 @@ class StepCost:
 
     Args:
         learns: False where nothing can be learned: on a CPU, or in a tensor parallel group, whose
-            workers must choose alike while their clocks differ.
+            workers must choose alike while their clocks differ; or where the host prepares a step
+            after the one before, so that both their times count.
     """
 
     def __init__(self, passes: PassCost, learns: bool) -> None:
         self.passes = passes
         self.scale, self.host = 1.0, 0.0
         self._learns = learns
-        self._launched: torch.cuda.Event | None = None
+        self._launched: tuple[bool, torch.cuda.Event] | None = None
         self._steps: deque[_Marks] = deque()  # the last one learned from, and those after it
 
     def of(self, rows: np.ndarray) -> np.ndarray:
@@ -61,15 +64,17 @@ class StepCost:
     def launch(self) -> None:
         """Marks the beginning of a forward pass, in stream order."""
         if self._learns:
-            self._launched = torch.cuda.Event(enable_timing=True)
-            self._launched.record()
+            late = bool(self._steps) and self._steps[-1].ended.query()
+            launched = torch.cuda.Event(enable_timing=True)
+            launched.record()
+            self._launched = late, launched
 
     def end(self, rows: int) -> None:
         """Marks the end of a step, of ``rows``, or 0 if some are of prompts."""
         if self._launched is not None:
             ended = torch.cuda.Event(enable_timing=True)
             ended.record()
-            self._steps.append(_Marks(self._launched, ended, rows))
+            self._steps.append(_Marks(*self._launched, ended, rows))
             self._launched = None
 
     def learn(self) -> None:
@@ -77,15 +82,19 @@ class StepCost:
         while len(self._steps) > 1 and self._steps[1].ended.query():
             before, step = self._steps.popleft(), self._steps[0]
             if before.rows and step.rows:
-                waited = before.ended.elapsed_time(step.launched)
-                self.observe(step.rows, waited, step.launched.elapsed_time(step.ended))
+                took = before.ended.elapsed_time(step.ended)
+                self.observe(step.rows, took, step.launched.elapsed_time(step.ended), step.late)
 
-    def observe(self, rows: int, waited: float, busy: float) -> None:
-        """A step of ``rows``: ms from the end of the one before to its pass, and from there on."""
-        took = waited + busy
-        if waited > PREPARATION and took > self.host:
+    def observe(self, rows: int, took: float, busy: float, late: bool) -> None:
+        """A step of ``rows``: ms since the end of the one before, ms since its pass began.
+
+        The host's time is only seen where the device waits for it. Else the step says that it is
+        no more than that, and time makes sure that it is asked again.
+        """
+        if late:
             self.host += FOLLOWS * (took - self.host)
-        elif took < self.host:
-            self.host = took
-        ratio = (min(waited, PREPARATION) + busy) / float(self.passes.of(np.array(rows)))
+        else:
+            self.host = min(self.host, took) * (1 - FORGETS)
+        worked = busy if late else took
+        ratio = worked / float(self.passes.of(np.array(rows)))
         self.scale += FOLLOWS * (ratio - self.scale)
