@@ -14,6 +14,7 @@ PIP = $(VENV)/bin/python -m pip install
 
 demo: $(VENV)/.package
 	$(VENV)/bin/python examples/offline.py
+	$(VENV)/bin/python examples/mask_adapter.py
 
 lint: $(VENV)/.package
 	$(VENV)/bin/ruff check .

@@ -309,10 +309,12 @@ def make(target: str) -> str:
 
 
 def test_make():
-    """`make test` runs what this test is part of, `make demo` an example; see test_slow_command."""
+    """`make test` runs what this test is part of, `make demo` examples; see test_slow_command."""
     assert ".venv/bin/pytest -n 2" in make("test")
-    (demo,) = re.findall(r"^\.venv/bin/(python examples/\S+)$", make("demo"), re.MULTILINE)
-    assert any(command.startswith(demo) for _, command in documented("sh"))
+    demos = re.findall(r"^\.venv/bin/(python examples/\S+)$", make("demo"), re.MULTILINE)
+    assert len(demos) == 2
+    for demo in demos:
+        assert any(command.startswith(demo) for _, command in documented("sh"))
     options = (ROOT / "pyproject.toml").read_text()
     assert 'addopts = ["--strict-markers", "-m", "not slow"]' in options
 

@@ -163,6 +163,7 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
         recorder=None,
         limits=SimpleNamespace(vocab=10),
         records={},
+        _req_of={},
         serial=set(),
         model=None,
     )

@@ -131,6 +131,7 @@ def test_the_tail_is_the_longest_run_of_prompts_at_the_end(is_prompt, expected):
 def test_a_prefill_that_repeats_committed_tokens_is_no_prompt():
     state = object.__new__(ReFusionModelState)
     state._repeats_tokens = np.array([False, False, True, False])
+    state.serial = set()
     input_batch = SimpleNamespace(
         is_prefilling_np=np.array([True, True, True]),
         idx_mapping_np=np.array([3, 2, 0]),
@@ -139,9 +140,30 @@ def test_a_prefill_that_repeats_committed_tokens_is_no_prompt():
         num_computed_prefill_tokens_np=np.array([0, 0, 5]),
         num_scheduled_tokens=np.array([8, 8, 12]),
     )
-    assert state._prompt_tail(input_batch) == PromptTail(2, 16, 12, 17)
+    assert state._causal_tail(input_batch) == PromptTail(2, 16, 12, 17)
     input_batch.num_draft_tokens_per_req = np.array([0, 0, 4])
-    assert state._prompt_tail(input_batch) is None
+    assert state._causal_tail(input_batch) is None
+
+
+def test_first_canvases_of_serial_mode_are_causal_where_all_of_a_batch_is():
+    state = object.__new__(ReFusionModelState)
+    state._repeats_tokens = np.zeros(4, dtype=bool)
+    state.serial = {0, 2}
+    input_batch = SimpleNamespace(
+        is_prefilling_np=np.array([True, True, True]),
+        idx_mapping_np=np.array([2, 3, 0]),
+        num_draft_tokens_per_req=np.array([4, 0, 4]),
+        query_start_loc_np=np.array([0, 12, 20, 32]),
+        num_computed_prefill_tokens_np=np.array([0, 0, 0]),
+        num_scheduled_tokens=np.array([12, 8, 12]),
+    )
+    assert state._causal_tail(input_batch) == PromptTail(0, 0, 12, 12)
+    # rows of canvases before it are dealt on the device
+    input_batch.is_prefilling_np = np.array([False, True, True])
+    assert state._causal_tail(input_batch) is None
+    input_batch.is_prefilling_np = np.array([True, True, True])
+    state.serial = {0}  # a canvas of parallel mode is not causal
+    assert state._causal_tail(input_batch) is None
 
 
 def test_pages_are_a_multiple_of_what_the_kernel_likes(monkeypatch):

@@ -10,10 +10,21 @@ from functools import cache
 
 import pytest
 import torch
+from test_engine_sampling import LIMITS, check, generate
+from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
 import conformance
-from engine import NARROW, assert_idle, drive, engine, free_pages, model_state_of, run
+from engine import (
+    NARROW,
+    assert_idle,
+    drive,
+    engine,
+    free_pages,
+    model_state_of,
+    run,
+    sampling_params,
+)
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.state import Counter, Field
 
@@ -69,6 +80,30 @@ def test_tokens_of_the_reference(checkpoint, slot_start):
         assert_idle(llm, pages)
     tokens = sum(len(answer.tokens) for answer in requests.answers)
     assert 0 < counts[Counter.SERIAL] < tokens  # passes: drafts were accepted
+
+
+@pytest.mark.parametrize("slot_start", NEXT_SLOWLY)
+def test_limits_logprobs_and_several_samples(checkpoint, slot_start):
+    requests = checkpoint(slot_start)
+    cases = [
+        replace(
+            case,
+            **{"temperature": 0.0} | LIMITS[i % len(LIMITS)],
+            logprobs=(None, 0, 3)[i % 3],
+            max_tokens=min(case.max_tokens, 24),
+        )
+        for i, case in enumerate(requests.cases)
+    ]
+    sampled = replace(cases[0], temperature=1.0, logprobs=None, seed=1000)
+    children = [replace(sampled, seed=1000 + index) for index in range(3)]
+    answers = conformance.expected(requests.path, [*cases, *children])
+    with engine(requests.path, **requests.options()) as llm:
+        check(generate(llm, cases), cases, answers[: len(cases)])
+        parameters = sampling_params(sampled)
+        parameters.n = len(children)
+        prompt = TokensPrompt(prompt_token_ids=list(sampled.prompt_ids))
+        (output,) = llm.generate([prompt], parameters, use_tqdm=False)
+    check(sorted(output.outputs, key=lambda o: o.index), children, answers[len(cases) :])
 
 
 @pytest.mark.parametrize("slot_start", NEXT_SLOWLY)
@@ -168,3 +203,55 @@ def test_without_masks_in_what_is_picked_it_is_stock_decoding(checkpoint, tmp_pa
         expected = tokens_of(llm)
     with engine(requests.path, **requests.options()) as llm:
         assert tokens_of(llm, extra_args={"mode": "serial"}) == expected
+
+
+DRAWS = 20_000
+
+
+@pytest.mark.slow
+def test_samples_have_the_distribution_of_token_by_token_decoding(checkpoint):
+    """First tokens and pairs of many seeds, against what transformers computes."""
+    requests = checkpoint("next")
+    prompt = [7, 20, 3, 5]
+    model = AutoModelForCausalLM.from_pretrained(requests.path, dtype=torch.float32).eval()
+    mask = model.config.mask_token_id
+
+    def chances(texts: list[list[int]]) -> torch.Tensor:
+        logits = model(torch.tensor(texts)).logits[:, -1].double()
+        logits[:, mask] = -torch.inf
+        return logits.softmax(-1)
+
+    with torch.no_grad():
+        first = chances([prompt])[0]
+        pairs = first[:, None] * chances([[*prompt, token] for token in range(len(first))])
+
+    parameters = [
+        SamplingParams(
+            temperature=1.0,
+            max_tokens=2,
+            ignore_eos=True,
+            seed=seed,
+            detokenize=False,
+            extra_args={"mode": "serial"},
+        )
+        for seed in range(DRAWS)
+    ]
+    prompts = [TokensPrompt(prompt_token_ids=prompt)] * DRAWS
+    with engine(requests.path, **requests.options(max_num_seqs=64)) as llm:
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+    counted = torch.zeros_like(pairs)
+    for output in outputs:
+        counted[tuple(output.outputs[0].token_ids)] += 1
+    assert chi_square(counted.sum(1), DRAWS * first) > 1e-3
+    assert chi_square(counted.flatten(), DRAWS * pairs.flatten()) > 1e-3
+
+
+def chi_square(counted: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The chance of a deviation like this; cells where fewer than 5 are expected are one."""
+    rare = wanted < 5
+    observed = torch.cat([counted[~rare], counted[rare].sum()[None]])
+    expected = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+    used = expected > 0
+    deviation = ((observed[used] - expected[used]) ** 2 / expected[used]).sum()
+    degrees = torch.tensor((int(used.sum()) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, deviation / 2))

@@ -132,7 +132,14 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
     )
     compat.install(
         compat.Hooks(
-            ARCHITECTURES, ReFusionConfig, is_ours=bool, admit=print, report=print, short_names={}
+            ARCHITECTURES,
+            ReFusionConfig,
+            is_ours=bool,
+            admit=print,
+            report=print,
+            take_adapter=print,
+            adapter_option="",
+            short_names={},
         )
     )
     compat.refuse_malformed_bodies()

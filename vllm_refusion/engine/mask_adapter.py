@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
-    LinearBase,
+    ColumnParallelLinear,
     LinearMethodBase,
     QKVParallelLinear,
     RowParallelLinear,
@@ -127,7 +127,7 @@ def apply_adapter(
 def _adapt(
     adapter: MaskAdapter,
     name: str,
-    layer: LinearBase,
+    layer: ColumnParallelLinear | RowParallelLinear,
     pairs: list[tuple[int, torch.Tensor, torch.Tensor]],
     like: dict[str, Any],
 ) -> None:
@@ -153,7 +153,7 @@ def _adapt(
     layer.quant_method = _OnMaskRows(layer.quant_method, adapter.scale, blocks)
 
 
-def _part(layer: LinearBase, index: int) -> tuple[int, int]:
+def _part(layer: ColumnParallelLinear | RowParallelLinear, index: int) -> tuple[int, int]:
     """Which of how many parts this rank has; KV heads may be on several ranks."""
     replicas = 1
     if isinstance(layer, QKVParallelLinear) and index > 0:
