@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +264,12 @@ def test_reading_needs_no_vllm_and_no_peft():
     program = "import sys, vllm_refusion.adapters\n"
     program += "assert not {'vllm', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_bundled_one_fits_its_base_and_is_small():
+    examples = Path(__file__).parent.parent / "examples"
+    folder = examples / "stock-tiny-adapter"
+    adapter = read_adapter(folder)
+    assert Path(find_base(adapter)) == examples / "stock-tiny"
+    check_base(adapter, find_base(adapter))
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2**20

@@ -91,6 +91,7 @@ def test_limits_logprobs_and_several_samples(checkpoint, slot_start):
             **{"temperature": 0.0} | LIMITS[i % len(LIMITS)],
             logprobs=(None, 0, 3)[i % 3],
             max_tokens=min(case.max_tokens, 24),
+            min_tokens=min(case.min_tokens, 8),
         )
         for i, case in enumerate(requests.cases)
     ]
