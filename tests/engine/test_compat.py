@@ -468,3 +468,23 @@ def test_schedules_still_say_which_requests_and_prompts_they_hold():
         scheduler.schedule()
         seen.append((watch.requests, watch.steps_since_prompt))
     assert seen == [(1, 0), (2, 0), (2, 0), (2, 1), (2, 2), (1, 0)]
+
+
+def test_a_running_request_that_holds_its_pages_is_asked_for_none():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    group = SimpleNamespace(req_to_blocks={"a": [3, 4]}, block_size=16)
+    coordinator = SimpleNamespace(single_type_managers=[group])
+    manager = SimpleNamespace(max_model_len=40, coordinator=coordinator)
+    known, unknown = SimpleNamespace(request_id="a"), SimpleNamespace(request_id="b")
+    assert [compat._holds(manager, known, end) for end in (0, 32, 33, 99)] == [True, True] + [
+        False
+    ] * 2
+    assert not compat._holds(manager, unknown, 1)
+    manager.max_model_len = 32
+    assert compat._holds(manager, known, 99)  # nobody has pages behind the last position
+    (call,) = re.findall(
+        r"allocate_slots\(\s*request,\s*num_new_tokens,\s*(\w+)=self.num_lookahead_tokens,\s*\)",
+        inspect.getsource(Scheduler.schedule),
+    )
+    assert {call} == compat._OF_RUNNING
