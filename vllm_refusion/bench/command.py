@@ -252,7 +252,11 @@ def _adapter(named: str, shape: str | None, base: str, folder: Path) -> str:
     if shape is None or not rank.isdecimal() or int(rank) < 1:
         raise ValueError(f"--adapter {named}: allowed is a folder, or with --shape random:RANK.")
     target = folder / f"random-{rank}"
-    return str(write_random_adapter(shape_config(shape), Path(base), target, int(rank)))
+    import torch
+
+    config = shape_config(shape)
+    write_random_adapter(config, base, target, int(rank), dtype=torch.bfloat16, size=0.02)
+    return str(target)
 
 
 def _with_chances(preset: Preset, dummy: bool) -> Preset:

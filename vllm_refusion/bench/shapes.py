@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.files import read_json, write_text
+
+if TYPE_CHECKING:
+    import torch
 
 MASK_TOKEN_ID = 151670  # of the published checkpoint
 
@@ -91,10 +95,28 @@ def write_checkpoints(name: str, folder: Path) -> dict[str, Path]:
     return folders
 
 
-def write_random_adapter(config: Any, base: Path, folder: Path, rank: int) -> Path:
-    """A mask adapter of all linear layers of ``base``, whose config.json holds ``config``.
+def write_random_adapter(
+    config: Mapping[str, Any],
+    base: str | Path,
+    folder: Path,
+    rank: int,
+    *,
+    targets: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    size: float = 0.5,
+    seed: int = 0,
+    base_fingerprint: str = "0" * 64,
+    chain_length: int = 16,
+    skips_known: bool = True,
+) -> Path:
+    """A mask adapter of ``base``, whose config.json holds ``config``, in the new ``folder``.
 
-    For dummy weights only: a base without weights has no fingerprint to check.
+    Args:
+        targets: linear layers that it adapts; None: all. layers: their numbers; None: all.
+        dtype: of its tensors; None: float32.
+        size: how far it is from zero.
+        base_fingerprint: the default is of no model: where weights are dummies, none is checked.
     """
     import torch
     from safetensors.torch import save_file
@@ -102,29 +124,39 @@ def write_random_adapter(config: Any, base: Path, folder: Path, rank: int) -> Pa
     from vllm_refusion import adapters
 
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, config["num_key_value_heads"] * head_dim
     sizes = {"q_proj": (hidden, queries), "o_proj": (queries, hidden), "down_proj": (inner, hidden)}
     sizes |= dict.fromkeys(("k_proj", "v_proj"), (hidden, keys))
     sizes |= dict.fromkeys(("gate_proj", "up_proj"), (hidden, inner))
-    tensors = {adapters.MASK_EMBEDDING: torch.randn(hidden, dtype=torch.bfloat16)}
-    for layer in range(config["num_hidden_layers"]):
-        for linear, (columns, out) in sizes.items():
+    targets = list(targets or adapters.LINEARS)
+    chance = torch.Generator().manual_seed(seed)
+    tensors = {adapters.MASK_EMBEDDING: torch.randn(hidden, generator=chance) * size}
+    for layer in range(config["num_hidden_layers"]) if layers is None else layers:
+        for linear in targets:
+            columns, out = sizes[linear]
             name = f"{adapters.PREFIX}layers.{layer}.{adapters.LINEARS[linear]}.{linear}"
             for factor, shape in {"A": (rank, columns), "B": (out, rank)}.items():
-                values = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+                values = torch.randn(shape, generator=chance) * size / shape[1] ** 0.5
                 tensors[f"{name}.lora_{factor}.weight"] = values
     folder.mkdir(parents=True)
-    save_file(tensors, folder / adapters.TENSORS)
-    ours = {"version": adapters.VERSION, "base_fingerprint": "0" * 64, "chain_length": 16}
+    cast = {name: tensor.to(dtype or torch.float32) for name, tensor in tensors.items()}
+    save_file(cast, folder / adapters.TENSORS)
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": rank,
-        "lora_alpha": rank,
-        "target_modules": list(sizes),
-        adapters.OURS: {**ours, "skips_known": True},
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        adapters.OURS: {
+            "version": adapters.VERSION,
+            "base_fingerprint": base_fingerprint,
+            "chain_length": chain_length,
+            "skips_known": skips_known,
+        },
     }
     write_text(folder / adapters.CONFIG, json.dumps(about, indent=1))
     return folder
