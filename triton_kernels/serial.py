@@ -42,7 +42,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_DRAFTS,
     F_EMITTED,
     F_EOS,
-    F_EXPECTED,
+    F_LAST_TOKENS,
     F_MASKED_STARTS,
     F_MAX_TOKENS,
     F_MOST_MASKS,
@@ -222,8 +222,8 @@ def _chain_widths(worth, price, lanes):
 
 @triton.jit
 def _compose(
-    drafts, last, ints, known, tested, passed, price, mask_token_id, positions, rows, tokens,
-    table, CANVAS: tl.constexpr, lanes,
+    drafts, last, ints, known, tested, passed, price, prior, mask_token_id, positions, rows,
+    tokens, table, CANVAS: tl.constexpr, lanes,
 ):  # fmt: skip
     """Writes the next canvas, at least one token being known."""
     j = lanes.p
@@ -242,7 +242,7 @@ def _compose(
         starts,
         leads,
         tl.minimum(tl.load(ints + F_MOST_MASKS) - leads, max_tokens - 2 - known - j),
-        tl.load(table + acceptance(passed, tested)),
+        tl.load(table + acceptance(passed, tested, prior)),
         table,
     )
     room = CANVAS - 1 - tests
@@ -254,7 +254,6 @@ def _compose(
     total = tl.sum(width, axis=0)
     start = 1 + tests + tl.where(j > 0, at_lane(width, lanes, 0) + total - through_width, 0)
     canvas = 1 + tests + total
-    expected = tl.sum(tl.where(j <= tests, chance_before, 0), axis=0) >> 8
     needed = tl.where(at_lane(starts, lanes, 0) > 0, 2 + tests, 1)
 
     in_canvas = j < CANVAS
@@ -292,10 +291,9 @@ def _compose(
     tl.store(ints + F_TESTS, tests)
     tl.store(ints + F_ROWS, needed)
     tl.store(ints + F_CANVAS, canvas)
-    tl.store(ints + F_EXPECTED, expected)
 
 
-@triton.jit(do_not_specialize=["row_price"])
+@triton.jit(do_not_specialize=["row_price", "prior"])
 def _serial_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     by_position_ptr,  # [max_reqs, NUM_POSITION_FIELDS, W] int32
@@ -317,6 +315,7 @@ def _serial_kernel(
     max_response,
     mask_token_id,
     row_price,
+    prior,
     CANVAS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -380,7 +379,7 @@ def _serial_kernel(
             last = at_lane(picks.token, lanes, new - 1)
             _compose(
                 drafts, last, ints, known + new, tested >> halves, passed >> halves,
-                row_price.to(tl.int64), mask_token_id, positions,
+                row_price.to(tl.int64), prior, mask_token_id, positions,
                 by_row_ptr + req * NUM_ROW_FIELDS * CANVAS, canvas_token_ptr + req * CANVAS,
                 table_ptr, CANVAS, lanes,
             )  # fmt: skip
@@ -389,6 +388,7 @@ def _serial_kernel(
         tl.store(ints + F_PASSED, passed >> halves)
         tl.store(ints + F_EMITTED, known + new)
         tl.store(ints + F_BLOCK_START, known)
+        tl.store(ints + F_LAST_TOKENS, new)
         tl.atomic_add(counters_ptr + COUNT_SERIAL, 1)
         tl.atomic_add(counters_ptr + COUNT_ROWS_FED, fed)
         tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - needed)
@@ -430,6 +430,7 @@ def serial_transition(
         (num_sampled, num_rejected),
     )
     assert 0 <= speculation.row_price <= CERTAIN, speculation
+    assert 0 < speculation.prior < LEVELS, speculation
     lanes = triton.next_power_of_2(state.canvas_length)
     _serial_kernel[(len(idx_mapping),)](
         state.ints,
@@ -452,6 +453,7 @@ def serial_transition(
         state.max_response,
         state.mask_token_id,
         speculation.row_price,
+        speculation.prior,
         CANVAS=state.canvas_length,
         LANES=lanes,
         num_warps=max(1, lanes // LANES_PER_WARP),

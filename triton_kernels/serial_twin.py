@@ -107,6 +107,7 @@ class _Request:
     state: DecodeState
     req: int
     price: int
+    prior: int
     ints: list[int]
     token: list[int]
     confidence: torch.Tensor
@@ -118,6 +119,7 @@ class _Request:
             state,
             req,
             speculation.row_price,
+            speculation.prior,
             state.ints[req].tolist(),
             state.token[req, :drafts].tolist(),
             state.confidence[req, :drafts].clone(),
@@ -163,6 +165,7 @@ class _Request:
             [row_of(accepted) for accepted in range(len(tokens))], dtype=torch.int32
         )
         ints[Field.EMITTED] += len(tokens)
+        ints[Field.LAST_TOKENS] = len(tokens)
         self.state.counters[Counter.TOKENS] += len(tokens)
         self.state.response[self.req, known : known + len(tokens)] = torch.tensor(tokens).int()
         if ends:
@@ -242,7 +245,6 @@ class _Request:
             if accepted == 0 and self.starts_slot(known):
                 ints[Field.ROWS] = start + 1
         ints[Field.TESTS], ints[Field.CANVAS] = tests, len(rows)
-        ints[Field.EXPECTED] = sum(chance_of(cost) for cost in costs[: tests + 1]) >> 8
         for name, by_lane in (
             ("rider_row", chain_row),
             ("rider_width", chain_width),
@@ -290,7 +292,8 @@ class _Request:
         comes_true -= chance_of(costs[accepted + 1]) if accepted < tests else 0
         if comes_true <= 0:
             return starts
-        each = cost_table()[acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED])]
+        passes = acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED], self.prior)
+        each = cost_table()[passes]
         least = price + price * CERTAIN // comes_true
         # drafts whose chance exceeds the least one
         count = max(0, (_cost_of(least) - 1) // each)

@@ -264,6 +264,8 @@ def test_row_manager_lays_out_a_step(takes_drafts, monkeypatch):
         starts,
         sizes=[],
         cost=StepCost(ASSUMED_COST, learns=False),
+        requests=["a", "b"],
+        serial=[],
         riders=True,
     )
     manager = compat.RowManager(budget)

@@ -83,7 +83,7 @@ def test_tokens_of_the_reference_in(weather: str):
 
 @pytest.mark.parametrize("price", [0, 300, 5000, CERTAIN])
 def test_at_a_price_of_a_row(price: int):
-    weather = Weather(riders=1.0, speculation=Speculation(0, 0, price))
+    weather = Weather(riders=1.0, speculation=Speculation(0, 0, price, 20))
     counters = simulate(TWINS, weather, canvas_length=64).state.counters.tolist()
     expected = [reference(name, start) for name in REQUESTS for start in STARTS]
     tokens = sum(len(answer.tokens) for answer in expected)

@@ -80,8 +80,8 @@ def decode(
         transition_twin(
             state,
             running,
-            _starts(fed),
-            _starts(decode_rows),
+            starts_of(fed),
+            starts_of(decode_rows),
             num_computed,
             prompts,
             *_statistics(state, running, decode_rows, tables),
@@ -100,7 +100,8 @@ def decode(
     return Counts(sum(counts[kind] for kind in kinds), rows, state.response[:, :max_tokens])
 
 
-def _starts(counts: torch.Tensor) -> torch.Tensor:
+def starts_of(counts: torch.Tensor) -> torch.Tensor:
+    """Where each of consecutive parts of so many rows starts, and where the last one ends."""
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
 

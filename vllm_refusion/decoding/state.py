@@ -106,7 +106,7 @@ class Field(IntEnum):
     DRAFTS = 21  # drafts at hand
     TESTS = 22  # of them, those in the present canvas
     MOST_TESTS = 23  # more are never fed at once
-    EXPECTED = 24  # tokens that the present canvas is expected to bring, in 1/256
+    LAST_TOKENS = 24  # tokens that its last pass brought
     MOST_MASKS = 25  # of a chain
     SKIPS_KNOWN = 26  # whether chains leave out a position whose token is picked without its mask
 
@@ -380,7 +380,6 @@ class DecodeState:
             Field.MOST_TESTS: most if most_tests is None else min(most, most_tests),
             Field.ROWS: tokens + starts_slot if known else 1,
             Field.CANVAS: tokens + masks,
-            Field.EXPECTED: 256,
             Field.MOST_MASKS: chain_length,
             Field.SKIPS_KNOWN: int(skips_known),
         }

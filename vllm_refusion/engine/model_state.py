@@ -199,6 +199,8 @@ class ReFusionModelState(ModelState):
             query_start_loc,
             sizes,
             StepCost(self.pass_cost or ASSUMED_COST, learns=self._learns_cost()),
+            self._req_of,
+            self.serial,
             fuses_passes(self.vllm_config),
         )
         return self.sampler.row_budget

@@ -19,7 +19,7 @@ from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
-from vllm_refusion.engine.acceptance import acceptance_tables
+from vllm_refusion.engine.acceptance import acceptance_tables, replayed_draws
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import Operations
 
@@ -211,17 +211,11 @@ class CanvasSampler:
         if self.acceptance is not None:
             rows = slice(0, hidden_states.shape[0])
             serial = state.ints[:, Field.RESUME] == Phase.SERIAL
-            # a draft's draw says where its chain began
-            behind = row - state.row_own_start[requests, row]
-            lead = 1 - state.ints[:, Field.SKIPS_KNOWN]
-            is_draft = serial[requests] & (behind >= lead[requests])
-            is_draft &= state.canvas_token[requests, row] == state.mask_token_id
-            draws = torch.where(is_draft, positions - behind + 1, draws)
             self.operations.acceptance_stats(
                 requests,
                 positions,
                 given,
-                draws,
+                replayed_draws(state, requests, row, draws),
                 seed=state.seed,
                 slot_size=state.ints[:, Field.SLOT_SIZE],
                 slot_threshold=state.slot_threshold,
