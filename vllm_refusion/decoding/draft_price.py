@@ -72,10 +72,12 @@ def rates(acceptance: float) -> tuple[np.ndarray, np.ndarray]:
     At some price masks cease to pay, and a request without drafts gets none any more. Next to such
     a point in the table nothing is promised.
     """
-    tokens = np.array([np.interp(acceptance, ACCEPTANCES, column) for column in _TOKENS.T])
-    rows = [np.interp(acceptance, ACCEPTANCES, column) for column in np.log(_ROWS).T]
-    lower = max(int(np.searchsorted(ACCEPTANCES, acceptance, side="right")) - 1, 0)
-    return np.where(_TOKENS[lower] < LEAST_TOKENS, 1.0, tokens), np.exp(rows)
+    at = min(max(acceptance, ACCEPTANCES[0]), ACCEPTANCES[-1])
+    lower = min(int(np.searchsorted(ACCEPTANCES, at, side="right")), len(ACCEPTANCES) - 1) - 1
+    share = (at - ACCEPTANCES[lower]) / (ACCEPTANCES[lower + 1] - ACCEPTANCES[lower])
+    tokens = _TOKENS[lower] + share * (_TOKENS[lower + 1] - _TOKENS[lower])
+    rows = _ROWS[lower] * (_ROWS[lower + 1] / _ROWS[lower]) ** share
+    return np.where(_TOKENS[lower] < LEAST_TOKENS, 1.0, tokens), rows
 
 
 class DraftPrice:
@@ -91,7 +93,7 @@ class DraftPrice:
         self.index: int | None = None  # in PRICES; None: nothing is drafted
         self._chosen: deque[int | None] = deque(maxlen=LAG)
         self._passes: deque[tuple[int, int, int]] = deque(maxlen=PASSES_REMEMBERED)
-        self._steps = 0
+        self._steps = self._requests = 0
 
     @property
     def price(self) -> float:
@@ -117,7 +119,14 @@ class DraftPrice:
                 self.acceptance += (seen - self.acceptance) / 2
 
     def choose(self, requests: int, cost: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Chooses for ``requests``, ``cost`` being the time of a step by their rows [K]."""
+        """Chooses for ``requests``, ``cost`` being the time of a step by their rows [K].
+
+        Called in every step; between two lessons it stays with what it chose for as many.
+        """
+        if requests == self._requests and self._steps % LEARNS_EVERY:
+            self._chosen.append(self.index)
+            return
+        self._requests = requests
         tokens, rows = rates(self.acceptance)
         times = cost(requests * np.append(rows, 1.0))
         rate = np.append(tokens, 1.0) / times
