@@ -17,6 +17,7 @@ or, where a token's row picks a slot's first token too, behind the prompt's last
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,9 +25,11 @@ from typing import NamedTuple
 import torch
 
 from vllm_refusion.decoding.speculation import (
+    ALL_DRAFTING,
     CERTAIN,
     LARGEST_COST,
     LEVELS,
+    Drafting,
     Speculation,
     acceptance,
     chance_of,
@@ -50,17 +53,19 @@ def serial_transition_twin(
     num_sampled: torch.Tensor,
     num_rejected: torch.Tensor,
     speculation: Speculation,
+    drafting: Collection[Drafting] = ALL_DRAFTING,
 ) -> None:
     """Moves every serial request of a batch by one pass and writes its next canvas.
 
-    Arguments are those of ``transition_twin``; of other requests nothing is touched.
+    Arguments are those of ``transition_twin``; of other requests nothing is touched. ``drafting``:
+    where drafts may come from.
     """
     starts, first_logit = query_start_loc.tolist(), logits_start.tolist()
     for row, req in enumerate(idx_mapping.tolist()):
         ints = state.ints[req].tolist()
         if ints[Field.RESUME] != Phase.SERIAL or ints[Field.PHASE] == Phase.IDLE:
             continue
-        request = _Request.load(state, req, speculation)
+        request = _Request.load(state, req, speculation, drafting)
         query_len = starts[row + 1] - starts[row]
         decode_rows = first_logit[row + 1] - first_logit[row]
         kept, fed = 0, min(query_len, ints[Field.CANVAS])
@@ -108,18 +113,26 @@ class _Request:
     req: int
     price: int
     prior: int
+    drafting: Collection[Drafting]
     ints: list[int]
     token: list[int]
     confidence: torch.Tensor
 
     @classmethod
-    def load(cls, state: DecodeState, req: int, speculation: Speculation) -> _Request:
+    def load(
+        cls,
+        state: DecodeState,
+        req: int,
+        speculation: Speculation,
+        drafting: Collection[Drafting],
+    ) -> _Request:
         drafts = int(state.ints[req, Field.DRAFTS])
         return cls(
             state,
             req,
             speculation.row_price,
             speculation.prior,
+            drafting,
             state.ints[req].tolist(),
             state.token[req, :drafts].tolist(),
             state.confidence[req, :drafts].clone(),
@@ -208,7 +221,7 @@ class _Request:
         end = min(row + int(self.state.rider_width[self.req, accepted]), len(picked))
         if row >= 0 and end - row > lead:
             self.token, self.confidence = picked[row + lead : end], prob[row + lead : end]
-        elif refused:
+        elif refused or Drafting.KEPT not in self.drafting:
             self.token, self.confidence = [], prob[:0]
         else:
             self.token, self.confidence = self.token[advance:], self.confidence[advance:]
@@ -290,7 +303,8 @@ class _Request:
         starts, lead = int(self.starts_slot(position)), self.leads(position)
         comes_true = chance_of(costs[accepted])
         comes_true -= chance_of(costs[accepted + 1]) if accepted < tests else 0
-        if comes_true <= 0:
+        kind = Drafting.AHEAD if accepted == tests else Drafting.BRANCHES
+        if comes_true <= 0 or kind not in self.drafting:
             return starts
         passes = acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED], self.prior)
         each = cost_table()[passes]

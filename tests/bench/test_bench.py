@@ -27,7 +27,7 @@ from vllm_refusion.bench.shapes import SHAPES, matrix_parameters, shape_config
 from vllm_refusion.bench.simulate import DrawnOutcomes, simulate, tokens_per_forward
 from vllm_refusion.cli import build_parser, main
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import NO_RIDERS, Saving
+from vllm_refusion.decoding.speculation import NO_RIDERS, Drafting, Saving
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.acceptance import CONFIG_KEY, Profile, build_tables, seed_of, to_config
 from vllm_refusion.engine.metrics import snapshot
@@ -392,6 +392,18 @@ def test_contributions_table():
     rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines)}
     assert len(lines) == len(rows) == 12 and all(len(cells) == 2 for cells in rows.values())
     assert rows["plain"][0].endswith(", 1.00")
+
+
+def test_contributions_to_serial_decoding():
+    lines = contributions.serial_table(96, 4).splitlines()
+    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines)}
+    tokens = {
+        name: float(cells[0].split(",")[0]) for name, cells in rows.items() if "," in cells[0]
+    }
+    assert len(tokens) == 2 + len(Drafting) + 1
+    assert tokens["none"] == pytest.approx(1, abs=0.1) and tokens["all"] > 3
+    for way in (Drafting.AHEAD, Drafting.BRANCHES):
+        assert tokens[f"without {way.value}"] < tokens["all"], way
 
 
 class NothingPasses:

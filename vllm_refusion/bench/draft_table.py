@@ -9,13 +9,14 @@ prints the table of ``decoding/draft_price.py``:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 
 import torch
 
-from vllm_refusion.bench.contributions import CANVAS, MASK, PROMPT, VOCAB, starts_of
+from vllm_refusion.bench.simulate import CANVAS, MASK, PROMPT, VOCAB, starts_of
 from vllm_refusion.decoding.draft_price import ACCEPTANCES, PRICES
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import CERTAIN, LEVELS, Speculation
+from vllm_refusion.decoding.speculation import ALL_DRAFTING, CERTAIN, LEVELS, Drafting, Speculation
 from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
 from vllm_refusion.engine.acceptance import Profile, build_tables, replayed_draws, seed_of
 from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin
@@ -30,12 +31,14 @@ def decode_serially(
     max_tokens: int = 512,
     requests: int = 8,
     skips_known: bool = False,
+    drafting: Collection[Drafting] = ALL_DRAFTING,
 ) -> tuple[float, float]:
     """Tokens of a pass and rows of a pass, drafts being right with a mean chance.
 
     Args:
         price: of a row, in tokens.
         skips_known: see ``DecodeState.add_serial``.
+        drafting: where drafts may come from.
     """
     state = DecodeState(requests, CANVAS, params.budget(max_tokens), MASK, "cpu")
     tables = build_tables([Profile(slot=1.0, token=acceptance)], VOCAB, (), "cpu")
@@ -82,6 +85,7 @@ def decode_serially(
             num_sampled,
             num_rejected,
             speculation,
+            drafting,
         )
         num_computed[running] += fed - num_rejected
     counts = state.counters

@@ -65,6 +65,17 @@ class Saving(Enum):
 ALL_SAVINGS = frozenset(Saving)
 
 
+class Drafting(Enum):
+    """Where drafts of serial decoding come from. Only the twin can be told to do without some."""
+
+    AHEAD = "masks behind all drafts under test"
+    BRANCHES = "masks behind fewer of them"
+    KEPT = "drafts kept where no masks were fed"
+
+
+ALL_DRAFTING = frozenset(Drafting)
+
+
 @cache
 def cost_table() -> list[int]:
     """Cost of a token by its confidence in LEVELS-ths, 0 to LEVELS."""
