@@ -400,6 +400,13 @@ class DecodeState:
         start["chains"][:, 0] = (tokens, masks) if masks else (-1, 0)
         self._start(start)
 
+    def recall_response(self, req: int, tokens: Sequence[int]) -> None:
+        """Restores what a resumed serial request has said, for what depends on it."""
+        known = torch.tensor(tokens, dtype=torch.int32)
+        if self.device.type == "cuda":
+            known = known.pin_memory()
+        self.response[req, : len(tokens)].copy_(known, non_blocking=True)
+
     def _begin(
         self,
         req: int,

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_refusion.decoding.logprobs import Record
+from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits, bias_row
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
@@ -75,7 +76,9 @@ class ReFusionModelState(ModelState):
         self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
-        self.limits = PickLimits(self.max_num_reqs, self.model_config.get_vocab_size(), device)
+        vocab = self.model_config.get_vocab_size()
+        self.limits = PickLimits(self.max_num_reqs, vocab, device)
+        self.penalties = Penalties(self.max_num_reqs, vocab, device)
         self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
         self.serial: set[int] = set()  # the requests in serial mode, by req
@@ -105,6 +108,7 @@ class ReFusionModelState(ModelState):
             self.decode_state,
             self.req_states,
             self.limits,
+            self.penalties,
             self.records,
             self._req_of,
             self.serial,
@@ -119,7 +123,7 @@ class ReFusionModelState(ModelState):
         self._req_of[new_req_data.req_id] = req
         if self.recorder is not None and spec.trace:
             self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
-        self._limit_picks(req, spec)
+        self._limit_picks(req, spec, prompt_len, new_req_data.prefill_token_ids)
         if spec.logprobs is not None:
             self.records[req] = self._suspended_records.pop(
                 new_req_data.req_id, None
@@ -208,10 +212,25 @@ class ReFusionModelState(ModelState):
         ahead = self.scheduler_config.async_scheduling
         return self.device.type == "cuda" and alone and bool(ahead)
 
-    def _limit_picks(self, req: int, spec: RequestSpec) -> None:
+    def _limit_picks(
+        self, req: int, spec: RequestSpec, prompt_len: int, tokens: list[int]
+    ) -> None:
         bias = bias_row(
             self.limits.vocab, spec.logit_bias, spec.allowed_token_ids, spec.banned_token_ids
         )
+        if spec.penalised:
+            self.penalties.add(
+                req,
+                tokens[:prompt_len],
+                tokens[prompt_len:],
+                repetition=spec.repetition_penalty,
+                frequency=spec.frequency_penalty,
+                presence=spec.presence_penalty,
+                bad_words=spec.bad_words,
+                bias=bias,  # comes first
+            )
+            self.decode_state.recall_response(req, tokens[prompt_len:])
+            bias = None
         self.limits.add(req, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p, bias=bias)
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
@@ -233,6 +252,7 @@ class ReFusionModelState(ModelState):
         self.serial.discard(req)
         self.records.pop(req, None)
         self.limits.remove(req)
+        self.penalties.remove(req)
         self.decode_state.remove(req)
         if self.recorder is not None:
             self.recorder.remove(req)

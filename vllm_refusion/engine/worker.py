@@ -37,6 +37,7 @@ class WorkerExtension:
             "suspended requests": len(state._suspended) + len(state._suspended_records),
             "logprob records": len(state.records),
             "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),
+            "penalties": len(state.penalties._row_of),
         }
         gc.collect()
         device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0

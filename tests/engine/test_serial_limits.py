@@ -1,0 +1,162 @@
+"""Serial mode keeps stock vLLM's contract: what acts on a token by what stands before it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+from test_engine_sampling import check, generate
+from test_serial_mode import MODEL, NEXT_SLOWLY, Serial
+from vllm import SamplingParams, TokensPrompt
+
+import conformance
+from engine import assert_idle, drive, engine, free_pages, sampling_params
+from vllm_refusion.triton_kernels.dispatch import CPU_KERNELS_ENV
+
+PENALTIES = [
+    {"repetition_penalty": 1.3},
+    {"frequency_penalty": 0.8, "presence_penalty": -0.5},
+    {"presence_penalty": 2.0, "temperature": 1.0, "top_p": 0.9},
+    {"repetition_penalty": 0.7, "frequency_penalty": 1.1, "logit_bias": ((5, 4.0), (17, -100.0))},
+    {"repetition_penalty": 1.5, "allowed_token_ids": tuple(range(3, 110, 7)), "temperature": 0.8},
+    {"frequency_penalty": -0.3, "min_tokens": 8},
+]
+
+
+class Penalised(Serial):
+    """Serial requests with penalties and with bad words from their own answers."""
+
+    def __init__(self, path, slot_start: str, count: int = 18) -> None:
+        super().__init__(path, slot_start, count)
+        rng = random.Random(slot_start)
+        for i, (case, answer) in enumerate(zip(self.cases, self.answers)):
+            starts = [rng.randrange(max(1, len(answer.tokens) - 3)) for _ in range(i % 4)]
+            words = [answer.tokens[start : start + rng.choice((2, 2, 3))] for start in starts]
+            self.cases[i] = replace(
+                case,
+                **PENALTIES[i % len(PENALTIES)] if i % 3 else {},
+                bad_words=tuple(tuple(word) for word in words if len(word) > 1),
+                logprobs=(None, 0, 3)[i // 2 % 3],
+            )
+        plain, self.answers = self.answers, conformance.expected(path, self.cases)
+        changed = [a.tokens != b.tokens for a, b in zip(plain, self.answers)]
+        assert sum(changed) > count // 2
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return conformance.build_model(MODEL, tmp_path_factory.mktemp(MODEL))
+
+
+@pytest.mark.parametrize("slot_start", ("mask", "next"))
+def test_penalties_and_bad_words(path, slot_start):
+    requests = Penalised(path, slot_start)
+    parallel = [case for case in conformance.cases(MODEL) if case.params.block_length <= 32][::9]
+    beside = conformance.expected(path, parallel)
+    with engine(path, **requests.options()) as llm:
+        pages = free_pages(llm)
+        outputs = generate(llm, [*requests.cases, *parallel])
+        assert_idle(llm, pages)
+        check(outputs, [*requests.cases, *parallel], [*requests.answers, *beside])
+
+
+def test_preempted(path, preemptions):
+    """What was said before is known again, at another index of the engine's tables, too."""
+    requests = Penalised(path, "mask")
+    options = requests.options(num_gpu_blocks_override=40, block_size=16, max_model_len=384)
+    chosen = [i for i, case in enumerate(requests.cases) if len(case.prompt_ids) < 200]
+    with engine(path, **options) as llm:
+        outputs = drive(llm, requests, chosen, lambda *_: None)
+    assert sum(emitted > 0 for _, emitted in preemptions) >= 2
+    for i in chosen:
+        assert outputs[i] == list(requests.answers[i].tokens), requests.cases[i].label
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slot_start", NEXT_SLOWLY)
+def test_kernels_in_the_interpreter(path, slot_start, monkeypatch):
+    monkeypatch.setenv(CPU_KERNELS_ENV, "interpreter")
+    requests = Penalised(path, slot_start, 8)
+    with engine(path, **requests.options()) as llm:
+        check(generate(llm, requests.cases), requests.cases, requests.answers)
+
+
+@pytest.fixture(scope="module")
+def stock(path, tmp_path_factory):
+    """The same weights without a mask token in their config: stock vLLM serves them."""
+    copied = tmp_path_factory.mktemp("stock") / MODEL
+    shutil.copytree(path, copied)
+    config = json.loads((copied / "config.json").read_text())
+    del config["mask_token_id"]
+    (copied / "config.json").write_text(json.dumps(config))
+    return copied
+
+
+MASK = conformance.MODELS[MODEL].mask_token_id
+WORDS = [token for token in range(conformance.MODELS[MODEL].vocab_size) if token != MASK]
+SERIAL = {"mode": "serial"}
+
+
+def prompts(count: int) -> list[TokensPrompt]:
+    rng = random.Random(count)
+    lengths = [rng.randint(1, 90) for _ in range(count)]
+    return [TokensPrompt(prompt_token_ids=rng.choices(WORDS, k=length)) for length in lengths]
+
+
+def next_options(**more):
+    """Of an engine that decodes token by token as stock vLLM does."""
+    generation = {"slot_start": "next", "slot_size": 8, "block_length": 32}
+    return {"override_generation_config": generation} | more
+
+
+def stock_limits(count: int) -> list[dict]:
+    """Parameters of as many requests, all penalties among them; bad words of common tokens."""
+    rng = random.Random(f"limits {count}")
+    made = []
+    for i in range(count):
+        limits = {
+            "repetition_penalty": rng.choice((1.0, 1.2, 0.8)),
+            "frequency_penalty": rng.choice((0.0, 0.7, -0.4)),
+            "presence_penalty": rng.choice((0.0, 1.5)),
+            "min_tokens": rng.choice((0, 20)),
+            # stock decoding would pick the mask token, which is one like others to it
+            "logit_bias": {MASK: -100.0} | {rng.choice(WORDS): rng.uniform(-5, 5)},
+            "logprobs": rng.choice((None, 0, 4)),
+        }
+        if i % 5 == 4:
+            limits |= {"allowed_token_ids": rng.sample(WORDS, 40)}
+        made.append(limits)
+    return made
+
+
+def ask_all(llm, asked, limits, **extra):
+    parameters = []
+    for i, one in enumerate(limits):
+        params = SamplingParams(temperature=0, max_tokens=40, detokenize=False, **one, **extra)
+        words = random.Random(i)
+        params.bad_words = ["..."]
+        params._bad_words_token_ids = [words.choices(WORDS, k=1)] + [
+            [first, second] for first in words.sample(WORDS, 25) for second in WORDS[::25]
+        ]
+        parameters.append(params)
+    return [output.outputs[0] for output in llm.generate(asked, parameters, use_tqdm=False)]
+
+
+def scores(output) -> list[dict[int, tuple[float, int]]]:
+    return [{t: e.logprob for t, e in entries.items()} for entries in output.logprobs or ()]
+
+
+def test_limits_of_stock_vllm(path, stock):
+    asked, limits = prompts(30), stock_limits(30)
+    with engine(stock) as llm:
+        expected = ask_all(llm, asked, limits)
+    with engine(path, **next_options()) as llm:
+        outputs = ask_all(llm, asked, limits, extra_args=SERIAL)
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert got.token_ids == wanted.token_ids
+        assert len(scores(got)) == len(scores(wanted))
+        for ours, theirs in zip(scores(got), scores(wanted)):
+            assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
