@@ -1,8 +1,8 @@
 """Penalties and bad words: what the tokens before a position do to its row of logits.
 
 ``vllm_refusion/decoding/penalties.py`` has the formula. The tokens before a row of serial decoding
-are the prompt's, the response so far, and the drafts that the row sees: of a token's row those up to
-it, of a mask's those that its chain is for.
+are the prompt's, the response so far, and the drafts that the row sees: of a token's row those up
+to it, of a mask's those that its chain is for.
 """
 
 from __future__ import annotations
@@ -136,9 +136,7 @@ def _bad_words_kernel(
     for i in range(tl.max(before, axis=0)):
         compared = matches & (i < before)
         at = first + i
-        wanted = tl.load(
-            token_ptr + table * words_stride + start + i, mask=compared, other=0
-        )
+        wanted = tl.load(token_ptr + table * words_stride + start + i, mask=compared, other=0)
         of_response = tl.load(response + at, mask=compared & (at < known), other=0)
         of_draft = tl.load(tokens + 1 + at - known, mask=compared & (at >= known), other=0)
         found = tl.where(at < known, of_response, of_draft.to(tl.int32))

@@ -7,8 +7,8 @@ For a row of logits x that picks the token behind the response r, float32:
     s[t] = s[t] - frequency * (how often t is in r) - presence             t in r
     s[t] = -inf              where a bad word is the last tokens of r and t
 
-Picks go by s from there on (``picking.py``). Parallel mode has none of this: there a token is picked
-before those ahead of it are known.
+Picks go by s from there on (``picking.py``). Parallel mode has none of this: there a token is
+picked before those ahead of it are known.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ def decode(
 
     ``eos_token_id=None`` makes EOS an ordinary token. Stop tokens are ordinary while decoding and
     cut the output. Neither is picked at a response position below ``min_tokens``. What the
-    parameters behind them do: see ``vllm_refusion/decoding/picking.py``; penalties and ``bad_words``
-    (token ids of each) are those of serial mode.
+    parameters behind them do: see ``vllm_refusion/decoding/picking.py``. Penalties and
+    ``bad_words``, token ids of each, act in serial mode.
     """
     if not prompt_ids or max_tokens < 1:
         raise ValueError(f"{len(prompt_ids)=} and {max_tokens=} must both be at least 1")

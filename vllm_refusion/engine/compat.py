@@ -90,6 +90,7 @@ def install(hooks: Hooks) -> None:
     _report_passes_of_requests()
     _tell_preempted_from_finished()
     _settle_rows_before_each_step()
+    _score_rows_of_prompts()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter(hooks)
@@ -508,6 +509,21 @@ def _settle_rows_before_each_step() -> None:
             budget = start(self.input_buffers.query_start_loc, sizes)
             self.adaptive_verification = RowManager(budget)
         original(self, scheduler_output)
+
+
+def _score_rows_of_prompts() -> None:
+    """Puts our worker for the log-probabilities of prompts where the runner made vLLM's.
+
+    That one takes the host's layout of a step for the device's. No hook is there to replace it.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "load_model")
+    def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        scores = getattr(self.model_state, "prompt_scores", None)
+        if scores is not None:
+            self.prompt_logprobs_worker = scores
 
 
 class RowManager:

@@ -32,6 +32,7 @@ from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.mask_adapter import apply_adapter
 from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
+from vllm_refusion.engine.prompt_scores import PromptScores
 from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.engine.sampler import CanvasSampler
@@ -79,6 +80,7 @@ class ReFusionModelState(ModelState):
         vocab = self.model_config.get_vocab_size()
         self.limits = PickLimits(self.max_num_reqs, vocab, device)
         self.penalties = Penalties(self.max_num_reqs, vocab, device)
+        self.prompt_scores = PromptScores(vllm_config, model, device)
         self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
         self.serial: set[int] = set()  # the requests in serial mode, by req
@@ -212,9 +214,7 @@ class ReFusionModelState(ModelState):
         ahead = self.scheduler_config.async_scheduling
         return self.device.type == "cuda" and alone and bool(ahead)
 
-    def _limit_picks(
-        self, req: int, spec: RequestSpec, prompt_len: int, tokens: list[int]
-    ) -> None:
+    def _limit_picks(self, req: int, spec: RequestSpec, prompt_len: int, tokens: list[int]) -> None:
         bias = bias_row(
             self.limits.vocab, spec.logit_bias, spec.allowed_token_ids, spec.banned_token_ids
         )

@@ -32,7 +32,8 @@ class RequestSpec:
         allowed_token_ids: all that may be picked; None for all.
         banned_token_ids: what ``bad_words`` of one token forbids.
         bad_words: those of several tokens, in serial mode.
-        repetition_penalty, frequency_penalty, presence_penalty: in serial mode; 1, 0 and 0 for none.
+        repetition_penalty, frequency_penalty, presence_penalty: in serial mode; 1, 0 and 0 for
+            none.
         logprobs: alternatives to report with each token; None for no log-probabilities.
         trace: whether its passes are recorded.
     """

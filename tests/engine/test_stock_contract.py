@@ -1,8 +1,9 @@
-"""Serial mode keeps stock vLLM's contract: what acts on a token by what stands before it."""
+"""Serial mode keeps stock vLLM's contract; so does what is said of a prompt, in both modes."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from test_serial_mode import MODEL, NEXT_SLOWLY, Serial
 from vllm import SamplingParams, TokensPrompt
 
 import conformance
-from engine import assert_idle, drive, engine, free_pages, sampling_params
+from engine import assert_idle, drive, engine, free_pages, scheduler_of
 from vllm_refusion.triton_kernels.dispatch import CPU_KERNELS_ENV
 
 PENALTIES = [
@@ -145,8 +146,18 @@ def ask_all(llm, asked, limits, **extra):
     return [output.outputs[0] for output in llm.generate(asked, parameters, use_tqdm=False)]
 
 
-def scores(output) -> list[dict[int, tuple[float, int]]]:
-    return [{t: e.logprob for t, e in entries.items()} for entries in output.logprobs or ()]
+def scores(logprobs) -> list[dict[int, float]]:
+    return [{t: e.logprob for t, e in (entries or {}).items()} for entries in logprobs or ()]
+
+
+def ranks(logprobs) -> list[dict[int, int]]:
+    return [{t: e.rank for t, e in (entries or {}).items()} for entries in logprobs or ()]
+
+
+def assert_same_logprobs(ours, theirs) -> None:
+    assert ranks(ours) == ranks(theirs)
+    for got, wanted in zip(scores(ours), scores(theirs)):
+        assert got == pytest.approx(wanted, rel=0, abs=1e-4)
 
 
 def test_limits_of_stock_vllm(path, stock):
@@ -157,6 +168,74 @@ def test_limits_of_stock_vllm(path, stock):
         outputs = ask_all(llm, asked, limits, extra_args=SERIAL)
     for got, wanted in zip(outputs, expected, strict=True):
         assert got.token_ids == wanted.token_ids
-        assert len(scores(got)) == len(scores(wanted))
-        for ours, theirs in zip(scores(got), scores(wanted)):
-            assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
+        assert_same_logprobs(got.logprobs, wanted.logprobs)
+
+
+def prompt_questions() -> tuple[list[TokensPrompt], list[dict]]:
+    """Prompts, some that begin alike, and what is asked of each."""
+    rng = random.Random(3)
+    common = rng.choices(WORDS, k=64)
+    asked, questions = [], []
+    for i in range(24):
+        length = rng.choice((1, 2, 16, rng.randint(3, 60), rng.randint(90, 240)))
+        tokens = (common if i % 3 == 2 else []) + rng.choices(WORDS, k=length)
+        question = {"prompt_logprobs": (0, None, 3, 20)[i % 4]}
+        if i % 5 == 0 and len(tokens) > 4:
+            start = rng.randrange(len(tokens) - 3)
+            ids = [rng.sample(WORDS, rng.randint(1, 4)) for _ in range(start, len(tokens) - 1)]
+            question |= {"prompt_logprob_token_ids": ids, "prompt_logprob_start": start}
+        asked.append(TokensPrompt(prompt_token_ids=tokens))
+        questions.append(question)
+    return asked, questions
+
+
+@pytest.mark.parametrize("mode", ["serial", "parallel"])
+@pytest.mark.parametrize("chunk", [2048, 96])
+def test_prompt_logprobs_of_stock_vllm(path, stock_prompts, mode, chunk, preemptions):
+    """Whatever else is in the batch; with small chunks, also under preemptions."""
+    asked, questions, expected = stock_prompts
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=40, detokenize=False, extra_args={"mode": mode}, **question
+        )
+        for question in questions
+    ]
+    small = {"num_gpu_blocks_override": 28, "block_size": 16, "max_model_len": 360}
+    options = next_options(max_num_batched_tokens=chunk, diffusion_config={"canvas_length": 16})
+    options["override_generation_config"] |= {"slot_size": 4, "block_length": 16}
+    with engine(path, **options | (small if chunk < 2048 else {})) as llm:
+        pages = free_pages(llm)
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        assert_idle(llm, pages)
+        assert not scheduler_of(llm)._prompt_scores and not scheduler_of(llm)._prompt_token_scores
+    assert bool(preemptions) == (chunk < 2048)
+    for output, (logprobs, table), question in zip(outputs, expected, questions, strict=True):
+        assert (output.prompt_logprobs is None) == (question["prompt_logprobs"] is None)
+        assert_same_logprobs(output.prompt_logprobs, logprobs)
+        if "prompt_logprob_token_ids" in question:
+            wanted = table[question["prompt_logprob_start"] :]
+            got = output.prompt_token_id_logprobs
+            for row, ids, of_token in zip(
+                got, question["prompt_logprob_token_ids"], wanted, strict=True
+            ):
+                of_ids = row[: len(ids)].tolist()
+                assert of_ids == pytest.approx([of_token[t] for t in ids], abs=1e-4)
+                assert (row[len(ids) :] == -math.inf).all()
+
+
+@pytest.fixture(scope="module")
+def stock_prompts(stock):
+    """What stock vLLM says: the answers, and each prompt's log-probabilities of all tokens."""
+    asked, questions = prompt_questions()
+    vocab = len(WORDS) + 1
+    counts = [question["prompt_logprobs"] for question in questions]
+    params = [SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=n) for n in counts]
+    every = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=vocab)
+    with engine(stock, max_logprobs=vocab) as llm:
+        answers = llm.generate(asked, params, use_tqdm=False)
+        tables = llm.generate(asked, every, use_tqdm=False)
+    expected = [
+        (answer.prompt_logprobs, scores(table.prompt_logprobs)[1:])
+        for answer, table in zip(answers, tables, strict=True)
+    ]
+    return asked, questions, expected
