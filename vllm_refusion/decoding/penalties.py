@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_refusion.decoding.sending import sent
+
 # Bad words of several tokens, and their tokens together, of one request: vLLM's own limits.
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 1024
@@ -90,13 +92,13 @@ class Penalties:
         words[: len(starts)] = torch.tensor(starts)
         words[MAX_BAD_WORDS:][: len(starts)] = torch.tensor([len(word) for word in bad_words])
         words[2 * MAX_BAD_WORDS :][: len(tokens)] = torch.tensor(tokens)
-        self._tables["words"][row] = self._sent(words)
-        self.factors[row] = self._sent(torch.tensor([repetition, frequency, presence]))
-        self.bias[row] = 0.0 if bias is None else self._sent(bias)
+        self._tables["words"][row] = sent(words, self.device)
+        self.factors[row] = sent(torch.tensor([repetition, frequency, presence]), self.device)
+        self.bias[row] = 0.0 if bias is None else sent(bias, self.device)
         seen = self.seen[row].zero_()
-        seen.index_fill_(0, self._sent(torch.tensor(prompt, dtype=torch.int64)), 1)
+        seen.index_fill_(0, sent(torch.tensor(prompt, dtype=torch.int64), self.device), 1)
         twice = torch.full((len(response),), 2, dtype=torch.int32, device=self.device)
-        seen.index_add_(0, self._sent(torch.tensor(response, dtype=torch.int64)), twice)
+        seen.index_add_(0, sent(torch.tensor(response, dtype=torch.int64), self.device), twice)
         self.index[req].fill_(row)
 
     def _take_row(self, req: int) -> int:
@@ -109,11 +111,6 @@ class Penalties:
             self._name_tables()
         self._row_of[req] = row
         return row
-
-    def _sent(self, values: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
 
     def remove(self, req: int) -> None:
         """Ends what the request at ``req`` has, if it has any."""

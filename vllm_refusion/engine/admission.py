@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from vllm_refusion.decoding.logprobs import MAX_LOGPROBS
+from vllm_refusion.decoding.logprobs import ScoreKind
 from vllm_refusion.decoding.params import ParameterError
 from vllm_refusion.decoding.penalties import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from vllm_refusion.decoding.state import MAX_STOP_IDS
@@ -39,6 +39,7 @@ HONOURED = {
     "frequency_penalty",
     "presence_penalty",
     "logprobs",
+    "logprob_token_ids",
     "prompt_logprobs",
     "prompt_logprob_token_ids",
     "prompt_logprob_start",
@@ -164,8 +165,11 @@ def _check_picks(spec: RequestSpec, params: SamplingParams, vllm_config: VllmCon
     vocab_size = vllm_config.model_config.get_vocab_size()
     if params.top_k >= vocab_size:
         params.top_k = 0
-    if spec.logprobs is not None and not 0 <= spec.logprobs <= MAX_LOGPROBS:
-        raise ParameterError("logprobs", spec.logprobs, f"allowed is 0 to {MAX_LOGPROBS}")
+    mode = vllm_config.model_config.logprobs_mode
+    if spec.logprobs is not None and not spec.serial and ScoreKind.of(mode).processed:
+        name = "logprobs" if params.logprobs is not None else "logprob_token_ids"
+        allowed = f"beside logprobs_mode={mode} allowed is None, or mode='serial'"
+        raise ParameterError(name, getattr(params, name), allowed)
     for token, bias in spec.logit_bias.items():
         if not abs(bias) <= MAX_BIAS:
             allowed = f"allowed are numbers in [{-MAX_BIAS:g}, {MAX_BIAS:g}]"

@@ -23,9 +23,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.decoding.logprobs import Record
+from vllm_refusion.decoding.logprobs import Record, ScoreKind
 from vllm_refusion.decoding.penalties import Penalties
-from vllm_refusion.decoding.picking import PickLimits, bias_row
+from vllm_refusion.decoding.picking import PickLimits, Processing, bias_row
+from vllm_refusion.decoding.sending import sent
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
@@ -127,11 +128,8 @@ class ReFusionModelState(ModelState):
             self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
         self._limit_picks(req, spec, prompt_len, new_req_data.prefill_token_ids)
         if spec.logprobs is not None:
-            self.records[req] = self._suspended_records.pop(
-                new_req_data.req_id, None
-            ) or Record.empty(
-                spec.budget, self.decode_state.canvas_length, spec.logprobs, self.device
-            )
+            record = self._suspended_records.pop(new_req_data.req_id, None)
+            self.records[req] = record or self._record(spec)
         if spec.serial:
             self._add_serial(req, spec, new_req_data)
             return
@@ -215,9 +213,7 @@ class ReFusionModelState(ModelState):
         return self.device.type == "cuda" and alone and bool(ahead)
 
     def _limit_picks(self, req: int, spec: RequestSpec, prompt_len: int, tokens: list[int]) -> None:
-        bias = bias_row(
-            self.limits.vocab, spec.logit_bias, spec.allowed_token_ids, spec.banned_token_ids
-        )
+        bias = self._bias(spec)
         if spec.penalised:
             self.penalties.add(
                 req,
@@ -232,6 +228,31 @@ class ReFusionModelState(ModelState):
             self.decode_state.recall_response(req, tokens[prompt_len:])
             bias = None
         self.limits.add(req, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p, bias=bias)
+
+    def _record(self, spec: RequestSpec) -> Record:
+        kind = ScoreKind.of(self.model_config.logprobs_mode)
+        asked = self.limits.vocab if spec.logprobs == -1 else spec.logprobs
+        processing = self._processing(spec) if kind.processed else None
+        shape = (spec.budget, self.decode_state.canvas_length, asked)
+        return Record.empty(*shape, self.device, kind.logits, processing)
+
+    def _processing(self, spec: RequestSpec) -> Processing:
+        bias = None if spec.penalised else self._bias(spec)  # there penalties come behind it
+        return Processing(
+            self.decode_state.mask_token_id,
+            spec.held_back,
+            spec.min_tokens,
+            None if bias is None else sent(bias, self.device),
+            spec.temperature,
+            spec.top_k,
+            spec.top_p,
+            spec.min_p,
+        )
+
+    def _bias(self, spec: RequestSpec) -> torch.Tensor | None:
+        return bias_row(
+            self.limits.vocab, spec.logit_bias, spec.allowed_token_ids, spec.banned_token_ids
+        )
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""

@@ -18,6 +18,8 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
+from vllm_refusion.decoding.sending import sent
+
 
 class PromptScores(PromptLogprobsWorker):
     """Takes the place of vLLM's; a prompt's last result comes in the step that ends it.
@@ -105,7 +107,4 @@ class PromptScores(PromptLogprobsWorker):
         )
 
     def _sent(self, values: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
+        return sent(torch.from_numpy(values), self.device)

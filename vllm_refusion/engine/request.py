@@ -34,7 +34,8 @@ class RequestSpec:
         bad_words: those of several tokens, in serial mode.
         repetition_penalty, frequency_penalty, presence_penalty: in serial mode; 1, 0 and 0 for
             none.
-        logprobs: alternatives to report with each token; None for no log-probabilities.
+        logprobs: likely tokens to report with each token, or which ones; None for no
+            log-probabilities.
         trace: whether its passes are recorded.
     """
 
@@ -55,7 +56,7 @@ class RequestSpec:
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
-    logprobs: int | None
+    logprobs: int | tuple[int, ...] | None
     trace: bool
 
     @classmethod
@@ -92,7 +93,7 @@ class RequestSpec:
             repetition_penalty=params.repetition_penalty,
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
-            logprobs=params.logprobs,
+            logprobs=tuple(params.logprob_token_ids or ()) or params.logprobs,
             trace=_trace(options),
         )
 

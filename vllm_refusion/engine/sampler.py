@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.decoding.logprobs import Record
+from vllm_refusion.decoding.logprobs import Record, ScoreKind
 from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
@@ -56,6 +56,7 @@ class CanvasSampler:
         self.records = records
         self.requests = requests  # all there are
         self.serial = serial  # those in serial mode, by req
+        self.describes = ScoreKind.of(vllm_config.model_config.logprobs_mode)
         self.row_budget: RowBudget | None = None  # starts with the first request
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
@@ -220,7 +221,8 @@ class CanvasSampler:
                 )
             self._token_stats(scores, requests, positions, given, draws, rows)
             if self.records:
-                self._describe_rows(input_batch, logits, rows.start, given)
+                described = scores if self.describes.processed else logits
+                self._describe_rows(input_batch, described, rows.start, given)
         if self.acceptance is not None:
             rows = slice(0, hidden_states.shape[0])
             serial = state.ints[:, Field.RESUME] == Phase.SERIAL
