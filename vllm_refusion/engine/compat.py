@@ -34,6 +34,8 @@ class Hooks:
         architectures: of stock backbones, each with the one that serves it as ReFusion.
         config_hook: vLLM's per-architecture configuration hook for the latter.
         is_ours: whether a ``ModelConfig`` is of a ReFusion model.
+        extends_texts: whether a response of a ``ModelConfig``'s may be made by requests of one
+            token each.
         admit: checks a request under a ``VllmConfig``; raises VLLMValidationError.
         report: reports the figures of an ``AsyncLLM``.
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
@@ -44,6 +46,7 @@ class Hooks:
     architectures: Mapping[str, str]
     config_hook: type
     is_ours: Callable[[Any], bool]
+    extends_texts: Callable[[Any], bool]
     admit: Callable[[Any, Any], None]
     report: Callable[[Any], Awaitable[None]]
     take_adapter: Callable[[Any], None]
@@ -308,8 +311,13 @@ def _refuse_beam_search(hooks: Hooks) -> None:
     def resolve_watermarking(original: Any, self: Any, params: Any) -> bool:
         from vllm.sampling_params import BeamSearchParams
 
-        if isinstance(params, BeamSearchParams) and hooks.is_ours(self.model_config):
-            allowed = "is False: ReFusion does not extend texts token by token"
+        model = self.model_config
+        searches = isinstance(params, BeamSearchParams) and hooks.is_ours(model)
+        if searches and not hooks.extends_texts(model):
+            allowed = (
+                "is False, or a model with a mask adapter: to others a request of one token is the "
+                "start of a slot, and the mask token a token"
+            )
             raise _unsupported("use_beam_search", True, allowed)
         return original(self, params)
 
