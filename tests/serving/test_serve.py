@@ -127,7 +127,6 @@ REFUSED = pytest.mark.parametrize(
             },
         ),
         ("bad_words", "['several words']", {"extra_body": {"bad_words": ["several words"]}}),
-        ("prompt_logprobs", "1", {"extra_body": {"prompt_logprobs": 1}}),
         ("use_beam_search", "True", {"n": 2, "extra_body": {"use_beam_search": True}}),
         ("prompt", "1", {"question": "What is <|mask|>?"}),
     ],
