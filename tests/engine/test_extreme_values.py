@@ -117,7 +117,9 @@ def test_every_field_of_sampling_params(llm, name, mode):
 def test_fields_that_act_together(llm, name, mode):
     admitted = filter(None, (params_of(mode, **params) for params in TOGETHER[name]))
     requests = [lambda p=params: ask(llm, p) for params in admitted]
-    assert assert_survives(llm, requests, {key for params in TOGETHER[name] for key in params})
+    names = {key for params in TOGETHER[name] for key in params}
+    all_refused = name == "penalties" and mode == "parallel"
+    assert bool(assert_survives(llm, requests, names)) is not all_refused
 
 
 def test_every_argument_of_a_request(llm):

@@ -233,7 +233,8 @@ class ReFusionModelState(ModelState):
         kind = ScoreKind.of(self.model_config.logprobs_mode)
         asked = self.limits.vocab if spec.logprobs == -1 else spec.logprobs
         processing = self._processing(spec) if kind.processed else None
-        shape = (spec.budget, self.decode_state.canvas_length, asked)
+        length = spec.max_tokens if spec.serial else spec.budget
+        shape = (length, self.decode_state.canvas_length, asked)
         return Record.empty(*shape, self.device, kind.logits, processing)
 
     def _processing(self, spec: RequestSpec) -> Processing:
