@@ -118,8 +118,8 @@ class Record:
         """For ``length`` response positions and, of each, so many likely tokens or those named."""
         named = None if isinstance(asked, int) else sent(torch.tensor(asked), device)
         count = asked if isinstance(asked, int) else len(asked)
-        tables = (_Table.empty(rows, count, device) for rows in (canvas_length, length))
-        return cls(*tables, named, in_logits, processing)
+        said, taken = (_Table.empty(rows, count, device) for rows in (canvas_length, length))
+        return cls(said, taken, named, in_logits, processing)
 
     def describe(
         self,

@@ -84,7 +84,8 @@ class Penalties:
             bias: as ``bias_row`` returns it.
         """
         row = self._take_row(req)
-        starts, tokens = [], []
+        starts: list[int] = []
+        tokens: list[int] = []
         for word in bad_words:
             starts.append(len(tokens))
             tokens += word

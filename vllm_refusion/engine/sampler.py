@@ -174,6 +174,15 @@ class CanvasSampler:
         requests = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
         logits = self.model.row_logits(hidden_states)
         self._token_stats(logits, requests, nothing, nothing, nothing, slice(0, 1))
+        # so that the first request with penalties does not hold the others up
+        self.operations.apply_penalties(
+            logits.to(torch.float32, copy=True),
+            requests,
+            nothing,
+            nothing,
+            self.state,
+            self.penalties,
+        )
 
     def _token_stats(
         self,
