@@ -24,6 +24,7 @@ class Operations:
 
     canvas_attention: Callable[..., None]
     write_kv: Callable[..., None]
+    apply_penalties: Callable[..., None]
     token_stats: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     layout: Callable[..., None]
     transition: Callable[..., None]
@@ -56,6 +57,7 @@ def _load(twins: bool) -> Operations:
             canvas_attention_twin,
             layout_twin,
             mask_lora_twin,
+            penalties_twin,
             serial_twin,
             token_stats_twin,
             transition_twin,
@@ -64,6 +66,7 @@ def _load(twins: bool) -> Operations:
         return Operations(
             canvas_attention=canvas_attention_twin.canvas_attention_twin,
             write_kv=canvas_attention_twin.write_kv_twin,
+            apply_penalties=penalties_twin.apply_penalties_twin,
             token_stats=token_stats_twin.token_stats_twin,
             layout=layout_twin.layout_twin,
             transition=transition_twin.transition_twin,
@@ -80,6 +83,7 @@ def _load(twins: bool) -> Operations:
         canvas_attention,
         layout,
         mask_lora,
+        penalties,
         serial,
         token_stats,
         transition,
@@ -89,6 +93,7 @@ def _load(twins: bool) -> Operations:
     return Operations(
         canvas_attention=canvas_attention.canvas_attention,
         write_kv=write_kv.write_kv,
+        apply_penalties=penalties.apply_penalties,
         token_stats=token_stats.token_stats,
         layout=layout.layout,
         transition=transition.transition,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vllm import SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.sampling_params import BeamSearchParams
 
 from conformance import build_model
 from engine import assert_idle, engine, free_pages, model_state_of
@@ -149,6 +150,34 @@ def test_answers_of_stock_vllm(bases, name, kind):
         counts = model_state_of(llm).decode_state.counters.tolist()
         assert_idle(llm, pages)
     assert counts[Counter.DRAFTS_TESTED]
+
+
+def test_beam_search_and_penalties_of_stock_vllm(bases):
+    """The base's own defaults for requests, penalties among them, and beams over its rows."""
+    base = bases("llama-gqa4")
+    generation = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "temperature": 0.0}
+    options = {"skip_tokenizer_init": False, "override_generation_config": generation}
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in base.prompts(6)]
+
+    def answers(llm):
+        params = llm.get_default_sampling_params()
+        params.max_tokens = 30
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        beams = [
+            [(beam.tokens, beam.cum_logprob) for beam in output.sequences]
+            for width in (1, 4)
+            for output in llm.beam_search(prompts, BeamSearchParams(width, max_tokens=8))
+        ]
+        return [output.outputs[0].token_ids for output in outputs], beams
+
+    with engine(base.path, **options) as llm:
+        expected, beams = answers(llm)
+    with engine(base.adapter, **options) as llm:
+        tokens, ours = answers(llm)
+    assert tokens == expected
+    for found, wanted in zip(ours, beams, strict=True):
+        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+        assert [p for _, p in found] == pytest.approx([p for _, p in wanted], abs=1e-3)
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
-from vllm_refusion.engine.admission import HONOURED, admit
+from vllm_refusion.engine.admission import BY_WHAT_STANDS_BEFORE, HONOURED, admit
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 MASK, VOCAB, EOS = 90, 100, 7
+SERIAL = {"extra_args": {"mode": "serial"}}
 
 
 class ModelConfig:
@@ -28,6 +29,7 @@ class ModelConfig:
         refusion_defaults={"slot_size": 4, "block_length": 16},
     )
     max_model_len = 64
+    logprobs_mode = "raw_logprobs"
 
     def get_vocab_size(self):
         return VOCAB
@@ -43,8 +45,13 @@ CONFIG = SimpleNamespace(
 def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> SamplingParams:
     sampling_params = SamplingParams(**params)
     if params.get("bad_words"):  # what the tokenizer makes of them
-        tokens = {"one": [11], "two words": [11, 12]}
-        known = [tokens[word] for word in params["bad_words"] if word in tokens]
+        tokens = {
+            "one": [[11]],
+            "two words": [[11, 12]],
+            "129 words": [[11, i] for i in range(129)],
+            "1025 tokens": [[11] * 1025],
+        }
+        known = [ids for word in params["bad_words"] for ids in tokens.get(word, ())]
         sampling_params._bad_words_token_ids = known or None
     request = SimpleNamespace(
         sampling_params=sampling_params,
@@ -73,6 +80,11 @@ def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> Sampli
         {"bad_words": ["one"]},
         {"logprobs": 0},
         {"logprobs": 20},
+        {"logprobs": -1},
+        {"logprob_token_ids": [1, 5]},
+        {"prompt_logprobs": 1},
+        {"presence_penalty": 0.5, "frequency_penalty": -2, "repetition_penalty": 1e-6, **SERIAL},
+        {"bad_words": ["one", "two words"], **SERIAL},
         {"repetition_detection": RepetitionDetectionParams(3, 1, 4)},
         {"extra_args": {}},
         {"extra_args": {"slot_size": 8, "block_length": 32}},
@@ -94,16 +106,16 @@ def test_honoured(params):
         ({"presence_penalty": 0.5}, "presence_penalty=0.5"),
         ({"frequency_penalty": -0.5}, "frequency_penalty=-0.5"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
-        ({"logprobs": -1}, "logprobs=-1"),
-        ({"logprobs": 21}, "logprobs=21"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs=1"),
-        ({"logprob_token_ids": [1]}, "logprob_token_ids="),
+        ({"repetition_penalty": 1e-7, **SERIAL}, "repetition_penalty=1e-07"),
+        ({"repetition_penalty": 1e7, **SERIAL}, "repetition_penalty=10000000.0"),
+        ({"bad_words": ["129 words"], **SERIAL}, "129 sequences of 258 tokens"),
+        ({"bad_words": ["1025 tokens"], **SERIAL}, "1 sequences of 1025 tokens"),
         ({"logit_bias": {1: math.nan}}, "logit_bias={1: nan}"),
         ({"logit_bias": {1: math.inf}}, "logit_bias={1: inf}"),
         ({"allowed_token_ids": [MASK]}, f"allowed_token_ids=[{MASK}]"),
         ({"allowed_token_ids": [EOS, MASK], "min_tokens": 1}, "allowed_token_ids="),
         ({"allowed_token_ids": [11], "bad_words": ["one"]}, "allowed_token_ids=[11]"),
-        ({"bad_words": ["one", "two words"]}, "bad_words="),
+        ({"bad_words": ["one", "two words"]}, "words of a single token of the model, or mode='ser"),
         ({"bad_words": ["unencoded"]}, "bad_words="),
         ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "structured_outputs="),
         ({"trace_decode_token_ids": [1]}, "trace_decode_token_ids="),
@@ -124,6 +136,7 @@ def test_honoured(params):
         ({"extra_args": {"trace": True, "mode": "serial"}}, "beside mode='serial'"),
         ({"extra_args": {"mode": "serial", "slot_threshold": 0.5}}, "slot_threshold=0.5"),
         ({"extra_args": {"mode": "fast"}}, "mode='fast'"),
+        ({"extra_args": {"mode": "serial", "slot_size": 2**31}}, "slot_size=2147483648"),
         ({"extra_args": {"slot_start": "next"}}, "slot_start='next'"),
         ({"extra_args": {"slot_size": 0}}, "slot_size=0"),
         ({"extra_args": {"slot_size": -4}}, "slot_size=-4"),
@@ -177,17 +190,34 @@ def test_every_sampling_params_field_is_decided():
         assert getattr(params, name) != "not its default"
 
 
-def documented_fields() -> dict[str, str]:
-    """What docs/serving.md says of each field: works, refused or internal."""
+def documented_fields() -> dict[str, tuple[str, str]]:
+    """What docs/serving.md says of each field in either mode: works, refused or internal."""
     fields = DOCS.read_text().split("## Engine options")[0]
-    rows = re.findall(r"^\| (`.*?`) \| (works|refused|internal) \|", fields, re.MULTILINE)
-    return {name: verdict for names, verdict in rows for name in re.findall(r"`(\w+)`", names)}
+    verdict = "(works|refused|internal)"
+    rows = re.findall(rf"^\| (`.*?`) \| {verdict} \| {verdict} \|", fields, re.MULTILINE)
+    return {name: modes for names, *modes in rows for name in re.findall(r"`(\w+)`", names)}
 
 
 def test_the_docs_decide_every_field_of_the_installed_vllm():
     documented = documented_fields()
     assert set(documented) == set(SamplingParams.__struct_fields__)
-    assert {n for n, verdict in documented.items() if verdict != "refused"} == HONOURED
+    parallel, serial = (
+        {name for name, verdicts in documented.items() if verdicts[mode] != "refused"}
+        for mode in range(2)
+    )
+    assert serial == HONOURED
+    assert serial - parallel == set(BY_WHAT_STANDS_BEFORE)
+
+
+def test_processed_logprobs_are_of_serial_mode():
+    model = ModelConfig()
+    model.logprobs_mode = "processed_logits"
+    config = SimpleNamespace(**vars(CONFIG) | {"model_config": model})
+    for asked in ({"logprobs": 0}, {"logprob_token_ids": [4]}):
+        with pytest.raises(VLLMValidationError, match=f"{next(iter(asked))}=.*processed_logits"):
+            submit(config=config, **asked)
+        submit(config=config, **asked, **SERIAL)
+    submit(config=config, prompt_logprobs=1)
 
 
 def test_max_tokens_is_cut_to_the_model_length():

@@ -22,6 +22,7 @@ from engine import engine
 from vllm_refusion.decoding.params import OPTION_NAMES
 
 SMALL = {"max_tokens": 3, "temperature": 1.0, "seed": 3}
+MODES = ("parallel", "serial")
 MAX_N = 3
 
 
@@ -37,6 +38,11 @@ TOGETHER = {
     "seeds": [{"seed": seed, "n": n} for seed in INTS for n in (2, MAX_N)],
     "biases": [{"logit_bias": {5: b, 6: b, 7: -b}, "temperature": 0.01} for b in FLOATS],
     "greedy biases": [{"logit_bias": {5: b}, "temperature": 0} for b in FLOATS],
+    "penalties": [
+        {"repetition_penalty": r, "logit_bias": {5: b, 6: -b}, "logprobs": 1}
+        for r in (1e-6, 1e6)
+        for b in FLOATS
+    ],
     "cuts": [{"logit_bias": {5: b}, "min_p": 1.0, "top_p": 1e-9} for b in FLOATS],
 }
 
@@ -59,13 +65,16 @@ def llm(tmp_path_factory):
             MsgpackDecoder(EngineCoreRequest),
         )
         patch.setattr(core, "add_request", lambda one: add(decoder.decode(encoder.encode(one))))
-        it.answer = ask(it, params_of())
+        it.answers = [ask(it, params_of(mode)) for mode in MODES]
         yield it
     patch.undo()
 
 
-def params_of(**params) -> SamplingParams | None:
+def params_of(mode="parallel", **params) -> SamplingParams | None:
     """None for what vLLM itself refuses before any engine sees it."""
+    params = {"extra_args": {}} | params
+    if params["extra_args"] is not None:
+        params["extra_args"] = {"mode": mode} | params["extra_args"]
     try:
         return SamplingParams(**SMALL | params, detokenize=False)
     except (VLLMClientError, ValueError, TypeError, OverflowError):
@@ -90,23 +99,27 @@ def assert_survives(llm, requests, names) -> int:
             answered += 1
             assert all(0 <= token < 113 for tokens in answers for token in tokens)
         assert not llm.llm_engine.has_unfinished_requests()
-    assert ask(llm, params_of()) == llm.answer
+    assert [ask(llm, params_of(mode)) for mode in MODES] == llm.answers
     return answered
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if not name.startswith("_")])
-def test_every_field_of_sampling_params(llm, name):
-    admitted = filter(None, (params_of(**{name: value}) for value in FIELDS[name]))
+@pytest.mark.parametrize("mode", MODES)
+def test_every_field_of_sampling_params(llm, name, mode):
+    admitted = filter(None, (params_of(mode, **{name: value}) for value in FIELDS[name]))
     requests = [lambda p=params: ask(llm, p) for params in admitted]
     parts = {"max_pattern_size", "min_pattern_size", "min_count"}  # of repetition_detection
     assert_survives(llm, requests, {name, *OPTION_NAMES, *parts})
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-def test_fields_that_act_together(llm, name):
-    admitted = filter(None, (params_of(**params) for params in TOGETHER[name]))
+@pytest.mark.parametrize("mode", MODES)
+def test_fields_that_act_together(llm, name, mode):
+    admitted = filter(None, (params_of(mode, **params) for params in TOGETHER[name]))
     requests = [lambda p=params: ask(llm, p) for params in admitted]
-    assert assert_survives(llm, requests, {key for params in TOGETHER[name] for key in params})
+    names = {key for params in TOGETHER[name] for key in params}
+    all_refused = name == "penalties" and mode == "parallel"
+    assert bool(assert_survives(llm, requests, names)) is not all_refused
 
 
 def test_every_argument_of_a_request(llm):

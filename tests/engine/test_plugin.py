@@ -125,6 +125,12 @@ def test_defaults_of_the_generation_config_and_overrides(checkpoint):
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5, "top_k": 20}
 
 
+def test_penalties_of_the_generation_config_where_requests_are_serial(checkpoint):
+    model = checkpoint({"mode": "serial", "repetition_penalty": 1.1})
+    defaults = vllm_config(model).model_config.get_diff_sampling_param()
+    assert defaults == {"temperature": 0.0, "repetition_penalty": 1.1}
+
+
 def test_presets_as_defaults(checkpoint):
     """A preset stands for its four values where it is given; what comes later goes first."""
 
@@ -229,7 +235,6 @@ def test_positions_past_the_rope_table(checkpoint):
         ({"scheduler_cls": "a.B"}, "scheduler_cls='a.B'"),
         ({"worker_extension_cls": "a.B"}, "worker_extension_cls='a.B'"),
         ({"logits_processors": ["a:B"]}, "logits_processors=.*a:B"),
-        ({"logprobs_mode": "processed_logits"}, "logprobs_mode='processed_logits'"),
         ({"use_fp64_gumbel": True}, "use_fp64_gumbel=True"),
         ({"enable_sleep_mode": True}, "enable_sleep_mode=True"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config='nccl'"),

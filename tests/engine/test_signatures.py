@@ -135,6 +135,7 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
             ARCHITECTURES,
             ReFusionConfig,
             is_ours=bool,
+            extends_texts=bool,
             admit=print,
             report=print,
             take_adapter=print,

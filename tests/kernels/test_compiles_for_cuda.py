@@ -13,7 +13,7 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from vllm_refusion.triton_kernels import allocation, layout, mask_lora, transition
+from vllm_refusion.triton_kernels import allocation, layout, mask_lora, penalties, transition
 
 TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": True, "UPCAST": False}
 SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
@@ -26,12 +26,14 @@ kernel, constants = {
     "allocation": (allocation._allocate_kernel, {"LANES": 64}),
     "find_masks": (mask_lora._find_masks_kernel, {"BLOCK": 1024}),
     "embed_masks": (mask_lora._embed_masks_kernel, {"HIDDEN": 4096, "BLOCK": 1024}),
+    "penalties": (penalties._penalties_kernel, {"BLOCK": 2048}),
+    "bad_words": (penalties._bad_words_kernel, {}),
     "shrink": (mask_lora._shrink_kernel, SHRINK),
     "expand": (mask_lora._expand_kernel, EXPAND),
 }[sys.argv[1]]
-FLOATS = {"floats", "picked_prob", "given_prob", "partial"}
+FLOATS = {"floats", "picked_prob", "given_prob", "partial", "logits", "factors", "bias"}
 HALVES = {"x", "y", "a", "b", "embedding"}
-LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "slot_mappings"}
+LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "row_request", "slot_mappings"}
 
 
 def type_of(name):
@@ -56,7 +58,7 @@ assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 @pytest.mark.parametrize(
     "kernel",
-    ["transition", "layout", "allocation", "find_masks", "embed_masks", "shrink", "expand"],
+    "transition layout allocation penalties bad_words find_masks embed_masks shrink expand".split(),
 )
 def test_compiles(kernel, tmp_path):
     environment = dict(

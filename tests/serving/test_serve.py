@@ -12,7 +12,9 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+import torch
 from server import DEFAULTS, MODEL_NAME, STOP_SECONDS
+from transformers import AutoModelForCausalLM
 
 from vllm_refusion.decoding.params import DecodingParams
 
@@ -83,6 +85,33 @@ def test_streaming_completion(complete, reference):
     assert "".join(choice.text for choice in choices) == reference.text(prompt, SMALL, 40)
 
 
+SERIAL = DecodingParams(8, mode="serial")
+
+
+def test_penalties_of_serial_mode(chat, reference, questions):
+    openai_has = {"presence_penalty": 0.5, "frequency_penalty": 0.3}
+    vllm_has = {"repetition_penalty": 1.2}
+    options = openai_has | {"max_tokens": 60, "extra_body": vllm_has}
+    answer = reference(questions[1], SERIAL, 60, **openai_has, **vllm_has)
+    assert chat(questions[1], SERIAL, **options).choices[0].token_ids == answer.tokens
+    assert answer.tokens != reference(questions[1], SERIAL, 60).tokens
+
+
+@pytest.mark.parametrize("params", [SMALL, SERIAL], ids=["parallel", "serial"])
+def test_echo_with_logprobs(complete, reference, params):
+    """What lm-eval's likelihood tasks ask for: a prompt's rows are the backbone's own."""
+    prompt = random.Random(0).choices(range(3, 3000), k=40)
+    model = AutoModelForCausalLM.from_pretrained(reference.checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        rows = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    (choice,) = complete(prompt, params, max_tokens=1, echo=True, logprobs=2).choices
+    first, *others = choice.logprobs.token_logprobs[: len(prompt)]
+    assert first is None and len(choice.logprobs.token_logprobs) == len(prompt) + 1
+    expected = rows[range(len(prompt) - 1), prompt[1:]].tolist()
+    assert others == pytest.approx(expected, abs=1e-3)
+    assert choice.token_ids == reference(prompt, params, 1).tokens
+
+
 def test_concurrent_requests(chat, reference, questions):
     """All that the batch holds at once, each with its own parameters."""
     requests = [(question, params) for question in questions[1:5] for params in (DEFAULTS, SMALL)]
@@ -127,7 +156,6 @@ REFUSED = pytest.mark.parametrize(
             },
         ),
         ("bad_words", "['several words']", {"extra_body": {"bad_words": ["several words"]}}),
-        ("prompt_logprobs", "1", {"extra_body": {"prompt_logprobs": 1}}),
         ("use_beam_search", "True", {"n": 2, "extra_body": {"use_beam_search": True}}),
         ("prompt", "1", {"question": "What is <|mask|>?"}),
     ],

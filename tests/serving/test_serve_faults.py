@@ -293,6 +293,7 @@ VALUES = st.one_of(
 FIELDS = (
     "temperature top_p top_k min_p seed n stop stop_token_ids max_tokens min_tokens logprobs "
     "top_logprobs logit_bias allowed_token_ids bad_words presence_penalty repetition_penalty "
+    "frequency_penalty logprob_token_ids "
     "prompt_logprobs echo stream stream_options ignore_eos skip_special_tokens response_format "
     "structured_outputs return_token_ids include_stop_str_in_output vllm_xargs best_of "
     "truncate_prompt_tokens use_beam_search length_penalty priority add_special_tokens "
@@ -302,6 +303,11 @@ XARGS = st.dictionaries(
     st.sampled_from(["slot_size", "block_length", "slot_threshold", "token_threshold", "other"]),
     VALUES,
     max_size=3,
+)
+# serial mode has penalties
+SERIAL = st.just({"mode": "serial"})
+DECODING = (
+    st.none() | XARGS | SERIAL | st.builds(lambda *parts: {**parts[0], **parts[1]}, XARGS, SERIAL)
 )
 BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
 PROMPTS = st.one_of(st.just([5, 6, 7]), st.text(max_size=20), VALUES)
@@ -323,7 +329,7 @@ def test_fuzz(server, chat, reference, questions, examples, capsys):
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(body=BODIES, decoding=st.none() | XARGS, prompt=PROMPTS, to_chat=st.booleans())
+    @given(body=BODIES, decoding=DECODING, prompt=PROMPTS, to_chat=st.booleans())
     def fuzz(body, decoding, prompt, to_chat):
         if decoding is not None:
             body = body | {"vllm_xargs": decoding}

@@ -76,6 +76,10 @@ class Case:
     min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0  # this and what follows, but for logprobs: of serial mode
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
 
 
@@ -309,6 +313,10 @@ def _decode(model: Any, case: Case) -> Decoded:
         min_p=case.min_p,
         logit_bias=dict(case.logit_bias),
         allowed_token_ids=case.allowed_token_ids,
+        repetition_penalty=case.repetition_penalty,
+        frequency_penalty=case.frequency_penalty,
+        presence_penalty=case.presence_penalty,
+        bad_words=case.bad_words,
         logprobs=case.logprobs,
     )
 

@@ -57,7 +57,7 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
 
 def sampling_params(case: Case) -> SamplingParams:
     params = case.params
-    return SamplingParams(
+    made = SamplingParams(
         temperature=case.temperature,
         seed=case.seed,
         max_tokens=case.max_tokens,
@@ -69,10 +69,17 @@ def sampling_params(case: Case) -> SamplingParams:
         min_p=case.min_p,
         logit_bias=dict(case.logit_bias) or None,
         allowed_token_ids=list(case.allowed_token_ids) or None,
+        repetition_penalty=case.repetition_penalty,
+        frequency_penalty=case.frequency_penalty,
+        presence_penalty=case.presence_penalty,
+        bad_words=[" ".join(f"t{token}" for token in word) for word in case.bad_words],
         logprobs=case.logprobs,
         detokenize=False,
         extra_args=options_of(params),
     )
+    # what a tokenizer makes of them; engines here have none
+    made._bad_words_token_ids = [list(word) for word in case.bad_words] or None
+    return made
 
 
 def options_of(params: DecodingParams) -> dict[str, Any]:

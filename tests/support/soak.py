@@ -43,12 +43,19 @@ WARM = 3  # windows that leaks are not looked for in: all paths allocate what th
 # What may be added in a window before it counts as a leak: readings of an idle process differ by a
 # MB, those of its Python objects by one or two.
 SPARE_BYTES, SPARE_OBJECTS = 2 * 2**20, 10
-DECODING_PASSES = ("plan", "verify", "predict", "infill_verify")
+DECODING_PASSES = ("plan", "verify", "predict", "infill_verify", "serial")
 DECODING = [
     {"slot_size": 4, "block_length": 16, "slot_threshold": 0.6, "token_threshold": 0.3},
     {"slot_size": 8, "block_length": 32},
     {"slot_size": 16, "block_length": 128, "token_threshold": 0.2},
     {"slot_size": 32, "block_length": 128, "slot_threshold": 0.8},
+    {"slot_size": 8, "mode": "serial"},
+]
+PENALTIES: list[dict[str, Any]] = [  # of serial mode
+    {},
+    {"repetition_penalty": 1.2},
+    {"frequency_penalty": 0.5, "presence_penalty": -0.3, "prompt_logprobs": 1},
+    {"bad_words": ["the", "of the", "will be a"], "presence_penalty": 0.5},
 ]
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -76,6 +83,8 @@ def make_requests(count: int, draw: random.Random) -> list[dict[str, Any]]:
             "return_token_ids": True,
             **SAMPLING[i // len(DECODING) % len(SAMPLING)],
         }
+        if "mode" in body["vllm_xargs"]:
+            body |= PENALTIES[i // len(DECODING) % len(PENALTIES)]
         body["min_tokens"] = min(body.get("min_tokens", 0), body["max_tokens"])
         bodies.append(body)
     return bodies

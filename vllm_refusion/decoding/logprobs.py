@@ -7,7 +7,8 @@ one that accepted it: of the row that
 * stands before it in its slot in the verify pass that accepted it;
 * proposed it in the last predict, where infill accepts it untested.
 
-The most likely tokens are those of the same row. All are of the full softmax at temperature 1.
+The most likely tokens are those of the same row; a request may name other tokens instead. All are
+of the full softmax at temperature 1, or what an engine's ``ScoreKind`` says.
 
 So each token that is picked or tested in a pass takes the row that did it. The last that it took
 before it was committed is the one that accepted it: a token that fails its test is picked anew. The
@@ -18,14 +19,34 @@ hands that on to the positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from vllm_refusion.decoding.picking import Processing
+from vllm_refusion.decoding.sending import sent
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
 
-MAX_LOGPROBS = 20
 ROWS_AT_ONCE = 64  # of logits in float32
+
+
+class ScoreKind(NamedTuple):
+    """What is reported of tokens, vLLM's ``logprobs_mode``.
+
+    Attributes:
+        processed: whether of logits after everything that acts on picks but noise.
+        logits: the logits themselves, not log-probabilities.
+    """
+
+    processed: bool = False
+    logits: bool = False
+
+    @classmethod
+    def of(cls, mode: str) -> ScoreKind:
+        """Of ``raw_logprobs``, ``processed_logprobs``, ``raw_logits`` or ``processed_logits``."""
+        return cls(mode.startswith("processed"), mode.endswith("logits"))
 
 
 @dataclass
@@ -73,15 +94,32 @@ class Record:
     Attributes:
         said: by canvas row, in this pass.
         taken: by response position, what stands for each token so far.
+        token_ids: [K] int64, those to report; None for the most likely ones.
+        in_logits: whether logits are reported.
+        processing: what acts on logits before they are reported; None for nothing.
     """
 
     said: _Table
     taken: _Table
+    token_ids: torch.Tensor | None = None
+    in_logits: bool = False
+    processing: Processing | None = None
 
     @classmethod
-    def empty(cls, length: int, canvas_length: int, count: int, device: torch.device) -> Record:
-        """For ``length`` response positions and the ``count`` most likely tokens of each."""
-        return cls(_Table.empty(canvas_length, count, device), _Table.empty(length, count, device))
+    def empty(
+        cls,
+        length: int,
+        canvas_length: int,
+        asked: int | Sequence[int],
+        device: torch.device,
+        in_logits: bool = False,
+        processing: Processing | None = None,
+    ) -> Record:
+        """For ``length`` response positions and, of each, so many likely tokens or those named."""
+        named = None if isinstance(asked, int) else sent(torch.tensor(asked), device)
+        count = asked if isinstance(asked, int) else len(asked)
+        said, taken = (_Table.empty(rows, count, device) for rows in (canvas_length, length))
+        return cls(said, taken, named, in_logits, processing)
 
     def describe(
         self,
@@ -99,21 +137,24 @@ class Record:
         Args:
             bounds: [2] int32, the request's rows among all rows of the step.
             most: at least their number.
-            logits: [n, V], of the rows of the step from ``start`` on.
+            logits: [n, V], of the rows of the step from ``start`` on; with penalties where
+                they are to be processed.
             picked, given: [rows of the step] int32, picks, and tokens of the rows behind.
         """
         # in serial decoding every row picks, that of a token the next one
         picks = state.canvas_token[req] == state.mask_token_id
         picks = picks | (state.ints[req, Field.RESUME] == Phase.SERIAL)
         width = min(most, state.canvas_length)
-        count = self.said.ids.shape[1] - 1
         for first in range(0, width, ROWS_AT_ONCE):
             row = torch.arange(first, min(first + ROWS_AT_ONCE, width), device=logits.device)
             step_row = bounds[0] + row
             here = (step_row < bounds[1]) & (step_row >= start) & (step_row < start + len(logits))
             step_row = step_row.clamp(start, start + len(logits) - 1)
             token = torch.where(picks[row], picked[step_row], given[step_row])
-            self.said.write(row, here, _describe(logits[step_row - start], token, count))
+            rows = logits[step_row - start].float()
+            if self.processing is not None:
+                rows = self.processing(rows, state.row_target[req, row])
+            self.said.write(row, here, self._describe(rows, token))
 
     def take(self, state: DecodeState, req: int) -> None:
         """Hands on what the rows said, once the pass is decided; waits for nothing."""
@@ -124,19 +165,20 @@ class Record:
         ):
             self.taken.write(state.ints[req, block] + p, row >= 0, self.said.read(row))
 
+    def _describe(self, logits: torch.Tensor, token: torch.Tensor) -> _Table:
+        """What rows [n, V] of logits, float32, say of a token each, [n], and of others."""
+        ids = token.clamp(0, logits.shape[1] - 1).long()[:, None]
+        of_token = logits.gather(1, ids)
+        rank = (logits >= of_token).sum(1)
+        if self.token_ids is not None:
+            ids = torch.cat([ids, self.token_ids.expand(len(ids), -1)], dim=1)
+        elif count := self.said.ids.shape[1] - 1:
+            ids = torch.cat([ids, logits.topk(count, dim=1).indices], dim=1)
+        scores = logits.gather(1, ids)
+        if not self.in_logits:
+            scores = scores - logits.logsumexp(1, keepdim=True)
+        return _Table(ids.int(), scores, rank)
+
     def emitted(self, start: torch.Tensor, width: int) -> _Table:
         """What stands for ``width`` response tokens from ``start`` (a scalar tensor) on."""
         return self.taken.read(start + torch.arange(width, device=start.device))
-
-
-def _describe(logits: torch.Tensor, token: torch.Tensor, count: int) -> _Table:
-    """What rows [n, V] of logits say of a token each, [n], and of the likeliest ones."""
-    logits = logits.float()
-    ids = token.clamp(0, logits.shape[1] - 1).long()[:, None]
-    of_token = logits.gather(1, ids)
-    rank = (logits >= of_token).sum(1)
-    count = min(count, logits.shape[1])
-    if count:
-        ids = torch.cat([ids, logits.topk(count, dim=1).indices], dim=1)
-    logprobs = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
-    return _Table(ids.int(), logprobs, rank)

@@ -12,6 +12,7 @@ MODES = ("parallel", "serial")
 SLOT_STARTS = ("mask", "next")
 LEAST_SERIAL_ROWS = 16  # of a request in serial mode, in every step
 FIRST_MASKS = 8  # of serial decoding, fed with the end of a prompt
+MOST_OF_SLOT = 2**20  # in serial mode; the device counts positions in 32 bits
 
 
 class ParameterError(ValueError):
@@ -116,7 +117,13 @@ class DecodingParams:
         return params
 
     def check_canvas(self, canvas_length: int) -> None:
-        """Raises ParameterError when a block does not fit the served canvas of that many tokens."""
+        """Raises ParameterError when a block does not fit the served canvas of that many tokens.
+
+        In serial mode, which has no blocks, when a slot is longer than any response.
+        """
+        if self.mode == "serial" and self.slot_size > MOST_OF_SLOT:
+            allowed = f"allowed is at most {MOST_OF_SLOT}"
+            raise ParameterError("slot_size", self.slot_size, allowed)
         if self.mode == "parallel" and self.block_length > canvas_length:
             raise ParameterError(
                 "block_length",

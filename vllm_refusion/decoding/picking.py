@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
+
+from vllm_refusion.decoding.sending import sent
 
 
 def lowest_kept_score(
@@ -63,6 +66,44 @@ def bias_row(
         row[token] += bias
     row[list(banned_token_ids)] = -math.inf
     return row
+
+
+@dataclass(frozen=True)
+class Processing:
+    """A request's scores as its picks compare them, without noise; what they leave out is -inf.
+
+    Attributes:
+        mask_token_id: never picked. stop_ids: not picked below ``min_tokens``.
+        bias: [V], as ``bias_row`` returns it, on the logits' device; None for none.
+        temperature: 0 leaves scores as they are, uncut. top_k, top_p, min_p: 0, 1 and 0 for none.
+    """
+
+    mask_token_id: int
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    bias: torch.Tensor | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __call__(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Scores [n, V] of logits [n, V], float32, that pick for ``positions`` [n]."""
+        scores = logits.clone() if self.bias is None else logits + self.bias
+        if self.mask_token_id < scores.shape[1]:
+            scores[:, self.mask_token_id] = -torch.inf
+        for token in self.stop_ids:
+            held_back = positions < self.min_tokens
+            scores[:, token] = torch.where(held_back, -torch.inf, scores[:, token])
+        if self.temperature == 0:
+            return scores
+        scores /= self.temperature
+        cuts = (
+            torch.full_like(scores[:, 0], cut)
+            for cut in (self.top_k, self.top_p, _float32_log(self.min_p))
+        )
+        lowest = lowest_kept_score(scores, *cuts)
+        return scores.masked_fill(scores < lowest[:, None], -torch.inf)
 
 
 class PickLimits:
@@ -130,9 +171,7 @@ class PickLimits:
             if row == len(self.bias):  # doubled, so that growing is rare
                 self.bias = torch.cat([self.bias, self.bias.new_zeros(row, self.vocab)])
             self._bias_row_of[slot] = row
-            if self.device.type == "cuda":
-                bias = bias.pin_memory()
-            self.bias[row].copy_(bias, non_blocking=True)
+            self.bias[row] = sent(bias, self.device)
             self.bias_index[slot].fill_(row)
 
     def remove(self, slot: int) -> None:

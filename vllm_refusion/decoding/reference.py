@@ -104,13 +104,18 @@ def decode(
     logit_bias: Mapping[int, float] | None = None,
     allowed_token_ids: Collection[int] | None = None,
     banned_token_ids: Collection[int] = (),
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    bad_words: Collection[Sequence[int]] = (),
     logprobs: int | None = None,
 ) -> Decoded:
     """Decodes one request with ``model``, a transformers causal LM.
 
     ``eos_token_id=None`` makes EOS an ordinary token. Stop tokens are ordinary while decoding and
     cut the output. Neither is picked at a response position below ``min_tokens``. What the
-    parameters behind them do: see ``vllm_refusion/decoding/picking.py``.
+    parameters behind them do: see ``vllm_refusion/decoding/picking.py``. Penalties and
+    ``bad_words``, token ids of each, act in serial mode.
     """
     if not prompt_ids or max_tokens < 1:
         raise ValueError(f"{len(prompt_ids)=} and {max_tokens=} must both be at least 1")
@@ -120,7 +125,10 @@ def decode(
     biases = (logit_bias, allowed_token_ids, banned_token_ids)
     bias = bias_row(model.config.vocab_size, *biases) if any(biases) else None
     cuts = (top_k, top_p, min_p)
-    rules = _PickRules(mask_token_id, barred, min_tokens, temperature, seed, cuts, bias)
+    past = _Past(
+        set(prompt_ids), repetition_penalty, frequency_penalty, presence_penalty, bad_words
+    )
+    rules = _PickRules(mask_token_id, barred, min_tokens, temperature, seed, cuts, bias, past)
     request = _Request(_Canvas(model, prompt_ids), params, rules, eos_token_id, max_tokens)
     request.num_logprobs = logprobs
     if params.mode == "serial":
@@ -181,6 +189,31 @@ class _Canvas:
 
 
 @dataclass
+class _Past:
+    """Section 7: what the tokens before a position do to its scores."""
+
+    prompt: set[int]
+    repetition: float
+    frequency: float
+    presence: float
+    bad_words: Collection[Sequence[int]]
+
+    def act(self, scores: torch.Tensor, response: list[int]) -> torch.Tensor:
+        """Scores [V] of the token behind ``response``."""
+        said = list(self.prompt.union(response))
+        counts = torch.bincount(torch.tensor(response, dtype=torch.int64), minlength=len(scores))
+        counts = counts.to(scores.device)
+        scale = torch.ones_like(scores)
+        scale[said] = self.repetition
+        scores = scores * torch.where(scores > 0, 1 / scale, scale)
+        scores = scores - self.frequency * counts - self.presence * (counts > 0)
+        for *before, last in self.bad_words:
+            if response[len(response) - len(before) :] == before:
+                scores[last] = -math.inf
+        return scores
+
+
+@dataclass
 class _PickRules:
     """How drafts and proposals are picked."""
 
@@ -191,12 +224,20 @@ class _PickRules:
     seed: int
     cuts: tuple[int, float, float] = (0, 1.0, 0.0)  # top_k, top_p, min_p
     bias: torch.Tensor | None = None  # [V]
+    past: _Past | None = None  # of serial mode
     draw: int = 0  # plan and predict operations so far
 
-    def pick(self, logits: torch.Tensor, where: list[int]) -> list[tuple[int, float, float]]:
-        """Per row of ``logits`` [rows, V]: the token, its raw probability, its lead in score."""
+    def pick(
+        self, logits: torch.Tensor, where: list[int], before: list[int] | None = None
+    ) -> list[tuple[int, float, float]]:
+        """Per row of ``logits`` [rows, V]: the token, its raw probability, its lead in score.
+
+        ``before``: of serial mode, the response before the one position there is.
+        """
         positions = torch.tensor(where, device=logits.device)
         scores = logits.clone() if self.bias is None else logits + self.bias.to(logits.device)
+        if before is not None and self.past is not None:
+            scores = self.past.act(scores[0], before)[None]
         if self.mask_token_id < logits.shape[-1]:  # that of a mask adapter is no token
             scores[:, self.mask_token_id] = -math.inf
         for token in self.barred:
@@ -271,7 +312,8 @@ class _Request:
                 row = self.canvas.feed("start", [(position, [self.rules.mask_token_id])])[0]
                 self.canvas.keep(0)
             # the noise depends on seed and position only
-            ((token, _, lead),) = replace(self.rules, draw=0).pick(row, [position])
+            before = [self.tokens[p] for p in range(position)]
+            ((token, _, lead),) = replace(self.rules, draw=0).pick(row, [position], before)
             self.rounds.append(Round(position, math.inf, lead))
             self._note(position, token, row[0])
             if token == self.eos:

@@ -50,6 +50,7 @@ import numpy as np
 import torch
 
 from vllm_refusion.decoding.params import FIRST_MASKS, DecodingParams
+from vllm_refusion.decoding.sending import sent
 from vllm_refusion.decoding.speculation import MAX_CHAIN
 
 
@@ -399,6 +400,11 @@ class DecodeState:
         start["chains"][:, 0] = (tokens, masks) if masks else (-1, 0)
         self._start(start)
 
+    def recall_response(self, req: int, tokens: Sequence[int]) -> None:
+        """Restores what a resumed serial request has said, for what depends on it."""
+        known = torch.tensor(tokens, dtype=torch.int32)
+        self.response[req, : len(tokens)] = sent(known, self.device)
+
     def _begin(
         self,
         req: int,
@@ -436,9 +442,7 @@ class DecodeState:
             np.stack(self._starts).view(np.int32).reshape(len(self._starts), -1)
         )
         self._starts.clear()
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        packed = host.to(self.device, non_blocking=True)
+        packed = sent(host, self.device)
 
         fields = self._start_type.fields
         assert fields is not None

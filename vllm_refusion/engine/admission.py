@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from vllm_refusion.decoding.logprobs import MAX_LOGPROBS
+from vllm_refusion.decoding.logprobs import ScoreKind
 from vllm_refusion.decoding.params import ParameterError
+from vllm_refusion.decoding.penalties import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from vllm_refusion.decoding.state import MAX_STOP_IDS
 from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.settings import (
@@ -33,8 +34,15 @@ HONOURED = {
     "min_p",
     "logit_bias",
     "allowed_token_ids",
-    "bad_words",  # of one token each
+    "bad_words",  # in parallel mode of one token each
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "logprobs",
+    "logprob_token_ids",
+    "prompt_logprobs",
+    "prompt_logprob_token_ids",
+    "prompt_logprob_start",
     "seed",
     "stop",
     "stop_token_ids",
@@ -59,6 +67,9 @@ HONOURED = {
     "_bad_words_token_ids",
 }
 INT64_MAX = 2**63 - 1
+# Fields that act on a token by what stands before it: serial mode only.
+BY_WHAT_STANDS_BEFORE = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+REPETITION_PENALTIES = (1e-6, 1e6)  # so that float32 holds a logit after it
 MAX_BIAS = 1e30  # float32 holds it, with logits added and divided by the lowest temperature
 
 
@@ -154,18 +165,18 @@ def _check_picks(spec: RequestSpec, params: SamplingParams, vllm_config: VllmCon
     vocab_size = vllm_config.model_config.get_vocab_size()
     if params.top_k >= vocab_size:
         params.top_k = 0
-    if spec.logprobs is not None and not 0 <= spec.logprobs <= MAX_LOGPROBS:
-        raise ParameterError("logprobs", spec.logprobs, f"allowed is 0 to {MAX_LOGPROBS}")
+    mode = vllm_config.model_config.logprobs_mode
+    if spec.logprobs is not None and not spec.serial and ScoreKind.of(mode).processed:
+        name = "logprobs" if params.logprobs is not None else "logprob_token_ids"
+        allowed = f"beside logprobs_mode={mode} allowed is None, or mode='serial'"
+        raise ParameterError(name, getattr(params, name), allowed)
     for token, bias in spec.logit_bias.items():
         if not abs(bias) <= MAX_BIAS:
             allowed = f"allowed are numbers in [{-MAX_BIAS:g}, {MAX_BIAS:g}]"
             raise ParameterError("logit_bias", {token: bias}, allowed)
     if params.bad_words and params.bad_words_token_ids is None:
         raise ParameterError("bad_words", params.bad_words, "it needs a tokenizer: none is allowed")
-    if any(len(token_ids) > 1 for token_ids in params.bad_words_token_ids or ()):
-        raise ParameterError(
-            "bad_words", params.bad_words, "allowed are words of a single token of the model"
-        )
+    _check_penalties(spec, params)
     mask = vllm_config.model_config.hf_text_config.mask_token_id
     forbidden = {mask, *spec.banned_token_ids, *spec.held_back} - {vocab_size}
     allowed = spec.allowed_token_ids
@@ -176,6 +187,29 @@ def _check_picks(spec: RequestSpec, params: SamplingParams, vllm_config: VllmCon
             "no token would be left to pick; allowed are sets with one that neither bad_words nor "
             "min_tokens nor the model (its mask token) forbids",
         )
+
+
+def _check_penalties(spec: RequestSpec, params: SamplingParams) -> None:
+    """Checks what acts on a token by what stands before it."""
+    defaults = type(params)()
+    for name in BY_WHAT_STANDS_BEFORE:
+        value, default = getattr(params, name), getattr(defaults, name)
+        if value != default and not spec.serial:
+            raise ParameterError(name, value, f"allowed is {default!r}, or mode='serial'")
+    low, high = REPETITION_PENALTIES
+    if not low <= spec.repetition_penalty <= high:
+        allowed = f"allowed are numbers in [{low:g}, {high:g}]"
+        raise ParameterError("repetition_penalty", spec.repetition_penalty, allowed)
+    if spec.bad_words and not spec.serial:
+        allowed = "allowed are words of a single token of the model, or mode='serial'"
+        raise ParameterError("bad_words", params.bad_words, allowed)
+    tokens = sum(map(len, spec.bad_words))
+    if len(spec.bad_words) > MAX_BAD_WORDS or tokens > MAX_BAD_WORD_TOKENS:
+        allowed = (
+            f"they come to {len(spec.bad_words)} sequences of {tokens} tokens; allowed are "
+            f"{MAX_BAD_WORDS} of {MAX_BAD_WORD_TOKENS} in all, beside words of a single token"
+        )
+        raise ParameterError("bad_words", params.bad_words, allowed)
 
 
 def _check_prompt(token_ids: list[int] | None, vllm_config: VllmConfig) -> None:

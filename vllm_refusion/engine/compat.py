@@ -34,6 +34,8 @@ class Hooks:
         architectures: of stock backbones, each with the one that serves it as ReFusion.
         config_hook: vLLM's per-architecture configuration hook for the latter.
         is_ours: whether a ``ModelConfig`` is of a ReFusion model.
+        extends_texts: whether a response of a ``ModelConfig``'s may be made by requests of one
+            token each.
         admit: checks a request under a ``VllmConfig``; raises VLLMValidationError.
         report: reports the figures of an ``AsyncLLM``.
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
@@ -44,6 +46,7 @@ class Hooks:
     architectures: Mapping[str, str]
     config_hook: type
     is_ours: Callable[[Any], bool]
+    extends_texts: Callable[[Any], bool]
     admit: Callable[[Any, Any], None]
     report: Callable[[Any], Awaitable[None]]
     take_adapter: Callable[[Any], None]
@@ -90,6 +93,7 @@ def install(hooks: Hooks) -> None:
     _report_passes_of_requests()
     _tell_preempted_from_finished()
     _settle_rows_before_each_step()
+    _score_rows_of_prompts()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter(hooks)
@@ -307,8 +311,13 @@ def _refuse_beam_search(hooks: Hooks) -> None:
     def resolve_watermarking(original: Any, self: Any, params: Any) -> bool:
         from vllm.sampling_params import BeamSearchParams
 
-        if isinstance(params, BeamSearchParams) and hooks.is_ours(self.model_config):
-            allowed = "is False: ReFusion does not extend texts token by token"
+        model = self.model_config
+        searches = isinstance(params, BeamSearchParams) and hooks.is_ours(model)
+        if searches and not hooks.extends_texts(model):
+            allowed = (
+                "is False, or a model with a mask adapter: to others a request of one token is the "
+                "start of a slot, and the mask token a token"
+            )
             raise _unsupported("use_beam_search", True, allowed)
         return original(self, params)
 
@@ -508,6 +517,21 @@ def _settle_rows_before_each_step() -> None:
             budget = start(self.input_buffers.query_start_loc, sizes)
             self.adaptive_verification = RowManager(budget)
         original(self, scheduler_output)
+
+
+def _score_rows_of_prompts() -> None:
+    """Puts our worker for the log-probabilities of prompts where the runner made vLLM's.
+
+    That one takes the host's layout of a step for the device's. No hook is there to replace it.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "load_model")
+    def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        scores = getattr(self.model_state, "prompt_scores", None)
+        if scores is not None:
+            self.prompt_logprobs_worker = scores
 
 
 class RowManager:

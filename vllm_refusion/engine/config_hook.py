@@ -34,8 +34,8 @@ CAPTURE_SIZES = (
 )
 MAX_REQUESTS = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
-# Sampling defaults of a generation config that ReFusion cannot honour.
-UNSUPPORTED_DEFAULTS = (
+# Sampling defaults of a generation config that parallel mode cannot honour.
+SERIAL_DEFAULTS = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
@@ -66,11 +66,11 @@ class ReFusionConfig:
             )
         defaults = model_config.get_diff_sampling_param()
         overrides = model_config.override_generation_config
-        for name in UNSUPPORTED_DEFAULTS:
-            if name in defaults and name not in overrides:
+        serial = resolve_defaults(model_config).mode == "serial"
+        for name in SERIAL_DEFAULTS:
+            if name in defaults and name not in overrides and not serial:
                 overrides[name] = None
-                level = logging.WARNING if adapted else logging.INFO
-                logger.log(level, "Ignoring %s of the generation config: not supported.", name)
+                logger.info("Ignoring %s of the generation config: of serial mode only.", name)
         if "temperature" not in defaults and not adapted:
             overrides["temperature"] = 0.0  # the published results are greedy
 

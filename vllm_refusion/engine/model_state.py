@@ -23,14 +23,17 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.decoding.logprobs import Record
-from vllm_refusion.decoding.picking import PickLimits, bias_row
+from vllm_refusion.decoding.logprobs import Record, ScoreKind
+from vllm_refusion.decoding.penalties import Penalties
+from vllm_refusion.decoding.picking import PickLimits, Processing, bias_row
+from vllm_refusion.decoding.sending import sent
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.mask_adapter import apply_adapter
 from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
+from vllm_refusion.engine.prompt_scores import PromptScores
 from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.engine.sampler import CanvasSampler
@@ -75,7 +78,10 @@ class ReFusionModelState(ModelState):
         self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
         self._preempting: set[str] = set()
         self._suspended: dict[str, dict[str, torch.Tensor]] = {}
-        self.limits = PickLimits(self.max_num_reqs, self.model_config.get_vocab_size(), device)
+        vocab = self.model_config.get_vocab_size()
+        self.limits = PickLimits(self.max_num_reqs, vocab, device)
+        self.penalties = Penalties(self.max_num_reqs, vocab, device)
+        self.prompt_scores = PromptScores(vllm_config, model, device)
         self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
         self.serial: set[int] = set()  # the requests in serial mode, by req
@@ -105,6 +111,7 @@ class ReFusionModelState(ModelState):
             self.decode_state,
             self.req_states,
             self.limits,
+            self.penalties,
             self.records,
             self._req_of,
             self.serial,
@@ -119,13 +126,10 @@ class ReFusionModelState(ModelState):
         self._req_of[new_req_data.req_id] = req
         if self.recorder is not None and spec.trace:
             self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
-        self._limit_picks(req, spec)
+        self._limit_picks(req, spec, prompt_len, new_req_data.prefill_token_ids)
         if spec.logprobs is not None:
-            self.records[req] = self._suspended_records.pop(
-                new_req_data.req_id, None
-            ) or Record.empty(
-                spec.budget, self.decode_state.canvas_length, spec.logprobs, self.device
-            )
+            record = self._suspended_records.pop(new_req_data.req_id, None)
+            self.records[req] = record or self._record(spec)
         if spec.serial:
             self._add_serial(req, spec, new_req_data)
             return
@@ -210,11 +214,48 @@ class ReFusionModelState(ModelState):
         ahead = self.scheduler_config.async_scheduling
         return self.device.type == "cuda" and alone and bool(ahead)
 
-    def _limit_picks(self, req: int, spec: RequestSpec) -> None:
-        bias = bias_row(
+    def _limit_picks(self, req: int, spec: RequestSpec, prompt_len: int, tokens: list[int]) -> None:
+        bias = self._bias(spec)
+        if spec.penalised:
+            self.penalties.add(
+                req,
+                tokens[:prompt_len],
+                tokens[prompt_len:],
+                repetition=spec.repetition_penalty,
+                frequency=spec.frequency_penalty,
+                presence=spec.presence_penalty,
+                bad_words=spec.bad_words,
+                bias=bias,  # comes first
+            )
+            self.decode_state.recall_response(req, tokens[prompt_len:])
+            bias = None
+        self.limits.add(req, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p, bias=bias)
+
+    def _record(self, spec: RequestSpec) -> Record:
+        kind = ScoreKind.of(self.model_config.logprobs_mode)
+        asked = self.limits.vocab if spec.logprobs == -1 else spec.logprobs
+        processing = self._processing(spec) if kind.processed else None
+        length = spec.max_tokens if spec.serial else spec.budget
+        shape = (length, self.decode_state.canvas_length, asked)
+        return Record.empty(*shape, self.device, kind.logits, processing)
+
+    def _processing(self, spec: RequestSpec) -> Processing:
+        bias = None if spec.penalised else self._bias(spec)  # there penalties come behind it
+        return Processing(
+            self.decode_state.mask_token_id,
+            spec.held_back,
+            spec.min_tokens,
+            None if bias is None else sent(bias, self.device),
+            spec.temperature,
+            spec.top_k,
+            spec.top_p,
+            spec.min_p,
+        )
+
+    def _bias(self, spec: RequestSpec) -> torch.Tensor | None:
+        return bias_row(
             self.limits.vocab, spec.logit_bias, spec.allowed_token_ids, spec.banned_token_ids
         )
-        self.limits.add(req, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p, bias=bias)
 
     def requests_leaving(self, finished: set[str], preempted: set[str]) -> None:
         """Announces why the next ``remove_request`` calls happen (see compat.py)."""
@@ -235,6 +276,7 @@ class ReFusionModelState(ModelState):
         self.serial.discard(req)
         self.records.pop(req, None)
         self.limits.remove(req)
+        self.penalties.remove(req)
         self.decode_state.remove(req)
         if self.recorder is not None:
             self.recorder.remove(req)

@@ -116,12 +116,6 @@ def _step_options(vllm_config: VllmConfig) -> list[_Option]:
         _unset("speculative_config", speculative is not None, speculative and speculative.method),
         _unset("scheduler_cls", vllm_config.scheduler_config.scheduler_cls),
         _unset("logits_processors", model.logits_processors),
-        _Option(
-            "logprobs_mode",
-            model.logprobs_mode,
-            model.logprobs_mode == "raw_logprobs",
-            "allowed is raw_logprobs",
-        ),
         _unset("use_fp64_gumbel", model.use_fp64_gumbel),
         _unset("return_sampling_mask", model.return_sampling_mask),
         _unset("enable_trace_replay", model.enable_trace_replay),

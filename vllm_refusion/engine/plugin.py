@@ -10,7 +10,7 @@ from vllm_refusion.engine import compat, metrics
 from vllm_refusion.engine.adapter_option import take_adapter
 from vllm_refusion.engine.admission import admit
 from vllm_refusion.engine.config_hook import ReFusionConfig
-from vllm_refusion.engine.settings import ADAPTER_OPTION
+from vllm_refusion.engine.settings import ADAPTER_OPTION, has_adapter
 from vllm_refusion.triton_cpu_stub import INTERPRETER_NOTICE, interpreter_is_on
 
 logger = logging.getLogger("vllm.refusion")
@@ -32,6 +32,7 @@ def register() -> None:
             architectures=ARCHITECTURES,
             config_hook=ReFusionConfig,
             is_ours=is_refusion,
+            extends_texts=has_adapter,
             admit=admit,
             report=metrics.report,
             take_adapter=take_adapter,

@@ -31,7 +31,11 @@ class RequestSpec:
         logit_bias: added to logits by token.
         allowed_token_ids: all that may be picked; None for all.
         banned_token_ids: what ``bad_words`` of one token forbids.
-        logprobs: alternatives to report with each token; None for no log-probabilities.
+        bad_words: those of several tokens, in serial mode.
+        repetition_penalty, frequency_penalty, presence_penalty: in serial mode; 1, 0 and 0 for
+            none.
+        logprobs: likely tokens to report with each token, or which ones; None for no
+            log-probabilities.
         trace: whether its passes are recorded.
     """
 
@@ -48,7 +52,11 @@ class RequestSpec:
     logit_bias: Mapping[int, float]
     allowed_token_ids: Sequence[int] | None
     banned_token_ids: tuple[int, ...]
-    logprobs: int | None
+    bad_words: tuple[tuple[int, ...], ...]
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logprobs: int | tuple[int, ...] | None
     trace: bool
 
     @classmethod
@@ -65,6 +73,7 @@ class RequestSpec:
         # an ordinary token.
         ending = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
         options = params.extra_args or {}
+        bad_words = params.bad_words_token_ids or ()
         max_tokens = min(params.max_tokens or room, room)
         return cls(
             decoding=defaults.of_request(options),
@@ -79,8 +88,12 @@ class RequestSpec:
             min_p=params.min_p,
             logit_bias=params.logit_bias or {},
             allowed_token_ids=params.allowed_token_ids,
-            banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ()),
-            logprobs=params.logprobs,
+            banned_token_ids=tuple(ids[0] for ids in bad_words if len(ids) == 1),
+            bad_words=tuple(tuple(ids) for ids in bad_words if len(ids) > 1),
+            repetition_penalty=params.repetition_penalty,
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            logprobs=tuple(params.logprob_token_ids or ()) or params.logprobs,
             trace=_trace(options),
         )
 
@@ -93,6 +106,12 @@ class RequestSpec:
     def first_rows(self) -> int:
         """Rows of the first canvas."""
         return self.decoding.first_rows(self.max_tokens)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens before a position act on what is picked there."""
+        penalties = self.repetition_penalty, self.frequency_penalty, self.presence_penalty
+        return bool(self.bad_words) or penalties != (1, 0, 0)
 
     @property
     def serial(self) -> bool:

@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.decoding.logprobs import Record
+from vllm_refusion.decoding.logprobs import Record, ScoreKind
+from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
@@ -30,7 +31,7 @@ LOGITS_CHUNK_BYTES = 512 * 2**20
 class CanvasSampler:
     """Takes the place of vLLM's sampler: hidden states of canvas rows in, ordered tokens out."""
 
-    # The runner keeps counts for penalties there; ReFusion has none.
+    # The runner would keep counts for penalties there; ``Penalties`` has them.
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
     def __init__(
@@ -41,6 +42,7 @@ class CanvasSampler:
         state: DecodeState,
         req_states: RequestState,
         limits: PickLimits,
+        penalties: Penalties,
         records: Mapping[int, Record],
         requests: Collection[str],
         serial: Collection[int],
@@ -50,9 +52,11 @@ class CanvasSampler:
         self.state = state
         self.req_states = req_states
         self.limits = limits
+        self.penalties = penalties
         self.records = records
         self.requests = requests  # all there are
         self.serial = serial  # those in serial mode, by req
+        self.describes = ScoreKind.of(vllm_config.model_config.logprobs_mode)
         self.row_budget: RowBudget | None = None  # starts with the first request
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
@@ -115,6 +119,8 @@ class CanvasSampler:
             self.operations.transition(*batch, self.given_prob, emit_limit, *results)
         if self.serial or not self.requests:
             self.operations.serial_transition(*batch, *results)
+        if self.penalties.used:
+            self.penalties.count(batch[1], output.sampled_token_ids, output.num_sampled)
         if input_batch.num_draft_tokens:
             # the runner makes Python lists of them: no wider than what can be in them
             most = int(input_batch.num_draft_tokens_per_req.max())
@@ -168,6 +174,15 @@ class CanvasSampler:
         requests = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
         logits = self.model.row_logits(hidden_states)
         self._token_stats(logits, requests, nothing, nothing, nothing, slice(0, 1))
+        # so that the first request with penalties does not hold the others up
+        self.operations.apply_penalties(
+            logits.to(torch.float32, copy=True),
+            requests,
+            nothing,
+            nothing,
+            self.state,
+            self.penalties,
+        )
 
     def _token_stats(
         self,
@@ -202,12 +217,21 @@ class CanvasSampler:
         following = (row + 1).clamp_max(state.canvas_length - 1)
         given = state.canvas_token[requests, following].int()
         draws = state.row_draw[requests, row]
-        for start in range(0, hidden_states.shape[0], self.chunk_rows):
-            rows = slice(start, min(start + self.chunk_rows, hidden_states.shape[0]))
-            logits = self.model.row_logits(hidden_states[rows])
-            self._token_stats(logits, requests, positions, given, draws, rows)
+        penalties = self.penalties.used
+        # with penalties there is a copy of the logits, in float32
+        chunk = max(1, self.chunk_rows // 4) if penalties else self.chunk_rows
+        for start in range(0, hidden_states.shape[0], chunk):
+            rows = slice(start, min(start + chunk, hidden_states.shape[0]))
+            logits = scores = self.model.row_logits(hidden_states[rows])
+            if penalties:
+                scores = logits.to(torch.float32, copy=True)
+                self.operations.apply_penalties(
+                    scores, requests[rows], row[rows], positions[rows], state, penalties
+                )
+            self._token_stats(scores, requests, positions, given, draws, rows)
             if self.records:
-                self._describe_rows(input_batch, logits, rows.start, given)
+                described = scores if self.describes.processed else logits
+                self._describe_rows(input_batch, described, rows.start, given)
         if self.acceptance is not None:
             rows = slice(0, hidden_states.shape[0])
             serial = state.ints[:, Field.RESUME] == Phase.SERIAL

@@ -15,6 +15,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_refusion.engine import compat
@@ -40,6 +41,9 @@ class _CanvasScheduling:
         self.fuses_passes = fuses_passes(self.vllm_config)
         self.serial_rows = serial_rows(self.vllm_config)
         self.decoding_defaults = server_defaults(self.vllm_config.model_config)
+        # by request: log-probabilities of prompts that nothing is delivered behind yet
+        self._prompt_scores: dict[str, Any] = {}
+        self._prompt_token_scores: dict[str, Any] = {}
         compat.adapt_scheduler(
             self, position_slack(self.vllm_config), self._lookahead, self._cacheable
         )
@@ -152,9 +156,39 @@ class _CanvasScheduling:
             else:
                 request.spec_token_ids = [-1] * self.canvas_width(request)
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        self._deliver_prompt_scores(model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _deliver_prompt_scores(self, output: ModelRunnerOutput) -> None:
+        """Holds log-probabilities of prompts back until tokens come: vLLM delivers them together.
+
+        A prompt that was computed again after a preemption has its delivered already.
+        """
+        for held, new in (
+            (self._prompt_scores, output.prompt_logprobs_dict),
+            (self._prompt_token_scores, output.prompt_token_id_logprobs_dict),
+        ):
+            if not held and not new:
+                continue
+            held.update(new)
+            new.clear()
+            for name in list(held):
+                request = self.requests.get(name)
+                if request is None or request.num_output_tokens:
+                    del held[name]
+                elif name in output.req_id_to_index and _tokens_of(output, name):
+                    new[name] = held.pop(name)
+
     def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
         """Canvas rows are no speculated tokens: vLLM's acceptance figures would mislead."""
         return spec_decoding_stats
+
+
+def _tokens_of(output: ModelRunnerOutput, name: str) -> list[int]:
+    return output.sampled_token_ids[output.req_id_to_index[name]]
 
 
 class ReFusionScheduler(_CanvasScheduling, Scheduler):

@@ -37,6 +37,9 @@ class WorkerExtension:
             "suspended requests": len(state._suspended) + len(state._suspended_records),
             "logprob records": len(state.records),
             "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),
+            "prompt scores": len(state.prompt_scores.in_progress_prompt_logprobs)
+            + len(state.prompt_scores.token_id_scores),
+            "penalties": len(state.penalties._row_of),
         }
         gc.collect()
         device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
