@@ -32,6 +32,7 @@ class RequestSpec:
         allowed_token_ids: all that may be picked; None for all.
         banned_token_ids: what ``bad_words`` of one token forbids.
         logprobs: alternatives to report with each token; None for no log-probabilities.
+        constrained: whether a grammar limits what is picked (structured outputs).
         trace: whether its passes are recorded.
     """
 
@@ -49,6 +50,7 @@ class RequestSpec:
     allowed_token_ids: Sequence[int] | None
     banned_token_ids: tuple[int, ...]
     logprobs: int | None
+    constrained: bool
     trace: bool
 
     @classmethod
@@ -81,6 +83,7 @@ class RequestSpec:
             allowed_token_ids=params.allowed_token_ids,
             banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ()),
             logprobs=params.logprobs,
+            constrained=params.structured_outputs is not None,
             trace=_trace(options),
         )
 
