@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 from device import DEVICE
+from simulated_engine import SimulatedEngine
 from test_serial import REQUESTS, STARTS, serial_request
 from test_transition import MASK_TOKEN_ID, TWINS, WEATHERS, tiny_model
 
-from simulated_engine import SimulatedEngine
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.triton_kernels.grammar import forbid
 from vllm_refusion.triton_kernels.grammar_twin import forbid_twin, picking_rows
