@@ -7,8 +7,8 @@ may have final tokens that are emitted before it is committed. So whole slots em
 and of a slot emitted in part nothing need be in the KV cache. Of a request in serial mode all
 tokens emitted are in the KV cache, in position order, but for the last one.
 
-A request whose tokens follow a grammar (structured outputs, in serial mode) sits out while a pass of
-its is in flight, and its drafts come with that pass's output: see ``grammar_masks``.
+A request whose tokens follow a grammar (structured outputs, in serial mode) sits out while a pass
+of it is in flight, and its drafts come with that pass's output: see ``grammar_masks``.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ class _CanvasScheduling:
         super()._update_after_schedule(scheduler_output)
         # What a canvas holds is decided on the device: vLLM only needs the number.
         serial_canvas = [-1] * self._serial_width()
+        decoding = scheduler_output.scheduled_spec_decode_tokens
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]
             if request.is_prefill_chunk:
@@ -164,7 +165,9 @@ class _CanvasScheduling:
                 request.spec_token_ids = serial_canvas
             else:
                 request.spec_token_ids = [-1] * self.canvas_width(request)
-            if request_id in scheduler_output.scheduled_spec_decode_tokens and _constrained(request):
+            if request_id in scheduler_output.scheduled_spec_decode_tokens and _constrained(
+                request
+            ):
                 request.next_decode_eligible_step = NOT_YET
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
