@@ -81,6 +81,10 @@ def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> Sampli
         {"extra_args": {"trace": False}},
         {"extra_args": {"mode": "serial", "slot_size": 32}},
         {"extra_args": {"slot_threshold": 1, "token_threshold": 0.0}},
+        {
+            "structured_outputs": StructuredOutputsParams(regex="a+"),
+            "extra_args": {"mode": "serial"},
+        },
     ],
     ids=str,
 )
@@ -178,9 +182,9 @@ def test_every_sampling_params_field_is_decided():
 
 
 def documented_fields() -> dict[str, str]:
-    """What docs/serving.md says of each field: works, refused or internal."""
+    """What docs/serving.md says of each field: works, serial, refused or internal."""
     fields = DOCS.read_text().split("## Engine options")[0]
-    rows = re.findall(r"^\| (`.*?`) \| (works|refused|internal) \|", fields, re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?`) \| (works|serial|refused|internal) \|", fields, re.MULTILINE)
     return {name: verdict for names, verdict in rows for name in re.findall(r"`(\w+)`", names)}
 
 

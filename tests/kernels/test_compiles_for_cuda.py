@@ -13,7 +13,7 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from vllm_refusion.triton_kernels import allocation, layout, mask_lora, transition
+from vllm_refusion.triton_kernels import allocation, grammar, layout, mask_lora, serial, transition
 
 TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": True, "UPCAST": False}
 SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
@@ -24,14 +24,16 @@ kernel, constants = {
     "transition": (transition._transition_kernel, {"CANVAS": 48, "LANES": 64}),
     "layout": (layout._layout_kernel, {"BLOCK": 1024}),
     "allocation": (allocation._allocate_kernel, {"LANES": 64}),
+    "give_drafts": (serial._give_drafts_kernel, {"CANVAS": 48, "LANES": 64}),
+    "forbid": (grammar._forbid_kernel, {"BLOCK": 4096}),
     "find_masks": (mask_lora._find_masks_kernel, {"BLOCK": 1024}),
     "embed_masks": (mask_lora._embed_masks_kernel, {"HIDDEN": 4096, "BLOCK": 1024}),
     "shrink": (mask_lora._shrink_kernel, SHRINK),
     "expand": (mask_lora._expand_kernel, EXPAND),
 }[sys.argv[1]]
 FLOATS = {"floats", "picked_prob", "given_prob", "partial"}
-HALVES = {"x", "y", "a", "b", "embedding"}
-LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "slot_mappings"}
+HALVES = {"x", "y", "a", "b", "embedding", "logits"}
+LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "reqs", "slot_mappings"}
 
 
 def type_of(name):
@@ -56,7 +58,10 @@ assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 @pytest.mark.parametrize(
     "kernel",
-    ["transition", "layout", "allocation", "find_masks", "embed_masks", "shrink", "expand"],
+    [
+        *("transition", "layout", "allocation", "give_drafts", "forbid"),
+        *("find_masks", "embed_masks", "shrink", "expand"),
+    ],
 )
 def test_compiles(kernel, tmp_path):
     environment = dict(

@@ -25,11 +25,23 @@ class GrammarDrafts:
 
     def fit(self, request: Request, proposed: list[int]) -> list[int]:
         """The drafts up to the first that the grammar refuses, and what it forces behind them."""
-        drafts = self.manager.validate_tokens(request, proposed[: self.most])
+        drafts = self._fitting(request, proposed)
         while len(drafts) < self.most:
             forced = compat.forced_tokens(self.manager, request, drafts, self._tokenizer)
-            fitting = self.manager.validate_tokens(request, [*drafts, *forced][: self.most])
+            fitting = self._fitting(request, [*drafts, *forced])
             if len(fitting) <= len(drafts):
                 break
             drafts = fitting
         return drafts
+
+    def _fitting(self, request: Request, tokens: list[int]) -> list[int]:
+        """The beginning that the grammar allows.
+
+        What ends the grammar, but not the response, comes last in its pass: guidance does not take
+        it together with tokens that follow.
+        """
+        params = request.sampling_params
+        fitting = self.manager.validate_tokens(request, tokens[: self.most])
+        ends = params.all_stop_token_ids if params.ignore_eos else ()
+        end = next((i for i, token in enumerate(fitting) if token in ends), len(fitting))
+        return fitting[:end]

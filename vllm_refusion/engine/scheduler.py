@@ -165,9 +165,7 @@ class _CanvasScheduling:
                 request.spec_token_ids = serial_canvas
             else:
                 request.spec_token_ids = [-1] * self.canvas_width(request)
-            if request_id in scheduler_output.scheduled_spec_decode_tokens and _constrained(
-                request
-            ):
+            if request_id in decoding and _constrained(request):
                 request.next_decode_eligible_step = NOT_YET
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
