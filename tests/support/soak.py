@@ -43,12 +43,29 @@ WARM = 3  # windows that leaks are not looked for in: all paths allocate what th
 # What may be added in a window before it counts as a leak: readings of an idle process differ by a
 # MB, those of its Python objects by one or two.
 SPARE_BYTES, SPARE_OBJECTS = 2 * 2**20, 10
-DECODING_PASSES = ("plan", "verify", "predict", "infill_verify")
+DECODING_PASSES = ("plan", "verify", "predict", "infill_verify", "serial")
 DECODING = [
     {"slot_size": 4, "block_length": 16, "slot_threshold": 0.6, "token_threshold": 0.3},
     {"slot_size": 8, "block_length": 32},
     {"slot_size": 16, "block_length": 128, "token_threshold": 0.2},
     {"slot_size": 32, "block_length": 128, "slot_threshold": 0.8},
+    {"mode": "serial"},
+]
+# of requests in serial mode
+CONSTRAINTS: list[dict[str, Any]] = [
+    {"regex": r"(The|A) (boy|girl) has [0-9]{1,3} apples(, [a-z ]{2,30}){0,4}\."},
+    {"choice": ["yes", "no", "maybe not"]},
+    {
+        "json": {
+            "type": "object",
+            "properties": {
+                "number_of_apples": {"type": "integer", "minimum": 0, "maximum": 999},
+                "explanation": {"type": "string", "maxLength": 60},
+            },
+            "required": ["number_of_apples", "explanation"],
+        }
+    },
+    {"json_object": True},
 ]
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -76,6 +93,9 @@ def make_requests(count: int, draw: random.Random) -> list[dict[str, Any]]:
             "return_token_ids": True,
             **SAMPLING[i // len(DECODING) % len(SAMPLING)],
         }
+        if body["vllm_xargs"].get("mode") == "serial" and draw.random() < 0.7:
+            body["structured_outputs"] = draw.choice(CONSTRAINTS)
+            body["min_tokens"] = 0  # past a grammar's end nothing would be left
         body["min_tokens"] = min(body.get("min_tokens", 0), body["max_tokens"])
         bodies.append(body)
     return bodies
