@@ -17,7 +17,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from engine import assert_idle, engine, free_pages, model_state_of
+from engine import assert_idle, engine, free_pages, model_state_of, scheduler_of
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.decoding.state import Counter
@@ -233,6 +233,37 @@ def test_aborted_in_mid_grammar(examples, questions):
         assert {i: tokens[i] for i in "02"} == {i: expected[int(i)][0].tokens for i in "02"}
         assert tokens["1"] == expected[1][0].tokens[: len(tokens["1"])] != expected[1][0].tokens
         assert_idle(llm, pages)
+
+
+def test_neighbours_do_not_wait(examples, questions, async_scheduling):
+    """Steps are scheduled while others run: a constrained request sits out every other one."""
+    asked = [
+        Ask(questions[0], None, {"max_tokens": 150, "ignore_eos": True}),
+        Ask(questions[1], KINDS["json"]),
+    ]
+    steps: list[tuple[bool, bool]] = []  # whether each of the two decodes
+    with engine(examples / "stock-tiny-adapter", **options()) as llm:
+        expected = ask(llm, asked[:1]) + ask(llm, asked[1:])
+        scheduler = scheduler_of(llm)
+        schedule = scheduler.schedule
+
+        def watched(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            assert not output.pending_structured_output_tokens, "vLLM would wait"
+            decode = [
+                scheduler.requests[name].use_structured_output
+                for name in output.scheduled_spec_decode_tokens
+            ]
+            steps.append((False in decode, True in decode))
+            return output
+
+        scheduler.schedule = watched
+        assert ask(llm, asked) == expected
+    first = steps.index((True, True))
+    last = max(i for i, (_, constrained) in enumerate(steps) if constrained)
+    both = steps[first : last + 1]
+    assert all(free for free, _ in both) and len(both) > 10
+    assert [constrained for _, constrained in both] == [i % 2 == 0 for i in range(len(both))]
 
 
 def schemas(count: int, questions) -> list[Ask]:

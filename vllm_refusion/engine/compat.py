@@ -613,17 +613,21 @@ def _until_padding(tokens: list[int]) -> list[int]:
 def grammar_output(manager: Any, requests: Any, drafts: dict[str, list[int]]) -> Any:
     """vLLM's ``GrammarOutput``: what is allowed behind the known tokens and behind each draft.
 
-    Its manager has room for masks of all rows of all canvases otherwise, of which few are filled.
-    The runner refuses drafts behind the acceptable ones; those of ours are all acceptable.
+    Its manager fills a table with room for every row of every canvas otherwise, in 0.33 with as
+    many rows of each request; asked for one request at a time, it fills the first few. The runner
+    would refuse drafts behind the acceptable ones: all of ours are acceptable.
     """
+    import numpy as np
     from vllm.v1.core.sched.output import GrammarOutput
 
-    rows = sum(1 + len(tokens) for tokens in drafts.values())
-    room = 0 if manager._grammar_bitmask is None else len(manager._grammar_bitmask)
-    if room < rows:
-        manager._grammar_bitmask = manager.backend.allocate_token_bitmask(max(rows, 2 * room))
-    bitmask = manager.grammar_bitmask(requests, list(drafts), drafts)
-    return GrammarOutput(list(drafts), bitmask, [INT32_MAX] * len(drafts))
+    rows = 1 + max(map(len, drafts.values()))
+    if manager._grammar_bitmask is None or len(manager._grammar_bitmask) < rows:
+        manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
+    filled = [
+        manager.grammar_bitmask(requests, [name], {name: tokens})[: 1 + len(tokens)].copy()
+        for name, tokens in drafts.items()
+    ]
+    return GrammarOutput(list(drafts), np.concatenate(filled), [INT32_MAX] * len(drafts))
 
 
 def forced_tokens(manager: Any, request: Any, drafts: list[int], tokenizer: Any) -> list[int]:

@@ -102,6 +102,7 @@ class GrammarMasks:
         Returns:
             The rows of these requests in the batch.
         """
+        numbers, self._numbers = self._numbers, {}
         if self._first is None:
             return []
         state, reqs = self.state, batch.idx_mapping[: batch.num_reqs].long()
@@ -112,12 +113,12 @@ class GrammarMasks:
         constrained = (self._first[reqs] >= 0)[:, None] & (behind >= 0)
         sampled.copy_(torch.where(constrained, drafts, sampled))
         self._first = self._bitmask = None
-        return np.flatnonzero(np.isin(batch.idx_mapping_np, list(self._numbers))).tolist()
+        return np.flatnonzero(np.isin(batch.idx_mapping_np, list(numbers))).tolist()
 
     def compile(self) -> None:
         """Gives no drafts to an index without a request."""
         self.give_drafts({0: []}, Speculation(0, 0, 0))
-        self._numbers = {}
+        self._numbers.clear()
 
     def _to_device(self, host: np.ndarray) -> torch.Tensor:
         """A copy: the host's is written again while the step runs."""

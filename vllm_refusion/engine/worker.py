@@ -36,6 +36,7 @@ class WorkerExtension:
             "requests": len(state._req_of),
             "suspended requests": len(state._suspended) + len(state._suspended_records),
             "logprob records": len(state.records),
+            "constrained requests": len(state.constrained),
             "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),
         }
         gc.collect()
