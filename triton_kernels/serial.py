@@ -21,13 +21,14 @@ from vllm_refusion.decoding.speculation import (
     device_table,
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
-from vllm_refusion.triton_kernels.checks import check_pass
+from vllm_refusion.triton_kernels.checks import check, check_pass
 from vllm_refusion.triton_kernels.lanes import (
     NOWHERE,
     at_lane,
     first,
     lanes_of,
 )
+from vllm_refusion.triton_kernels.serial_twin import GIVEN
 from vllm_refusion.triton_kernels.state_codes import (
     COUNT_DRAFTS_PASSED,
     COUNT_DRAFTS_TESTED,
@@ -85,6 +86,7 @@ LANES_PER_WARP = 128
 SEARCH_STEPS = LARGEST_COST.bit_length()
 _ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
 _CERTAIN = tl.constexpr(CERTAIN)
+_GIVEN = tl.constexpr(GIVEN)
 _LARGEST_COST = tl.constexpr(LARGEST_COST)
 _LEVELS = tl.constexpr(LEVELS)
 _SEARCH_STEPS = tl.constexpr(SEARCH_STEPS)
@@ -451,6 +453,73 @@ def serial_transition(
         num_rejected,
         device_table(state.device),
         state.max_response,
+        state.mask_token_id,
+        speculation.row_price,
+        speculation.prior,
+        CANVAS=state.canvas_length,
+        LANES=lanes,
+        num_warps=max(1, lanes // LANES_PER_WARP),
+    )
+
+
+@triton.jit(do_not_specialize=["row_price", "prior"])
+def _give_drafts_kernel(
+    ints_ptr,  # [max_reqs, NUM_FIELDS] int32
+    by_position_ptr,  # [max_reqs, NUM_POSITION_FIELDS, W] int32
+    by_row_ptr,  # [max_reqs, NUM_ROW_FIELDS, W] int32
+    canvas_token_ptr,  # [max_reqs, W] int64
+    reqs_ptr,  # [K] int64
+    drafts_ptr,  # [K, W] int32
+    table_ptr,  # see device_table
+    mask_token_id,
+    row_price,
+    prior,
+    CANVAS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    index = tl.program_id(0)
+    req = tl.load(reqs_ptr + index).to(tl.int64)
+    ints = ints_ptr + req * NUM_FIELDS
+    known = tl.load(ints + F_EMITTED)
+    if (tl.load(ints + F_PHASE) != SERIAL) | (known == 0):
+        return
+    lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
+    j, mask = lanes.p, lanes.p < CANVAS
+    positions = by_position_ptr + req * NUM_POSITION_FIELDS * CANVAS
+    tokens = canvas_token_ptr + req * CANVAS
+    given = tl.load(drafts_ptr + index * CANVAS + j, mask=mask, other=-1)
+    number = tl.minimum(first(given < 0, lanes), CANVAS)
+    old = tl.load(positions + P_TOKEN * CANVAS + j, mask=mask, other=-1)
+    confidence = tl.load(positions + P_CONFIDENCE * CANVAS + j, mask=mask, other=0)
+    kept = (given == old) & (j < tl.load(ints + F_DRAFTS))
+    confidence = tl.where(kept, confidence.to(tl.float32, bitcast=True), _GIVEN)
+    last = tl.load(tokens).to(tl.int32)
+    tested, passed = tl.load(ints + F_TESTED), tl.load(ints + F_PASSED)
+    # Every load of the old state comes before every store of the new one.
+    tl.debug_barrier()
+    _compose(
+        Drafts(given, confidence, number), last, ints, known, tested, passed,
+        row_price.to(tl.int64), prior, mask_token_id, positions,
+        by_row_ptr + req * NUM_ROW_FIELDS * CANVAS, tokens, table_ptr, CANVAS, lanes,
+    )  # fmt: skip
+
+
+def give_drafts(
+    state: DecodeState, reqs: torch.Tensor, drafts: torch.Tensor, speculation: Speculation
+) -> None:
+    """Same arguments and effects as ``give_drafts_twin``, as one kernel."""
+    check(reqs, reqs.shape, torch.int64)
+    check(drafts, (len(reqs), state.canvas_length), torch.int32)
+    assert 0 <= speculation.row_price <= CERTAIN, speculation
+    lanes = triton.next_power_of_2(state.canvas_length)
+    _give_drafts_kernel[(len(reqs),)](
+        state.ints,
+        state.by_position,
+        state.by_row,
+        state.canvas_token,
+        reqs,
+        drafts,
+        device_table(state.device),
         state.mask_token_id,
         speculation.row_price,
         speculation.prior,

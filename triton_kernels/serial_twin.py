@@ -39,6 +39,8 @@ from vllm_refusion.decoding.speculation import (
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, Counter, DecodeState, Field, Phase
 
+GIVEN = 0.9375  # confidence in a draft that is not the model's own
+
 
 def serial_transition_twin(
     state: DecodeState,
@@ -89,6 +91,31 @@ def serial_transition_twin(
             state.counters[Counter.IDLE] += 1
         sampled[row, : len(tokens)] = torch.tensor(tokens, dtype=sampled.dtype)
         num_sampled[row], num_rejected[row] = len(tokens), query_len - kept
+        state.ints[req] = torch.tensor(request.ints, dtype=torch.int32)
+
+
+def give_drafts_twin(
+    state: DecodeState, reqs: torch.Tensor, drafts: torch.Tensor, speculation: Speculation
+) -> None:
+    """Puts other drafts in the place of those at hand and writes the canvases anew.
+
+    Requests whose canvas begins with no known token, as the first one does, keep what they have.
+
+    Args:
+        reqs: [K] int64, requests in serial mode.
+        drafts: [K, W] int32, of each the tokens behind the known ones; padded with -1. A draft that
+            the request has at this place keeps its confidence; others have ``GIVEN``.
+    """
+    for req, given in zip(reqs.tolist(), drafts.tolist(), strict=True):
+        request = _Request.load(state, req, speculation, ALL_DRAFTING)
+        if request.ints[Field.PHASE] != Phase.SERIAL or request.ints[Field.EMITTED] == 0:
+            continue
+        number = given.index(-1) if -1 in given else len(given)
+        confidence = torch.full((number,), GIVEN)
+        for i, (token, old) in enumerate(zip(given[:number], request.token)):
+            confidence[i] = request.confidence[i] if token == old else GIVEN
+        request.token, request.confidence = given[:number], confidence
+        request.compose(int(state.canvas_token[req, 0]))
         state.ints[req] = torch.tensor(request.ints, dtype=torch.int32)
 
 
@@ -186,7 +213,7 @@ class _Request:
             return tokens
         lead = self.leads(known + accepted)
         self._take_drafts(accepted, len(tokens), lead, refused, picked, picked_prob)
-        self.compose()
+        self.compose(tokens[-1])
         return tokens
 
     def _learn(self, passed: int, tested: int, fed: int) -> None:
@@ -225,18 +252,17 @@ class _Request:
             self.token, self.confidence = [], prob[:0]
         else:
             self.token, self.confidence = self.token[advance:], self.confidence[advance:]
-        drafts = self.ints[Field.DRAFTS] = len(self.token)
-        self.state.token[self.req, :drafts] = torch.tensor(self.token, dtype=torch.int32)
-        self.state.confidence[self.req, :drafts] = self.confidence
 
-    def compose(self) -> None:
-        """Writes the next canvas, at least one token being known."""
+    def compose(self, last: int) -> None:
+        """Writes the drafts and the next canvas behind ``last``, the last token known."""
         ints, state = self.ints, self.state
+        drafts = ints[Field.DRAFTS] = len(self.token)
+        state.token[self.req, :drafts] = torch.tensor(self.token, dtype=torch.int32)
+        state.confidence[self.req, :drafts] = self.confidence
         known, mask = ints[Field.EMITTED], state.mask_token_id
         costs = [0, *accumulate(map(cost_of, self.confidence.tolist()))]
         tests = self._worth_testing(costs)
         widths = self._chain_widths(costs, tests)
-        last = int(state.response[self.req, known - 1])
         rows = [
             _Row(token, known - 1 + i, known + i)
             for i, token in enumerate([last, *self.token[:tests]])

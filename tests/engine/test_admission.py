@@ -93,6 +93,10 @@ def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> Sampli
         {"extra_args": {"trace": False}},
         {"extra_args": {"mode": "serial", "slot_size": 32}},
         {"extra_args": {"slot_threshold": 1, "token_threshold": 0.0}},
+        {
+            "structured_outputs": StructuredOutputsParams(regex="a+"),
+            "extra_args": {"mode": "serial"},
+        },
     ],
     ids=str,
 )
@@ -206,7 +210,7 @@ def test_the_docs_decide_every_field_of_the_installed_vllm():
         for mode in range(2)
     )
     assert serial == HONOURED
-    assert serial - parallel == set(BY_WHAT_STANDS_BEFORE)
+    assert serial - parallel == {*BY_WHAT_STANDS_BEFORE, "structured_outputs"}
 
 
 def test_processed_logprobs_are_of_serial_mode():

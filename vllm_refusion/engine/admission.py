@@ -56,6 +56,7 @@ HONOURED = {
     "include_stop_str_in_output",
     "output_kind",
     "stream_interval",
+    "structured_outputs",  # in serial mode
     "skip_clone",
     "skip_reading_prefix_cache",
     "repetition_detection",
@@ -101,6 +102,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         if has_adapter(model):
             refuse_beside_adapter(spec.decoding)
         spec.decoding.check_canvas(canvas_length(vllm_config))
+        _check_mode(spec, params)
         _check_stops(spec)
         _check_picks(spec, params, vllm_config)
         _check_trace(spec, vllm_config)
@@ -127,6 +129,17 @@ def _check_sampling_params(params: SamplingParams) -> None:
     last = INT64_MAX - (params.n - 1)  # vLLM gives the i-th of n answers seed + i
     if params.seed is not None and not -INT64_MAX <= params.seed <= last:
         raise ParameterError("seed", params.seed, f"allowed is an integer in [-2**63 + 1, {last}]")
+
+
+def _check_mode(spec: RequestSpec, params: SamplingParams) -> None:
+    """Checks what needs all tokens before one to be known when that one is picked."""
+    if spec.constrained and not spec.serial:
+        raise ParameterError(
+            "structured_outputs",
+            params.structured_outputs,
+            "mode='parallel' drafts slots before the text that a grammar goes by is known; "
+            "allowed is None, or mode='serial'",
+        )
 
 
 def _check_stops(spec: RequestSpec) -> None:

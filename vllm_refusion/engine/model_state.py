@@ -8,7 +8,7 @@ Nothing here waits for the device or loops over requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,12 @@ from vllm_refusion.decoding.logprobs import Record, ScoreKind
 from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits, Processing, bias_row
 from vllm_refusion.decoding.sending import sent
+from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
+from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.mask_adapter import apply_adapter
 from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
 from vllm_refusion.engine.prompt_scores import PromptScores
@@ -85,6 +87,7 @@ class ReFusionModelState(ModelState):
         self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
         self.serial: set[int] = set()  # the requests in serial mode, by req
+        self.constrained: set[int] = set()  # of these, those that a grammar limits
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -104,6 +107,7 @@ class ReFusionModelState(ModelState):
             self.recorder = Recorder(self.decode_state)
             transition = self.recorder.around(self.operations.transition)
             self.operations = replace(self.operations, transition=transition)
+        self.grammar_masks = GrammarMasks(self.decode_state, self.operations, self._req_of)
         self.sampler = CanvasSampler(
             self.vllm_config,
             self.model,
@@ -115,6 +119,7 @@ class ReFusionModelState(ModelState):
             self.records,
             self._req_of,
             self.serial,
+            self.grammar_masks,
         )
         return self.sampler, None
 
@@ -161,6 +166,8 @@ class ReFusionModelState(ModelState):
         prompt_len, tokens = len(new_req_data.prompt_token_ids), new_req_data.prefill_token_ids
         known = len(tokens) - prompt_len
         self.serial.add(req)
+        if spec.constrained:
+            self.constrained.add(req)
         self._repeats_tokens[req] = False
         self.req_states.prefill_len.np[req] = prompt_len + max(0, known - 1)
         self.decode_state.add_serial(
@@ -179,6 +186,18 @@ class ReFusionModelState(ModelState):
             seed=spec.seed,
         )
 
+    def take_drafts(self, scheduled: Mapping[str, list[int]]) -> None:
+        """The drafts that the scheduler has for constrained requests of a step, by request id."""
+        if self.constrained:
+            drafts = {
+                req: [token for token in tokens if token >= 0]
+                for request_id, tokens in scheduled.items()
+                if (req := self._req_of[request_id]) in self.constrained
+            }
+            budget = self.sampler.row_budget
+            speculation = budget.speculation if budget else NO_RIDERS
+            self.grammar_masks.give_drafts(drafts, speculation)
+
     def measure_passes(self, run: Callable[[int], Any]) -> None:
         """Times ``run(rows)``, a forward pass, after the graphs are captured; see ``PassCost``.
 
@@ -190,6 +209,7 @@ class ReFusionModelState(ModelState):
             self.sampler.compile(
                 torch.zeros(1, hidden, dtype=self.model_config.dtype, device=self.device)
             )
+            self.grammar_masks.compile()
             starts = torch.zeros(2, dtype=torch.int32, device=self.device)
             self.start_row_budget(starts, []).compile()
             self.sampler.row_budget = None
@@ -274,6 +294,7 @@ class ReFusionModelState(ModelState):
             if req in self.records:
                 self._suspended_records[req_id] = self.records[req]
         self.serial.discard(req)
+        self.constrained.discard(req)
         self.records.pop(req, None)
         self.limits.remove(req)
         self.penalties.remove(req)

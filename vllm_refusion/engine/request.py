@@ -36,6 +36,7 @@ class RequestSpec:
             none.
         logprobs: likely tokens to report with each token, or which ones; None for no
             log-probabilities.
+        constrained: whether a grammar limits what is picked (structured outputs).
         trace: whether its passes are recorded.
     """
 
@@ -57,6 +58,7 @@ class RequestSpec:
     frequency_penalty: float
     presence_penalty: float
     logprobs: int | tuple[int, ...] | None
+    constrained: bool
     trace: bool
 
     @classmethod
@@ -94,6 +96,7 @@ class RequestSpec:
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
             logprobs=tuple(params.logprob_token_ids or ()) or params.logprobs,
+            constrained=params.structured_outputs is not None,
             trace=_trace(options),
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +22,19 @@ from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
 from vllm_refusion.engine.acceptance import acceptance_tables, replayed_draws
+from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import Operations
 
 # Logits of one step are computed and read in chunks of rows of about this size.
 LOGITS_CHUNK_BYTES = 512 * 2**20
+
+
+@dataclass
+class CanvasOutput(SamplerOutput):
+    """Of requests in the rows ``drafted``, drafts follow the tokens: ``GrammarMasks.end_step``."""
+
+    drafted: Sequence[int] = ()
 
 
 class CanvasSampler:
@@ -46,6 +55,7 @@ class CanvasSampler:
         records: Mapping[int, Record],
         requests: Collection[str],
         serial: Collection[int],
+        grammar_masks: GrammarMasks,
     ) -> None:
         self.model = model
         self.operations = operations
@@ -57,6 +67,7 @@ class CanvasSampler:
         self.requests = requests  # all there are
         self.serial = serial  # those in serial mode, by req
         self.describes = ScoreKind.of(vllm_config.model_config.logprobs_mode)
+        self.grammar_masks = grammar_masks
         self.row_budget: RowBudget | None = None  # starts with the first request
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
@@ -90,7 +101,7 @@ class CanvasSampler:
             # a new one each step: the runner copies it while the next step already runs
             return torch.empty(*shape, dtype=torch.int32, device=self.state.device)
 
-        output = SamplerOutput(
+        output = CanvasOutput(
             sampled_token_ids=output_buffer(num_reqs, self.state.canvas_length),
             logprobs_tensors=None,
             num_nans=None,
@@ -119,6 +130,9 @@ class CanvasSampler:
             self.operations.transition(*batch, self.given_prob, emit_limit, *results)
         if self.serial or not self.requests:
             self.operations.serial_transition(*batch, *results)
+        output.drafted = self.grammar_masks.end_step(
+            output.sampled_token_ids, output.num_sampled, input_batch
+        )
         if self.penalties.used:
             self.penalties.count(batch[1], output.sampled_token_ids, output.num_sampled)
         if input_batch.num_draft_tokens:
@@ -218,11 +232,14 @@ class CanvasSampler:
         given = state.canvas_token[requests, following].int()
         draws = state.row_draw[requests, row]
         penalties = self.penalties.used
+        mask_row = self.grammar_masks.mask_rows(requests, row)
         # with penalties there is a copy of the logits, in float32
         chunk = max(1, self.chunk_rows // 4) if penalties else self.chunk_rows
         for start in range(0, hidden_states.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden_states.shape[0]))
             logits = scores = self.model.row_logits(hidden_states[rows])
+            if mask_row is not None:
+                self.grammar_masks.forbid(logits, mask_row[rows])
             if penalties:
                 scores = logits.to(torch.float32, copy=True)
                 self.operations.apply_penalties(

@@ -36,6 +36,7 @@ class WorkerExtension:
             "requests": len(state._req_of),
             "suspended requests": len(state._suspended) + len(state._suspended_records),
             "logprob records": len(state.records),
+            "constrained requests": len(state.constrained),
             "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),
             "prompt scores": len(state.prompt_scores.in_progress_prompt_logprobs)
             + len(state.prompt_scores.token_id_scores),
