@@ -121,7 +121,6 @@ def test_honoured(params):
         ({"extra_args": {"preset": "gsm8k"}}, "block_length=128"),  # the canvas has 32
         ({"extra_args": {"trace": "yes"}}, "trace='yes'"),
         ({"extra_args": {"trace": True}}, "refusion_trace"),
-        ({"extra_args": {"trace": True, "mode": "serial"}}, "beside mode='serial'"),
         ({"extra_args": {"mode": "serial", "slot_threshold": 0.5}}, "slot_threshold=0.5"),
         ({"extra_args": {"mode": "fast"}}, "mode='fast'"),
         ({"extra_args": {"slot_start": "next"}}, "slot_start='next'"),
@@ -210,4 +209,5 @@ def test_eos_of_the_model_without_a_tokenizer():
 def test_traces_are_granted_where_the_engine_records_them():
     config = SimpleNamespace(**vars(CONFIG) | {"additional_config": {"refusion_trace": True}})
     for value in (True, 1):  # HTTP has no booleans among vllm_xargs
-        submit(config=config, extra_args={"trace": value})
+        for mode in ("parallel", "serial"):
+            submit(config=config, extra_args={"trace": value, "mode": mode})

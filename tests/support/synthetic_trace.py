@@ -30,6 +30,7 @@ def synthetic_trace(pieces: list[str], slot_size: int, block_length: int, seed: 
             {
                 "prompt": {"text": "A prompt", "tokens": [5, 6]},
                 "parameters": {
+                    "mode": "parallel",
                     "slot_size": slot_size,
                     "block_length": block_length,
                     "slot_threshold": 0.9,

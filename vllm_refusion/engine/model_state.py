@@ -9,7 +9,6 @@ Nothing here waits for the device or loops over requests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,10 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
+from vllm.distributed.parallel_state import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -26,7 +28,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits, bias_row
 from vllm_refusion.decoding.state import DecodeState
-from vllm_refusion.decoding.trace import Recorder
+from vllm_refusion.decoding.trace import Recorder, parameters_of
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.mask_adapter import apply_adapter
@@ -94,10 +96,6 @@ class ReFusionModelState(ModelState):
             canvas_token=self.req_states.draft_tokens,  # what the runner feeds as draft tokens
         )
         self.decode_state.gathers_starts = True
-        if tracing_enabled(self.vllm_config):
-            self.recorder = Recorder(self.decode_state)
-            transition = self.recorder.around(self.operations.transition)
-            self.operations = replace(self.operations, transition=transition)
         self.sampler = CanvasSampler(
             self.vllm_config,
             self.model,
@@ -109,6 +107,8 @@ class ReFusionModelState(ModelState):
             self._req_of,
             self.serial,
         )
+        if tracing_enabled(self.vllm_config) and get_tensor_model_parallel_rank() == 0:
+            self.recorder = self.sampler.recorder = Recorder(self.decode_state)
         return self.sampler, None
 
     def add_request(self, req: int, new_req_data: Any) -> None:
@@ -118,7 +118,8 @@ class ReFusionModelState(ModelState):
         )
         self._req_of[new_req_data.req_id] = req
         if self.recorder is not None and spec.trace:
-            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
+            how = parameters_of(spec.decoding, spec.temperature, spec.seed, spec.max_tokens)
+            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids, how)
         self._limit_picks(req, spec)
         if spec.logprobs is not None:
             self.records[req] = self._suspended_records.pop(
@@ -235,7 +236,7 @@ class ReFusionModelState(ModelState):
         self.limits.remove(req)
         self.decode_state.remove(req)
         if self.recorder is not None:
-            self.recorder.remove(req)
+            self.recorder.remove(req, preempted=req_id in self._preempting)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         return None

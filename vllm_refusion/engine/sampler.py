@@ -19,6 +19,7 @@ from vllm_refusion.decoding.logprobs import Record
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
+from vllm_refusion.decoding.trace import Recorder
 from vllm_refusion.engine.acceptance import acceptance_tables
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import Operations
@@ -54,6 +55,7 @@ class CanvasSampler:
         self.requests = requests  # all there are
         self.serial = serial  # those in serial mode, by req
         self.row_budget: RowBudget | None = None  # starts with the first request
+        self.recorder: Recorder | None = None
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
         self.chunk_rows = max(1, min(rows, LOGITS_CHUNK_BYTES // row_bytes))
@@ -109,12 +111,25 @@ class CanvasSampler:
             output.num_rejected,
             budget.speculation if budget else NO_RIDERS,
         )
+        traced = None
+        if self.recorder is not None:
+            traced = self.recorder.begin(input_batch.idx_mapping_np.tolist())
         # without any requests both, so that both are compiled before the first one
         if len(self.serial) < len(self.requests) or not self.requests:
             emit_limit = self._emit_limit(input_batch)
             self.operations.transition(*batch, self.given_prob, emit_limit, *results)
         if self.serial or not self.requests:
             self.operations.serial_transition(*batch, *results)
+        if traced is not None:
+            self.recorder.end(
+                traced,
+                input_batch.query_start_loc,
+                input_batch.cu_num_logits,
+                self.picked_prob[:rows],
+                self.given_prob[:rows],
+                output.sampled_token_ids,
+                output.num_sampled,
+            )
         if input_batch.num_draft_tokens:
             # the runner makes Python lists of them: no wider than what can be in them
             most = int(input_batch.num_draft_tokens_per_req.max())
