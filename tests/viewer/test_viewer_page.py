@@ -111,7 +111,7 @@ def test_pointer_and_slider(show, trace, timeline):
 def test_playing_keeps_the_recorded_speed_and_pace_of_both(show, trace):
     """Half-way through the autoregressive twin's time half of its tokens are there."""
     tab = show(trace, "pass=0")
-    tab.evaluate("time = 0.2; render()")
+    tab.evaluate("player.time = 0.2; player.render()")
     assert tab.locator("#twin-clock").inner_text() == "20 of 40 tokens"
     assert tab.locator("#moment").inner_text().startswith("Pass 10 of")
 
@@ -176,7 +176,7 @@ def test_four_thousand_tokens(show):
     assert shown(tab).count("committed") == 4000  # the twin is still writing
     milliseconds = tab.evaluate("""() => {
       const start = performance.now();
-      for (let i = 1; i <= 20; i++) go(i * 9);
+      for (let i = 1; i <= 20; i++) player.go(i * 9);
       return (performance.now() - start) / 20;
     }""")
     assert milliseconds < 250

@@ -9,9 +9,10 @@ made of the copies elsewhere and later. ``docs/trace.md`` describes the format.
 from __future__ import annotations
 
 import math
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ _AFTER = (
 )
 _LISTS = ("order", "tokens", "sampled")  # by number: committed positions, their tokens; delivered
 _BOUNDS = 5  # rows of the batch: from, to; those with statistics: from, to; tokens delivered
+_HEAD = struct.Struct("<qdq")
 _DECODING = (Phase.PLAN, Phase.VERIFY, Phase.INFILL, Phase.SERIAL)
 
 
@@ -49,6 +51,7 @@ class RawPass:
     """One pass of a request, as copied from the device.
 
     Attributes:
+        number: of the request's passes, from 0.
         seconds: wall time since the pass before, or since the request started.
         canvas_length: W below.
         block: int32: ints before and after the pass; ``_BEFORE`` [4, W]; ``_AFTER`` [7, W];
@@ -56,17 +59,21 @@ class RawPass:
         probabilities: [2, rows] float32: ``picked_prob`` and ``given_prob`` of its rows.
     """
 
+    number: int
     seconds: float
     canvas_length: int
     block: np.ndarray
     probabilities: np.ndarray
 
+    def to_frames(self) -> list[bytes]:
+        head = _HEAD.pack(self.number, self.seconds, self.canvas_length)
+        return [head, self.block.tobytes(), self.probabilities.tobytes()]
+
     @classmethod
-    def from_bytes(
-        cls, seconds: float, canvas_length: int, block: bytes, probabilities: bytes
-    ) -> RawPass:
+    def from_frames(cls, frames: Sequence[bytes]) -> RawPass:
+        head, block, probabilities = frames
         rows = np.frombuffer(probabilities, np.float32).reshape(2, -1)
-        return cls(seconds, canvas_length, np.frombuffer(block, np.int32), rows)
+        return cls(*_HEAD.unpack(head), np.frombuffer(block, np.int32), rows)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ def _serial(before: Before, after: After, rows: Rows) -> dict[str, Any]:
     accepted = 0
     while accepted < min(len(drafts), new) and drafts[accepted] == tokens[accepted]:
         accepted += 1
-    tests = [[known + i, drafts[i], prob[i], True] for i in range(accepted)]
+    tests: list[list[Any]] = [[known + i, drafts[i], prob[i], True] for i in range(accepted)]
     if accepted < min(len(drafts), new):
         # a token's row tells of the token fed behind it
         told = after.pick_row[accepted] == accepted
@@ -289,12 +296,13 @@ class _Clock:
 
 @dataclass
 class Recording:
-    """A traced request. ``passes`` are those that were settled and not handed on."""
+    """A traced request. ``passes`` are those that were settled and not handed on, of ``made``."""
 
     request_id: str
     prompt: list[int]
     parameters: dict[str, Any]
     last: Any  # the moment of its last pass, or of its start
+    made: int = 0
     passes: list[RawPass] = field(default_factory=list)
 
     @property
@@ -331,12 +339,13 @@ class Copy:
             bounds = (*starts[row : row + 2], rows.start, rows.stop, delivered[row])
             block = [part[number].reshape(-1) for part in by_request]
             raw = RawPass(
+                recording.made,
                 self._clock.between(recording.last, self._moment),
                 self._canvas_length,
                 np.concatenate([*block, np.array(bounds, np.int32)]),
                 np.stack((picked[rows], given[rows])).view(np.float32),
             )
-            recording.last = self._moment
+            recording.last, recording.made = self._moment, recording.made + 1
             yield recording, raw
 
 

@@ -39,12 +39,14 @@ from vllm_refusion.engine.sampler import CanvasSampler
 from vllm_refusion.engine.settings import (
     canvas_length,
     fuses_passes,
+    play_options,
     position_slack,
     serial_rows,
     server_defaults,
     tracing_enabled,
 )
 from vllm_refusion.engine.step_cost import StepCost
+from vllm_refusion.engine.trace_channel import Publisher
 from vllm_refusion.triton_kernels.dispatch import operations
 
 
@@ -66,6 +68,7 @@ class ReFusionModelState(ModelState):
         self.mask_rows = adapter and apply_adapter(model, adapter, vllm_config, device)
         self._chains = chains_of(adapter) if adapter else {}
         self.recorder: Recorder | None = None
+        self.publisher: Publisher | None = None  # of what it records, to a live page
         self.defaults = server_defaults(self.model_config)
         self.slack = position_slack(vllm_config)
         # Addresses captured by CUDA graphs.
@@ -108,7 +111,10 @@ class ReFusionModelState(ModelState):
             self.serial,
         )
         if tracing_enabled(self.vllm_config) and get_tensor_model_parallel_rank() == 0:
-            self.recorder = self.sampler.recorder = Recorder(self.decode_state)
+            if play_options(self.vllm_config.additional_config) is not None:
+                self.publisher = Publisher()
+            sink = self.publisher and self.publisher.send
+            self.recorder = self.sampler.recorder = Recorder(self.decode_state, sink)
         return self.sampler, None
 
     def add_request(self, req: int, new_req_data: Any) -> None:
@@ -157,6 +163,9 @@ class ReFusionModelState(ModelState):
         """Starts it, or goes on after a preemption: its tokens are computed again in order."""
         prompt_len, tokens = len(new_req_data.prompt_token_ids), new_req_data.prefill_token_ids
         known = len(tokens) - prompt_len
+        drafting = {"most_tests": serial_rows(self.vllm_config) - 2, **self._chains}
+        if not spec.drafts:
+            drafting = {"most_tests": 0, "chain_length": 1}
         self.serial.add(req)
         self._repeats_tokens[req] = False
         self.req_states.prefill_len.np[req] = prompt_len + max(0, known - 1)
@@ -168,8 +177,7 @@ class ReFusionModelState(ModelState):
             spec.eos_token_id,
             last_token=tokens[-1],
             known=known,
-            most_tests=serial_rows(self.vllm_config) - 2,
-            **self._chains,
+            **drafting,
             min_tokens=spec.min_tokens,
             stop_ids=spec.held_back,
             temperature=spec.temperature,

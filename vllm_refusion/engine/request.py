@@ -33,6 +33,7 @@ class RequestSpec:
         banned_token_ids: what ``bad_words`` of one token forbids.
         logprobs: alternatives to report with each token; None for no log-probabilities.
         trace: whether its passes are recorded.
+        drafts: whether masks draft in serial mode; if not, each pass decides one token.
     """
 
     decoding: DecodingParams
@@ -50,6 +51,7 @@ class RequestSpec:
     banned_token_ids: tuple[int, ...]
     logprobs: int | None
     trace: bool
+    drafts: bool
 
     @classmethod
     def of(
@@ -66,8 +68,12 @@ class RequestSpec:
         ending = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
         options = params.extra_args or {}
         max_tokens = min(params.max_tokens or room, room)
+        decoding = defaults.of_request(options)
+        drafts = _flag(options, "drafts", True)
+        if decoding.mode == "parallel" and not drafts:
+            raise ParameterError("drafts", False, "allowed is true beside mode='parallel'")
         return cls(
-            decoding=defaults.of_request(options),
+            decoding=decoding,
             max_tokens=max_tokens,
             eos_token_id=params.eos_token_id,
             min_tokens=min(params.min_tokens, max_tokens),
@@ -81,7 +87,8 @@ class RequestSpec:
             allowed_token_ids=params.allowed_token_ids,
             banned_token_ids=tuple(ids[0] for ids in params.bad_words_token_ids or ()),
             logprobs=params.logprobs,
-            trace=_trace(options),
+            trace=_flag(options, "trace", False),
+            drafts=drafts,
         )
 
     @property
@@ -100,8 +107,8 @@ class RequestSpec:
         return self.decoding.mode == "serial"
 
 
-def _trace(options: Mapping[str, Any]) -> bool:
-    value = options.get("trace", False)
+def _flag(options: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = options.get(name, default)
     if value not in (True, False):
-        raise ParameterError("trace", value, "allowed are true and false")
+        raise ParameterError(name, value, "allowed are true and false")
     return bool(value)

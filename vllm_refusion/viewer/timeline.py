@@ -149,6 +149,7 @@ class History:
         self.passes: list[Pass] = []
         self.positions: list[Position] = []
         self._drafted: set[int] = set()  # of serial mode
+        self._touched: set[int] = set()
         self._round = self._committed = 0
         self._end = 0.0
 
@@ -190,12 +191,18 @@ class History:
 
     def drop(self, number: int, end: int) -> None:
         """From pass ``number`` on nothing is wanted from position ``end`` on."""
-        for place in self.positions[end:]:
+        for position, place in enumerate(self.positions[end:], end):
             state = "cut" if place.kv is not None else "dropped"
             last = place.events[-1] if place.events else None
             if last is None or last.state not in ("cut", "dropped"):
                 text = last.text if last else ""
                 place.events.append(Event(number, state, text, None))
+                self._touched.add(position)
+
+    def take_touched(self) -> set[int]:
+        """The positions with events since the last call, and those that came up."""
+        touched, self._touched = self._touched, set()
+        return touched
 
     def _commit(self, number: int, position: int, token: int, chance: float | None) -> None:
         place = self._place(position)
@@ -240,7 +247,9 @@ class History:
 
     def _place(self, position: int) -> Position:
         while len(self.positions) <= position:
+            self._touched.add(len(self.positions))
             self.positions.append(Position())
+        self._touched.add(position)
         return self.positions[position]
 
 
