@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 from synthetic_trace import ENGLISH, WRONG, synthetic_trace
 
@@ -11,18 +9,6 @@ from vllm_refusion.viewer import page
 
 ARABIC = "يبدأ ما يكل بثلا ثة أضع اف عشر ين جني ها ثم يشت ري ثما ني".split()
 CHINESE = list("小明一开始有六十英镑，他买了八个玩偶，每个三英镑。")
-CHROMIUM = shutil.which("chromium")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

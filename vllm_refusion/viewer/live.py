@@ -43,7 +43,9 @@ class Live:
         first = len(self._output)
         self._output += tokens
         self._pieces += map(self._piece, tokens)
-        return {"positions": {p: {"text": self._pieces[p]} for p in range(first, len(self._output))}}
+        return {
+            "positions": {p: {"text": self._pieces[p]} for p in range(first, len(self._output))}
+        }
 
     def end(self) -> dict[str, Any]:
         """The change once the output is complete: nothing stays open behind it."""
