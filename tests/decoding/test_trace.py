@@ -186,7 +186,7 @@ WEATHERS = {
 
 @pytest.mark.parametrize("weather", WEATHERS.values(), ids=WEATHERS)
 def test_serial_passes_tell_what_the_reference_decides(model, reference, weather):
-    """All that is decided, with its probability, whatever was drafted; each draft is tested once."""
+    """All that is decided, with its probability, whatever was drafted."""
     requests = list(SERIAL.values()) + [REQUESTS["infill"]]
     recordings, outcomes = record_simulated(model, requests, weather)
     seen = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from server import free_port
 from synthetic_trace import synthetic_serial_trace, synthetic_trace
 
 from vllm_refusion.decoding.params import PRESET_NAMES, PRESETS
@@ -57,9 +57,7 @@ class PageServer:
         self.delay, self.open, self.key = 0.0, 0, None
         self.asked: list[dict[str, Any]] = []
         self.about = dict(ABOUT)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}{PAGE}"
 
     def start(self) -> None:

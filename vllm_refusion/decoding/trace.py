@@ -73,7 +73,8 @@ class RawPass:
     def from_frames(cls, frames: Sequence[bytes]) -> RawPass:
         head, block, probabilities = frames
         rows = np.frombuffer(probabilities, np.float32).reshape(2, -1)
-        return cls(*_HEAD.unpack(head), np.frombuffer(block, np.int32), rows)
+        number, seconds, canvas_length = _HEAD.unpack(head)
+        return cls(number, seconds, canvas_length, np.frombuffer(block, np.int32), rows)
 
 
 @dataclass(frozen=True)

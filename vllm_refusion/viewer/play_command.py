@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from importlib import metadata
+from typing import Any
 
 from vllm_refusion.engine.settings import PLAY_OPTION, play_options
 from vllm_refusion.files import json_object
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
 
 def serve_command(args: argparse.Namespace) -> list[str]:
     """``vllm serve`` with the page, or on a build without that command its equal."""
-    rest, config = [], {}
+    rest: list[str] = []
+    config: dict[str, Any] = {}
     given = iter(args.serve_args)
     for word in given:
         name, equals, value = word.partition("=")
