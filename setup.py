@@ -51,8 +51,8 @@ setup(
             "rich>=13",
             "ruff==0.17.*",
         ],
-        # With Debian's chromium beside it: tests of the viewer's page.
-        "browser": ["playwright>=1.50"],
+        # With Debian's chromium beside it: tests of pages.
+        "browser": ["axe-playwright-python>=0.1.8", "playwright>=1.50"],
         "train": ["accelerate>=1.10", "gguf>=0.17", "peft>=0.21"],
         "bench": ["matplotlib>=3.8"],
     },

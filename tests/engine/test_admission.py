@@ -206,6 +206,16 @@ def test_eos_of_the_model_without_a_tokenizer():
     assert submit(ignore_eos=True).eos_token_id is None
 
 
+@pytest.mark.parametrize("value", [True, 1, False, 0])
+def test_drafts_may_be_withheld_in_serial_mode(value):
+    submit(extra_args={"mode": "serial", "drafts": value})
+    if value:
+        submit(extra_args={"drafts": value})
+    else:
+        with pytest.raises(VLLMValidationError, match="drafts=False .*mode='parallel'"):
+            submit(extra_args={"drafts": value})
+
+
 def test_traces_are_granted_where_the_engine_records_them():
     config = SimpleNamespace(**vars(CONFIG) | {"additional_config": {"refusion_trace": True}})
     for value in (True, 1):  # HTTP has no booleans among vllm_xargs

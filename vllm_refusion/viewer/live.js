@@ -1,6 +1,6 @@
 // Asks the server that this page came from for responses, and shows them while they are decoded.
 const API = location.pathname.replace(/\/refusion\/play\/?$/, "/v1/refusion/play");
-const POLL_MS = 2000;
+const POLL_MS = 2000, READY_POLLS = 3; // a server that was there is asked less often
 const LANES = [
   { id: "parallel", name: "Parallel", mode: "parallel",
     what: "Slots anywhere in a block are drafted, tested and committed together." },
@@ -317,4 +317,8 @@ const wide = matchMedia("(min-width: 56rem)");
 $("parameters").open = wide.matches;
 startTheme(new URLSearchParams(location.hash.slice(1)).get("theme"));
 look();
-setInterval(() => { if (document.visibilityState === "visible") look(); }, POLL_MS);
+let polls = 0;
+setInterval(() => {
+  const due = $("status").dataset.state !== "ready" || ++polls % READY_POLLS === 0;
+  if (due && document.visibilityState === "visible") look();
+}, POLL_MS);
