@@ -199,6 +199,20 @@ def test_passes_still_travel_as_figures_of_speculative_decoding():
     assert (shown["forward_passes"], shown["tokens_per_forward"]) == (4, 7.5)
 
 
+def test_endpoints_are_still_warned_of_unless_named(monkeypatch):
+    """Ours come on an engine option, without an entry point that every server would warn of."""
+    from vllm import plugins
+    from vllm.plugins.endpoint_plugins import interface
+
+    load = plugins.load_endpoint_plugins
+    assert getattr(load, compat._PATCHED)
+    assert not getattr(load.__wrapped__, compat._PATCHED, False)
+    assert "Endpoint plugins add HTTP routes" in inspect.getsource(load.__wrapped__)
+    assert "import load_endpoint_plugins" in inspect.getsource(interface.attach_endpoint_plugins)
+    (ours,) = load(("generate",))
+    assert isinstance(ours, interface.EndpointPlugin)
+
+
 def test_model_state_is_still_not_told_why_a_request_leaves():
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.interface import ModelState

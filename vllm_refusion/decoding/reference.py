@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class Decoded:
         passes: the forward passes, without the prompt's.
         branches: names of the branches of the algorithm that ran.
         rounds: the plans and how close the decisions after each were.
+        picks: in serial mode, the (position, token, probability) of all tokens as they are decided.
         logprobs: of each of ``tokens``, if asked for: of itself and of the likeliest tokens, by
             token, of the row whose probability accepted it (see ``decoding/logprobs.py``).
     """
@@ -65,6 +66,7 @@ class Decoded:
     passes: list[Pass]
     branches: frozenset[str]
     rounds: list[Round]
+    picks: list[tuple[int, int, float]] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
 
     @property
@@ -142,7 +144,7 @@ def decode(
     passes, branches = request.canvas.passes[1:], frozenset(request.branches)
     tokens = tokens[: stop + 1]
     scores = [request.logprobs[p] for p in range(len(tokens))] if logprobs is not None else None
-    return Decoded(tokens, request.tokens, passes, branches, request.rounds, scores)
+    return Decoded(tokens, request.tokens, passes, branches, request.rounds, request.picks, scores)
 
 
 class _Canvas:
@@ -288,6 +290,7 @@ class _Request:
         self.tokens: dict[int, int] = {}  # by response position, in the order committed
         self.branches: set[str] = set()
         self.rounds: list[Round] = []
+        self.picks: list[tuple[int, int, float]] = []  # of serial mode
         self.distances: list[float] = []  # of probabilities compared in this round
         self.leads: list[float] = []  # of this round's picks that had a say
         self.num_logprobs: int | None = None
@@ -319,7 +322,9 @@ class _Request:
                 row = row.masked_fill(~allowed(list(self.tokens.values())), -math.inf)
             # the noise depends on seed and position only
             before = [self.tokens[p] for p in range(position)]
-            ((token, _, lead),) = replace(self.rules, draw=0).pick(row, [position], before)
+            rules = replace(self.rules, draw=0)
+            ((token, probability, lead),) = rules.pick(row, [position], before)
+            self.picks.append((position, token, probability))
             self.rounds.append(Round(position, math.inf, lead))
             self._note(position, token, row[0])
             if token == self.eos:

@@ -362,7 +362,8 @@ class DecodeState:
             last_token: of the prompt and the ``known`` response tokens. The prefill is all of them,
                 but for the last one where a response token is known: the canvas begins with that.
             most_tests: drafts that are fed at once at most.
-            chain_length: masks of consecutive positions that draft at most, of 2 to MAX_CHAIN.
+            chain_length: masks of consecutive positions at most, of 2 to MAX_CHAIN; or 1, which
+                without ``skips_known`` draft nothing.
             skips_known: whether chains begin behind the position whose token the pass picks in any
                 case, where no mask is needed for it: of mask adapters that are trained so.
             picks: how tokens are picked, see ``_begin``.

@@ -242,8 +242,6 @@ def _check_prompt(token_ids: list[int] | None, vllm_config: VllmConfig) -> None:
 
 
 def _check_trace(spec: RequestSpec, vllm_config: VllmConfig) -> None:
-    if spec.trace and spec.serial:
-        raise ParameterError("trace", True, "beside mode='serial' allowed is false")
     if spec.trace and not tracing_enabled(vllm_config):
         raise ParameterError(
             "trace",

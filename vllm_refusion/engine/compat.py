@@ -42,6 +42,7 @@ class Hooks:
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
         adapter_option: what it then calls the adapter, among the overrides of the configuration.
         short_names: of published checkpoints, each with the one that the Hugging Face Hub knows.
+        endpoints: makes our endpoint plugin, which adds routes only where an option asks for them.
     """
 
     architectures: Mapping[str, str]
@@ -53,6 +54,7 @@ class Hooks:
     take_adapter: Callable[[Any], None]
     adapter_option: str
     short_names: Mapping[str, str]
+    endpoints: Callable[[], Any]
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -92,6 +94,7 @@ def install(hooks: Hooks) -> None:
     _refuse_sleep(hooks)
     _report_figures(hooks)
     _report_passes_of_requests()
+    _attach_endpoints(hooks)
     _tell_preempted_from_finished()
     _settle_rows_before_each_step()
     _score_rows_of_prompts()
@@ -464,6 +467,26 @@ def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_toke
         shown.forward_passes = passes
         shown.tokens_per_forward = num_generation_tokens / passes
     return shown
+
+
+def _attach_endpoints(hooks: Hooks) -> None:
+    """Our routes, which an engine option asks for, beside those of vLLM's endpoint plugins.
+
+    vLLM loads the plugins that VLLM_PLUGINS names, and warns every server of each one installed
+    that it does not name.
+    """
+    from vllm import plugins
+
+    original = plugins.load_endpoint_plugins
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
+        return [*original(*args, **kwargs), hooks.endpoints()]
+
+    setattr(load_endpoint_plugins, _PATCHED, True)
+    plugins.load_endpoint_plugins = load_endpoint_plugins
 
 
 def _keep_stock_models_off_the_interpreter(hooks: Hooks) -> None:

@@ -9,7 +9,6 @@ Nothing here waits for the device or loops over requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,10 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
+from vllm.distributed.parallel_state import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -29,7 +31,7 @@ from vllm_refusion.decoding.picking import PickLimits, Processing, bias_row
 from vllm_refusion.decoding.sending import sent
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState
-from vllm_refusion.decoding.trace import Recorder
+from vllm_refusion.decoding.trace import Recorder, parameters_of
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.grammar_masks import GrammarMasks
@@ -42,12 +44,14 @@ from vllm_refusion.engine.sampler import CanvasSampler
 from vllm_refusion.engine.settings import (
     canvas_length,
     fuses_passes,
+    play_options,
     position_slack,
     serial_rows,
     server_defaults,
     tracing_enabled,
 )
 from vllm_refusion.engine.step_cost import StepCost
+from vllm_refusion.engine.trace_channel import Publisher
 from vllm_refusion.triton_kernels.dispatch import operations
 
 
@@ -69,6 +73,7 @@ class ReFusionModelState(ModelState):
         self.mask_rows = adapter and apply_adapter(model, adapter, vllm_config, device)
         self._chains = chains_of(adapter) if adapter else {}
         self.recorder: Recorder | None = None
+        self.publisher: Publisher | None = None  # of what it records, to a live page
         self.defaults = server_defaults(self.model_config)
         self.slack = position_slack(vllm_config)
         # Addresses captured by CUDA graphs.
@@ -103,10 +108,6 @@ class ReFusionModelState(ModelState):
             canvas_token=self.req_states.draft_tokens,  # what the runner feeds as draft tokens
         )
         self.decode_state.gathers_starts = True
-        if tracing_enabled(self.vllm_config):
-            self.recorder = Recorder(self.decode_state)
-            transition = self.recorder.around(self.operations.transition)
-            self.operations = replace(self.operations, transition=transition)
         self.grammar_masks = GrammarMasks(self.decode_state, self.operations, self._req_of)
         self.sampler = CanvasSampler(
             self.vllm_config,
@@ -121,6 +122,11 @@ class ReFusionModelState(ModelState):
             self.serial,
             self.grammar_masks,
         )
+        if tracing_enabled(self.vllm_config) and get_tensor_model_parallel_rank() == 0:
+            if play_options(self.vllm_config.additional_config) is not None:
+                self.publisher = Publisher()
+            sink = self.publisher and self.publisher.send
+            self.recorder = self.sampler.recorder = Recorder(self.decode_state, sink)
         return self.sampler, None
 
     def add_request(self, req: int, new_req_data: Any) -> None:
@@ -130,7 +136,8 @@ class ReFusionModelState(ModelState):
         )
         self._req_of[new_req_data.req_id] = req
         if self.recorder is not None and spec.trace:
-            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
+            how = parameters_of(spec.decoding, spec.temperature, spec.seed, spec.max_tokens)
+            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids, how)
         self._limit_picks(req, spec, prompt_len, new_req_data.prefill_token_ids)
         if spec.logprobs is not None:
             record = self._suspended_records.pop(new_req_data.req_id, None)
@@ -165,6 +172,9 @@ class ReFusionModelState(ModelState):
         """Starts it, or goes on after a preemption: its tokens are computed again in order."""
         prompt_len, tokens = len(new_req_data.prompt_token_ids), new_req_data.prefill_token_ids
         known = len(tokens) - prompt_len
+        drafting = {"most_tests": serial_rows(self.vllm_config) - 2, **self._chains}
+        if not spec.drafts:
+            drafting = {"most_tests": 0, "chain_length": 1}
         self.serial.add(req)
         if spec.constrained:
             self.constrained.add(req)
@@ -178,8 +188,7 @@ class ReFusionModelState(ModelState):
             spec.eos_token_id,
             last_token=tokens[-1],
             known=known,
-            most_tests=serial_rows(self.vllm_config) - 2,
-            **self._chains,
+            **drafting,
             min_tokens=spec.min_tokens,
             stop_ids=spec.held_back,
             temperature=spec.temperature,
@@ -300,7 +309,7 @@ class ReFusionModelState(ModelState):
         self.penalties.remove(req)
         self.decode_state.remove(req)
         if self.recorder is not None:
-            self.recorder.remove(req)
+            self.recorder.remove(req, preempted=req_id in self._preempting)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         return None

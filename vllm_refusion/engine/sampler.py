@@ -21,6 +21,7 @@ from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
+from vllm_refusion.decoding.trace import Recorder
 from vllm_refusion.engine.acceptance import acceptance_tables, replayed_draws
 from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.row_budget import RowBudget
@@ -69,6 +70,7 @@ class CanvasSampler:
         self.describes = ScoreKind.of(vllm_config.model_config.logprobs_mode)
         self.grammar_masks = grammar_masks
         self.row_budget: RowBudget | None = None  # starts with the first request
+        self.recorder: Recorder | None = None
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
         self.chunk_rows = max(1, min(rows, LOGITS_CHUNK_BYTES // row_bytes))
@@ -124,6 +126,9 @@ class CanvasSampler:
             output.num_rejected,
             budget.speculation if budget else NO_RIDERS,
         )
+        traced = None
+        if self.recorder is not None:
+            traced = self.recorder.begin(input_batch.idx_mapping_np.tolist())
         # without any requests both, so that both are compiled before the first one
         if len(self.serial) < len(self.requests) or not self.requests:
             emit_limit = self._emit_limit(input_batch)
@@ -135,6 +140,16 @@ class CanvasSampler:
         )
         if self.penalties.used:
             self.penalties.count(batch[1], output.sampled_token_ids, output.num_sampled)
+        if traced is not None:
+            self.recorder.end(
+                traced,
+                input_batch.query_start_loc,
+                input_batch.cu_num_logits,
+                self.picked_prob[:rows],
+                self.given_prob[:rows],
+                output.sampled_token_ids,
+                output.num_sampled,
+            )
         if input_batch.num_draft_tokens:
             # the runner makes Python lists of them: no wider than what can be in them
             most = int(input_batch.num_draft_tokens_per_req.max())
