@@ -286,6 +286,7 @@ def test_only_an_engine_that_records_has_a_recorder(enabled, monkeypatch):
         device=torch.device("cpu"),
         operations=operations_of(torch.device("cpu")),
         recorder=None,
+        publisher=None,
         limits=SimpleNamespace(vocab=10),
         penalties=None,
         records={},
