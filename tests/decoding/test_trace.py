@@ -147,7 +147,7 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
     config = SimpleNamespace(
         additional_config={"refusion_trace": True} if enabled else {},
         diffusion_config=SimpleNamespace(canvas_length=8),
-        model_config=SimpleNamespace(dtype=torch.float32),
+        model_config=SimpleNamespace(dtype=torch.float32, logprobs_mode="raw_logprobs"),
     )
     vars(made).update(
         vllm_config=config,
@@ -162,6 +162,7 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
         operations=original,
         recorder=None,
         limits=SimpleNamespace(vocab=10),
+        penalties=None,
         records={},
         _req_of={},
         serial=set(),
