@@ -10,6 +10,7 @@ import torch
 from vllm import SamplingParams
 
 from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.compat import count_passes
@@ -145,12 +146,16 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
 
     on_cpu = operations(torch.device("cpu"))
     return CanvasSampler(
-        SimpleNamespace(additional_config={}, model_config=SimpleNamespace(dtype=torch.float32)),
+        SimpleNamespace(
+            additional_config={},
+            model_config=SimpleNamespace(dtype=torch.float32, logprobs_mode="raw_logprobs"),
+        ),
         Model(),
         on_cpu,
         state,
         SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
         PickLimits(max_requests, vocab_size, "cpu"),
+        Penalties(max_requests, vocab_size, "cpu"),
         {},
         set(),
         set(),
@@ -185,6 +190,10 @@ def test_logits_are_read_in_chunks():
     made.chunk_rows = 24
     made(torch.zeros(64, 8), batch(4, 16))
     assert made.model.rows == [24, 24, 16]
+    made.penalties.add(2, [1], [], presence=1.0)  # beside a copy in float32, smaller ones
+    made.model.rows.clear()
+    made(torch.zeros(64, 8), batch(4, 16))
+    assert made.model.rows == [6] * 10 + [4]
 
 
 def test_chunks_of_a_real_vocabulary_are_bounded():
