@@ -191,8 +191,8 @@ class _CanvasScheduling:
                 continue
             request.next_decode_eligible_step = 0
             if request.status == RequestStatus.RUNNING:
-                width = self._serial_width()
-                drafts = self.grammar_drafts.fit(request, proposed.get(request_id, []))[:width]
+                width, running = self._serial_width(), len(self.running)
+                drafts = self.grammar_drafts.fit(request, proposed.get(request_id, []), running)
                 request.spec_token_ids = [*drafts, *[-1] * (width - len(drafts))]
         return outputs
 
