@@ -153,6 +153,7 @@ def test_ahead_of_the_device_with_little_memory(
     assert [tokens for _, tokens in preemptions if tokens]
 
 
+@pytest.mark.slow
 def test_with_the_kernels(examples, asked, stock, async_scheduling, monkeypatch):
     """Triton's interpreter runs what a GPU would."""
     monkeypatch.setenv("VLLM_REFUSION_CPU_KERNELS", "interpreter")
@@ -162,7 +163,7 @@ def test_with_the_kernels(examples, asked, stock, async_scheduling, monkeypatch)
     assert_same(answers, [stock("xgrammar")[i] for i in few], [asked[i] for i in few])
 
 
-@pytest.mark.parametrize("slot_size", [4, 32])
+@pytest.mark.parametrize("slot_size", [4, pytest.param(32, marks=pytest.mark.slow)])
 def test_answers_of_the_reference(examples, questions, tokenizer, slot_size):
     """Where a slot's first token is picked in the row of a mask; greedy, and samples of each."""
     path = examples / "refusion-tiny"

@@ -113,9 +113,9 @@ def test_every_kind(send, kind):
         (COMPLETIONS, {"prompt": "2 + 3 =", "max_tokens": 60}),
     ]
     alone = [text_of(path, send(path, body)) for path, body in asked]
-    with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda one: text_of(one[0], send(*one)), asked * 2))
-    assert together == alone * 2
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda one: text_of(one[0], send(*one)), asked))
+    assert together == alone
     if kind == "choice":
         assert set(alone[:2]) <= set(KINDS[kind]["choice"])
 

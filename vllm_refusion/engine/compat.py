@@ -630,6 +630,7 @@ def _return_drafts() -> None:
 
     An output has no place for them; ``take_drafts`` takes them out again before vLLM sees them.
     """
+    from vllm.v1.structured_output.utils import strip_speculative_padding
     from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
     @_patch(AsyncOutput, "get_output")
@@ -637,24 +638,22 @@ def _return_drafts() -> None:
         output = original(self)
         for row in getattr(self.sampler_output, "drafted", ()):
             behind = self.sampled_token_ids[row, len(output.sampled_token_ids[row]) :].tolist()
-            output.sampled_token_ids[row] += [-1, *_until_padding(behind)]
+            output.sampled_token_ids[row] += [-1, *strip_speculative_padding(behind)]
         return output
 
 
 def take_drafts(output: Any) -> dict[str, list[int]]:
     """Takes the drafts by request id out of a ``ModelRunnerOutput``, see ``_return_drafts``."""
+    from vllm.v1.structured_output.utils import strip_speculative_padding
+
     drafts = {}
     for req_id, row in output.req_id_to_index.items():
         tokens = output.sampled_token_ids[row] if output.sampled_token_ids else []
-        known = _until_padding(tokens)
+        known = strip_speculative_padding(tokens)
         if len(known) < len(tokens):
             drafts[req_id] = tokens[len(known) + 1 :]
             output.sampled_token_ids[row] = known
     return drafts
-
-
-def _until_padding(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(-1)] if -1 in tokens else tokens
 
 
 def grammar_output(manager: Any, requests: Any, drafts: dict[str, list[int]]) -> Any:

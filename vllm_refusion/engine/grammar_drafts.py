@@ -9,6 +9,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_refusion.engine import compat
 
+# Masks that the host fills in a step for the drafts of all requests: others wait for it.
+MASKS_OF_ALL = 256
+
 
 class GrammarDrafts:
     """Makes the drafts of constrained requests fit what their grammars allow.
@@ -23,12 +26,16 @@ class GrammarDrafts:
         self.most = most
         self._tokenizer: Any = getattr(manager, "tokenizer", None)
 
-    def fit(self, request: Request, proposed: list[int]) -> list[int]:
-        """The drafts up to the first that the grammar refuses, and what it forces behind them."""
-        drafts = self._fitting(request, proposed)
-        while len(drafts) < self.most:
+    def fit(self, request: Request, proposed: list[int], running: int) -> list[int]:
+        """The drafts up to the first that the grammar refuses, and what it forces behind them.
+
+        Fewer where many requests are ``running``, for whom drafts are dear in any case.
+        """
+        most = min(self.most, MASKS_OF_ALL // max(1, running))
+        drafts = self._fitting(request, proposed[:most])
+        while len(drafts) < most:
             forced = compat.forced_tokens(self.manager, request, drafts, self._tokenizer)
-            fitting = self._fitting(request, [*drafts, *forced])
+            fitting = self._fitting(request, [*drafts, *forced][:most])
             if len(fitting) <= len(drafts):
                 break
             drafts = fitting
@@ -41,7 +48,7 @@ class GrammarDrafts:
         it together with tokens that follow.
         """
         params = request.sampling_params
-        fitting = self.manager.validate_tokens(request, tokens[: self.most])
+        fitting = self.manager.validate_tokens(request, tokens)
         ends = params.all_stop_token_ids if params.ignore_eos else ()
         end = next((i for i, token in enumerate(fitting) if token in ends), len(fitting))
         return fitting[:end]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_refusion.decoding.speculation import Speculation
+from vllm_refusion.decoding.speculation import NO_RIDERS, Speculation
 from vllm_refusion.decoding.state import DecodeState, Field
 from vllm_refusion.triton_kernels.dispatch import Operations
 from vllm_refusion.triton_kernels.grammar_twin import picking_rows
@@ -115,10 +115,13 @@ class GrammarMasks:
         self._first = self._bitmask = None
         return np.flatnonzero(np.isin(batch.idx_mapping_np, list(numbers))).tolist()
 
-    def compile(self) -> None:
-        """Gives no drafts to an index without a request."""
-        self.give_drafts({0: []}, Speculation(0, 0, 0))
+    def compile(self, logits: torch.Tensor) -> None:
+        """Gives no drafts to an index without a request, and leaves a row [1, V] as it is."""
+        self.give_drafts({0: []}, NO_RIDERS)
         self._numbers.clear()
+        nothing = torch.full((1,), -1, dtype=torch.int32, device=logits.device)
+        words = nothing.expand(1, -(-logits.shape[1] // 32)).contiguous()
+        self.operations.forbid(logits, nothing, words)
 
     def _to_device(self, host: np.ndarray) -> torch.Tensor:
         """A copy: the host's is written again while the step runs."""

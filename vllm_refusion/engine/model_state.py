@@ -20,6 +20,7 @@ from vllm.distributed.parallel_state import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.v1.structured_output.utils import strip_speculative_padding
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -199,7 +200,7 @@ class ReFusionModelState(ModelState):
         """The drafts that the scheduler has for constrained requests of a step, by request id."""
         if self.constrained:
             drafts = {
-                req: [token for token in tokens if token >= 0]
+                req: strip_speculative_padding(tokens)
                 for request_id, tokens in scheduled.items()
                 if (req := self._req_of[request_id]) in self.constrained
             }
@@ -218,7 +219,6 @@ class ReFusionModelState(ModelState):
             self.sampler.compile(
                 torch.zeros(1, hidden, dtype=self.model_config.dtype, device=self.device)
             )
-            self.grammar_masks.compile()
             starts = torch.zeros(2, dtype=torch.int32, device=self.device)
             self.start_row_budget(starts, []).compile()
             self.sampler.row_budget = None

@@ -202,6 +202,7 @@ class CanvasSampler:
         nothing = torch.full((1,), -1, dtype=torch.int32, device=hidden_states.device)
         requests = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
         logits = self.model.row_logits(hidden_states)
+        self.grammar_masks.compile(logits)
         self._token_stats(logits, requests, nothing, nothing, nothing, slice(0, 1))
         # so that the first request with penalties does not hold the others up
         self.operations.apply_penalties(

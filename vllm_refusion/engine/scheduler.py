@@ -21,6 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output.utils import strip_speculative_padding
 
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.grammar_drafts import GrammarDrafts
@@ -174,7 +175,7 @@ class _CanvasScheduling:
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """What grammars allow behind the known tokens and the drafts of this step's requests."""
         drafts = {
-            request_id: tokens[: tokens.index(-1)] if -1 in tokens else tokens
+            request_id: strip_speculative_padding(tokens)
             for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
             if request_id in self.requests and _constrained(self.requests[request_id])
         }
@@ -194,8 +195,8 @@ class _CanvasScheduling:
                 continue
             request.next_decode_eligible_step = 0
             if request.status == RequestStatus.RUNNING:
-                width = self._serial_width()
-                drafts = self.grammar_drafts.fit(request, proposed.get(request_id, []))[:width]
+                width, running = self._serial_width(), len(self.running)
+                drafts = self.grammar_drafts.fit(request, proposed.get(request_id, []), running)
                 request.spec_token_ids = [*drafts, *[-1] * (width - len(drafts))]
         return outputs
 
