@@ -66,14 +66,16 @@ def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
     def install(function: Callable[..., Any]) -> None:
         found = inspect.getattr_static(owner, name)
         original = found.fget if isinstance(found, property) else found
-        if getattr(original, _PATCHED, False):
+        before = getattr(original, _PATCHED, None)
+        if before is not None:
+            assert before == function.__qualname__, (before, function.__qualname__)
             return
 
         @functools.wraps(original)
         def patched(*args: Any, **kwargs: Any) -> Any:
             return function(original, *args, **kwargs)
 
-        setattr(patched, _PATCHED, True)
+        setattr(patched, _PATCHED, function.__qualname__)
         setattr(owner, name, property(patched) if isinstance(found, property) else patched)
 
     return install
@@ -97,8 +99,7 @@ def install(hooks: Hooks) -> None:
     _attach_endpoints(hooks)
     _tell_preempted_from_finished()
     _settle_rows_before_each_step()
-    _score_rows_of_prompts()
-    _mask_rows_ourselves()
+    _replace_parts_of_the_runner()
     _return_drafts()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
@@ -547,19 +548,21 @@ def _settle_rows_before_each_step() -> None:
             self.model_state.take_drafts(scheduler_output.scheduled_spec_decode_tokens)
 
 
-def _score_rows_of_prompts() -> None:
-    """Puts our worker for the log-probabilities of prompts where the runner made vLLM's.
+def _replace_parts_of_the_runner() -> None:
+    """Puts our own where the runner made vLLM's while it loaded the model; no hook replaces them.
 
-    That one takes the host's layout of a step for the device's. No hook is there to replace it.
+    For the log-probabilities of prompts, where vLLM's part takes the host's layout of a step for
+    the device's; and for structured outputs, where it takes what it has for logits, and room for a
+    mask of every row of every canvas: a GB for 256 requests and a vocabulary of 150,000.
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     @_patch(GPUModelRunner, "load_model")
     def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        scores = getattr(self.model_state, "prompt_scores", None)
-        if scores is not None:
-            self.prompt_logprobs_worker = scores
+        if hasattr(self.model_state, "grammar_masks"):
+            self.prompt_logprobs_worker = self.model_state.prompt_scores
+            self.structured_outputs_worker = self.model_state.grammar_masks
 
 
 class RowManager:
@@ -607,22 +610,6 @@ class RowManager:
         layout = self._budget.deal(idx_mapping)
         takes_drafts = "num_admitted_draft_tokens" in InputBatch.__dataclass_fields__
         return (*layout, None) if takes_drafts else layout
-
-
-def _mask_rows_ourselves() -> None:
-    """Structured outputs come to our sampler instead of to what the runner takes for logits.
-
-    The runner builds its own part for it while it loads the model, with room for a mask of every
-    row of every canvas: a GB for 256 requests and a vocabulary of 150,000.
-    """
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    @_patch(GPUModelRunner, "load_model")
-    def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        masks = getattr(self.model_state, "grammar_masks", None)
-        if masks is not None:
-            self.structured_outputs_worker = masks
 
 
 def _return_drafts() -> None:
