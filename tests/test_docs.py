@@ -66,6 +66,8 @@ RUN_BY = {
     "vllm-refusion doctor": RUN,
     "vllm-refusion view": RUN,
     "vllm-refusion trace": SLOW,
+    "vllm-refusion play": "test_play_commands_parse",  # tests/serving/test_play.py has such servers
+    "python -m vllm_refusion.bench.trace_cost": "test_cost_of_traces",
     "python examples/evaluate.py": "test_measurement",
     "python -m vllm_refusion.bench.contributions": "test_measurement",
     "python examples/adapter_drafts.py": "test_drafts_of_an_adapter",
@@ -341,6 +343,28 @@ def test_benchmark_commands_parse():
         if command.startswith("vllm-refusion bench"):
             words = shlex.split(command.replace("\\\n", " "), comments=True)
             assert parser.parse_args(words[1:]).run
+
+
+def test_play_commands_parse():
+    from vllm_refusion.viewer.play_command import serve_command
+
+    parser, found = build_parser(), 0
+    for _, command in documented("sh"):
+        if command.startswith("vllm-refusion play"):
+            args = parser.parse_args(shlex.split(command, comments=True)[1:])
+            assert serve_command(args)[-1] != args.model
+            found += 1
+    assert found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", chosen("test_cost_of_traces"))
+def test_cost_of_traces(command, copy):
+    """The command runs; what it measures on a busy machine is no test."""
+    few = re.sub(r"--rounds 6 --output-len 128", "--rounds 1 --output-len 16", command)
+    assert few != command
+    (line,) = [line for line in run(few, copy).splitlines() if line.startswith("{")]
+    assert {"wall_cost", "processor_cost"} <= set(json.loads(line))
 
 
 def test_training_commands_parse():

@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.decoding.state import DecodeState
-from vllm_refusion.triton_kernels.allocation_twin import RIDERS_WORTH, TOTALS
+from vllm_refusion.triton_kernels.allocation_twin import TOTALS
 from vllm_refusion.triton_kernels.checks import check
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
     F_COMMITTED,
     F_EMITTED,
-    F_EXPECTED,
     F_KEPT,
+    F_LAST_TOKENS,
     F_PHASE,
     F_PROMPT_LEN,
     F_RESUME,
@@ -37,8 +37,6 @@ from vllm_refusion.triton_kernels.state_codes import (
     SERIAL,
     START,
 )
-
-_RIDERS_WORTH = tl.constexpr(RIDERS_WORTH)
 
 
 @triton.jit
@@ -107,9 +105,10 @@ def _allocate_kernel(
     tl.store(logits_start_ptr + request, given, mask=exists)
     tl.store(totals_ptr, tl.sum(needed, axis=0))
     tl.store(totals_ptr + 1, tl.sum(canvas, axis=0))
-    expected = tl.load(ints + F_EXPECTED, mask=exists, other=0)
-    worth = tl.where(phase == SERIAL, expected - 256, _RIDERS_WORTH)
-    tl.store(totals_ptr + 2, tl.sum(tl.where(needed > 0, worth, 0), axis=0))
+    serial = (needed > 0) & (phase == SERIAL)
+    tokens = tl.load(ints + F_LAST_TOKENS, mask=serial, other=0)
+    tl.store(totals_ptr + 2, tl.sum(serial.to(tl.int32), axis=0))
+    tl.store(totals_ptr + 3, tl.sum(tokens, axis=0))
     tl.debug_barrier()
 
     # in the order of the batch: decoding requests, then prompts

@@ -6,8 +6,7 @@ import torch
 
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
 
-TOTALS = 3
-RIDERS_WORTH = 128  # of parallel decoding, beside a pass itself, in 1/256
+TOTALS = 4
 
 
 def allocate_twin(
@@ -34,15 +33,15 @@ def allocate_twin(
         prompt_rows: [R] int32, rows of a request that feed its prompt, before the others.
         query_start_loc: [>= R+1] int32, out: where each request's query rows start.
         logits_start: [R+1] int32, out: the same for decode rows.
-        totals: [TOTALS] int32, out: rows needed by all phases, and with riders; what the riders are
-            worth beside the passes themselves, in 1/256 of a pass. Of serial decoding that is the
-            tokens expected beyond the first one.
+        totals: [TOTALS] int32, out: rows needed by all phases, and with riders; requests past their
+            prompt in serial mode, if they need rows, and the tokens of their last passes.
         rows: at most the sum of what is scheduled for decoding requests.
         first: the request that is first in line.
     """
     order = [(first + i) % num_decoding for i in range(num_decoding)]
     most, reqs = scheduled.tolist(), idx_mapping.tolist()
-    needed, canvas, worth = [0] * num_decoding, [0] * num_decoding, 0
+    needed, canvas = [0] * num_decoding, [0] * num_decoding
+    serial = tokens = 0
     for request in order:
         ints = state.ints[reqs[request]]
         phase, committed = int(ints[Field.PHASE]), int(ints[Field.COMMITTED])
@@ -65,9 +64,9 @@ def allocate_twin(
                 canvas[request] = max(min(int(ints[Field.CANVAS]), room), needed[request])
                 ints[Field.CANVAS] = canvas[request]
 
-        if needed[request] > 0:
-            serial = phase == Phase.SERIAL
-            worth += int(ints[Field.EXPECTED]) - 256 if serial else RIDERS_WORTH
+        if needed[request] > 0 and phase == Phase.SERIAL:
+            serial += 1
+            tokens += int(ints[Field.LAST_TOKENS])
 
     given, total = [0] * num_decoding, 0
     for request in order:
@@ -88,4 +87,4 @@ def allocate_twin(
     for starts, values in ((query_start_loc, lengths), (logits_start, decode_lengths)):
         starts[0] = 0
         starts[1 : len(values) + 1] = torch.tensor(values).cumsum(0)
-    totals.copy_(torch.tensor([sum(needed), sum(canvas), worth]))
+    totals.copy_(torch.tensor([sum(needed), sum(canvas), serial, tokens]))

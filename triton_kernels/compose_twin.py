@@ -125,7 +125,7 @@ class Request:
         candidates = self._riders() if self.speculation.rides else []
         candidates = [rider for rider in candidates if self._saving(rider) in self.savings]
         candidates.sort(key=lambda rider: (-rider.score, rider.at))
-        free, price, _ = self.speculation
+        free, price = self.speculation.free_rows, self.speculation.pass_price
         for rider in candidates[:MAX_RIDERS]:
             width, end = len(rider.positions), len(rows) + len(rider.positions)
             pays = end <= free or rider.chance * (width + price) > width * CERTAIN

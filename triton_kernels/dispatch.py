@@ -29,6 +29,8 @@ class Operations:
     layout: Callable[..., None]
     transition: Callable[..., None]
     serial_transition: Callable[..., None]
+    give_drafts: Callable[..., None]
+    forbid: Callable[..., None]
     allocate: Callable[..., None]
     acceptance_stats: Callable[..., None]
     find_masks: Callable[..., None]
@@ -55,6 +57,7 @@ def _load(twins: bool) -> Operations:
             acceptance_twin,
             allocation_twin,
             canvas_attention_twin,
+            grammar_twin,
             layout_twin,
             mask_lora_twin,
             penalties_twin,
@@ -71,6 +74,8 @@ def _load(twins: bool) -> Operations:
             layout=layout_twin.layout_twin,
             transition=transition_twin.transition_twin,
             serial_transition=serial_twin.serial_transition_twin,
+            give_drafts=serial_twin.give_drafts_twin,
+            forbid=grammar_twin.forbid_twin,
             allocate=allocation_twin.allocate_twin,
             acceptance_stats=acceptance_twin.acceptance_stats_twin,
             find_masks=mask_lora_twin.find_masks_twin,
@@ -81,6 +86,7 @@ def _load(twins: bool) -> Operations:
         acceptance,
         allocation,
         canvas_attention,
+        grammar,
         layout,
         mask_lora,
         penalties,
@@ -98,6 +104,8 @@ def _load(twins: bool) -> Operations:
         layout=layout.layout,
         transition=transition.transition,
         serial_transition=serial.serial_transition,
+        give_drafts=serial.give_drafts,
+        forbid=grammar.forbid,
         allocate=allocation.allocate,
         acceptance_stats=acceptance.acceptance_stats,
         find_masks=mask_lora.find_masks,

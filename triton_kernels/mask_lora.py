@@ -31,7 +31,8 @@ EMBED_TILE = 1024
 ROW_PROGRAMS = 8  # tiles of rows side by side; more of them take turns
 SPLIT = 512  # input columns of a split of the shrink, about
 MAX_SPLITS = 16
-EXPAND_TILES = 4  # of a program, one after another: they share what is summed over splits
+MAX_TILES = 4  # of a program of the expand, one after another: they share the sum over splits
+PROGRAMS = 132  # that keep a GPU busy: with fewer, no tile waits for another
 
 
 @triton.jit
@@ -208,12 +209,13 @@ def mask_lora(
     blocks: Sequence[int],
     *,
     split_columns: int = SPLIT,
+    programs: int = PROGRAMS,
 ) -> None:
     """Same arguments and effects as ``mask_lora_twin``, as two kernels.
 
     The rank is a power of two of at least LEAST_RANK (zeros make up for what is missing), blocks
     are MAX_BLOCKS at most, and rows of x and y contiguous. Any ``split_columns`` gives the same
-    answer up to rounding.
+    answer up to rounding, any ``programs``, to which the expand is spread out, the same.
     """
     num_rows, columns = x.shape
     widths, rank = blocks[1::2], b.shape[1]
@@ -253,10 +255,12 @@ def mask_lora(
         IN=columns, RANK=rank, SPLIT_COLUMNS=split_columns,
         BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3, **options,
     )  # fmt: skip
-    parts = sum(triton.cdiv(width, EXPAND_TILES * block_n) for width in widths)
+    tiles = sum(triton.cdiv(width, block_n) for width in widths) * row_programs // programs
+    tiles = max(1, min(tiles, MAX_TILES))
+    parts = sum(triton.cdiv(width, tiles * block_n) for width in widths)
     padded = [*blocks, *[0] * (2 * (MAX_BLOCKS - number))]
     _expand_kernel[(row_programs, parts)](
         y, partial, b, rows, count, y.stride(0), num_rows, float(scale), *padded,
         BLOCKS=number, RANK=rank, SPLITS=splits,
-        BLOCK_M=block_m, BLOCK_N=block_n, TILES=EXPAND_TILES, num_stages=2, **options,
+        BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles, num_stages=2, **options,
     )  # fmt: skip

@@ -21,13 +21,14 @@ from vllm_refusion.decoding.speculation import (
     device_table,
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
-from vllm_refusion.triton_kernels.checks import check_pass
+from vllm_refusion.triton_kernels.checks import check, check_pass
 from vllm_refusion.triton_kernels.lanes import (
     NOWHERE,
     at_lane,
     first,
     lanes_of,
 )
+from vllm_refusion.triton_kernels.serial_twin import GIVEN
 from vllm_refusion.triton_kernels.state_codes import (
     COUNT_DRAFTS_PASSED,
     COUNT_DRAFTS_TESTED,
@@ -42,7 +43,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_DRAFTS,
     F_EMITTED,
     F_EOS,
-    F_EXPECTED,
+    F_LAST_TOKENS,
     F_MASKED_STARTS,
     F_MAX_TOKENS,
     F_MOST_MASKS,
@@ -85,6 +86,7 @@ LANES_PER_WARP = 128
 SEARCH_STEPS = LARGEST_COST.bit_length()
 _ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
 _CERTAIN = tl.constexpr(CERTAIN)
+_GIVEN = tl.constexpr(GIVEN)
 _LARGEST_COST = tl.constexpr(LARGEST_COST)
 _LEVELS = tl.constexpr(LEVELS)
 _SEARCH_STEPS = tl.constexpr(SEARCH_STEPS)
@@ -222,8 +224,8 @@ def _chain_widths(worth, price, lanes):
 
 @triton.jit
 def _compose(
-    drafts, last, ints, known, tested, passed, price, mask_token_id, positions, rows, tokens,
-    table, CANVAS: tl.constexpr, lanes,
+    drafts, last, ints, known, tested, passed, price, prior, mask_token_id, positions, rows,
+    tokens, table, CANVAS: tl.constexpr, lanes,
 ):  # fmt: skip
     """Writes the next canvas, at least one token being known."""
     j = lanes.p
@@ -242,7 +244,7 @@ def _compose(
         starts,
         leads,
         tl.minimum(tl.load(ints + F_MOST_MASKS) - leads, max_tokens - 2 - known - j),
-        tl.load(table + acceptance(passed, tested)),
+        tl.load(table + acceptance(passed, tested, prior)),
         table,
     )
     room = CANVAS - 1 - tests
@@ -254,7 +256,6 @@ def _compose(
     total = tl.sum(width, axis=0)
     start = 1 + tests + tl.where(j > 0, at_lane(width, lanes, 0) + total - through_width, 0)
     canvas = 1 + tests + total
-    expected = tl.sum(tl.where(j <= tests, chance_before, 0), axis=0) >> 8
     needed = tl.where(at_lane(starts, lanes, 0) > 0, 2 + tests, 1)
 
     in_canvas = j < CANVAS
@@ -292,10 +293,9 @@ def _compose(
     tl.store(ints + F_TESTS, tests)
     tl.store(ints + F_ROWS, needed)
     tl.store(ints + F_CANVAS, canvas)
-    tl.store(ints + F_EXPECTED, expected)
 
 
-@triton.jit(do_not_specialize=["row_price"])
+@triton.jit(do_not_specialize=["row_price", "prior"])
 def _serial_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     by_position_ptr,  # [max_reqs, NUM_POSITION_FIELDS, W] int32
@@ -317,6 +317,7 @@ def _serial_kernel(
     max_response,
     mask_token_id,
     row_price,
+    prior,
     CANVAS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -380,7 +381,7 @@ def _serial_kernel(
             last = at_lane(picks.token, lanes, new - 1)
             _compose(
                 drafts, last, ints, known + new, tested >> halves, passed >> halves,
-                row_price.to(tl.int64), mask_token_id, positions,
+                row_price.to(tl.int64), prior, mask_token_id, positions,
                 by_row_ptr + req * NUM_ROW_FIELDS * CANVAS, canvas_token_ptr + req * CANVAS,
                 table_ptr, CANVAS, lanes,
             )  # fmt: skip
@@ -389,6 +390,7 @@ def _serial_kernel(
         tl.store(ints + F_PASSED, passed >> halves)
         tl.store(ints + F_EMITTED, known + new)
         tl.store(ints + F_BLOCK_START, known)
+        tl.store(ints + F_LAST_TOKENS, new)
         tl.atomic_add(counters_ptr + COUNT_SERIAL, 1)
         tl.atomic_add(counters_ptr + COUNT_ROWS_FED, fed)
         tl.atomic_add(counters_ptr + COUNT_RIDER_ROWS_FED, fed - needed)
@@ -430,6 +432,7 @@ def serial_transition(
         (num_sampled, num_rejected),
     )
     assert 0 <= speculation.row_price <= CERTAIN, speculation
+    assert 0 < speculation.prior < LEVELS, speculation
     lanes = triton.next_power_of_2(state.canvas_length)
     _serial_kernel[(len(idx_mapping),)](
         state.ints,
@@ -452,6 +455,74 @@ def serial_transition(
         state.max_response,
         state.mask_token_id,
         speculation.row_price,
+        speculation.prior,
+        CANVAS=state.canvas_length,
+        LANES=lanes,
+        num_warps=max(1, lanes // LANES_PER_WARP),
+    )
+
+
+@triton.jit(do_not_specialize=["row_price", "prior"])
+def _give_drafts_kernel(
+    ints_ptr,  # [max_reqs, NUM_FIELDS] int32
+    by_position_ptr,  # [max_reqs, NUM_POSITION_FIELDS, W] int32
+    by_row_ptr,  # [max_reqs, NUM_ROW_FIELDS, W] int32
+    canvas_token_ptr,  # [max_reqs, W] int64
+    reqs_ptr,  # [K] int64
+    drafts_ptr,  # [K, W] int32
+    table_ptr,  # see device_table
+    mask_token_id,
+    row_price,
+    prior,
+    CANVAS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    index = tl.program_id(0)
+    req = tl.load(reqs_ptr + index).to(tl.int64)
+    ints = ints_ptr + req * NUM_FIELDS
+    known = tl.load(ints + F_EMITTED)
+    if (tl.load(ints + F_PHASE) != SERIAL) | (known == 0):
+        return
+    lanes = lanes_of(tl.load(ints + F_SLOT_SIZE), LANES)
+    j, mask = lanes.p, lanes.p < CANVAS
+    positions = by_position_ptr + req * NUM_POSITION_FIELDS * CANVAS
+    tokens = canvas_token_ptr + req * CANVAS
+    given = tl.load(drafts_ptr + index * CANVAS + j, mask=mask, other=-1)
+    number = tl.minimum(first(given < 0, lanes), CANVAS)
+    old = tl.load(positions + P_TOKEN * CANVAS + j, mask=mask, other=-1)
+    confidence = tl.load(positions + P_CONFIDENCE * CANVAS + j, mask=mask, other=0)
+    kept = (given == old) & (j < tl.load(ints + F_DRAFTS))
+    confidence = tl.where(kept, confidence.to(tl.float32, bitcast=True), _GIVEN)
+    last = tl.load(tokens).to(tl.int32)
+    tested, passed = tl.load(ints + F_TESTED), tl.load(ints + F_PASSED)
+    # Every load of the old state comes before every store of the new one.
+    tl.debug_barrier()
+    _compose(
+        Drafts(given, confidence, number), last, ints, known, tested, passed,
+        row_price.to(tl.int64), prior, mask_token_id, positions,
+        by_row_ptr + req * NUM_ROW_FIELDS * CANVAS, tokens, table_ptr, CANVAS, lanes,
+    )  # fmt: skip
+
+
+def give_drafts(
+    state: DecodeState, reqs: torch.Tensor, drafts: torch.Tensor, speculation: Speculation
+) -> None:
+    """Same arguments and effects as ``give_drafts_twin``, as one kernel."""
+    check(reqs, reqs.shape, torch.int64)
+    check(drafts, (len(reqs), state.canvas_length), torch.int32)
+    assert 0 <= speculation.row_price <= CERTAIN, speculation
+    lanes = triton.next_power_of_2(state.canvas_length)
+    _give_drafts_kernel[(len(reqs),)](
+        state.ints,
+        state.by_position,
+        state.by_row,
+        state.canvas_token,
+        reqs,
+        drafts,
+        device_table(state.device),
+        state.mask_token_id,
+        speculation.row_price,
+        speculation.prior,
         CANVAS=state.canvas_length,
         LANES=lanes,
         num_warps=max(1, lanes // LANES_PER_WARP),

@@ -17,6 +17,7 @@ or, where a token's row picks a slot's first token too, behind the prompt's last
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,9 +25,11 @@ from typing import NamedTuple
 import torch
 
 from vllm_refusion.decoding.speculation import (
+    ALL_DRAFTING,
     CERTAIN,
     LARGEST_COST,
     LEVELS,
+    Drafting,
     Speculation,
     acceptance,
     chance_of,
@@ -35,6 +38,8 @@ from vllm_refusion.decoding.speculation import (
     cost_table,
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, Counter, DecodeState, Field, Phase
+
+GIVEN = 0.9375  # confidence in a draft that is not the model's own
 
 
 def serial_transition_twin(
@@ -50,17 +55,19 @@ def serial_transition_twin(
     num_sampled: torch.Tensor,
     num_rejected: torch.Tensor,
     speculation: Speculation,
+    drafting: Collection[Drafting] = ALL_DRAFTING,
 ) -> None:
     """Moves every serial request of a batch by one pass and writes its next canvas.
 
-    Arguments are those of ``transition_twin``; of other requests nothing is touched.
+    Arguments are those of ``transition_twin``; of other requests nothing is touched. ``drafting``:
+    where drafts may come from.
     """
     starts, first_logit = query_start_loc.tolist(), logits_start.tolist()
     for row, req in enumerate(idx_mapping.tolist()):
         ints = state.ints[req].tolist()
         if ints[Field.RESUME] != Phase.SERIAL or ints[Field.PHASE] == Phase.IDLE:
             continue
-        request = _Request.load(state, req, speculation)
+        request = _Request.load(state, req, speculation, drafting)
         query_len = starts[row + 1] - starts[row]
         decode_rows = first_logit[row + 1] - first_logit[row]
         kept, fed = 0, min(query_len, ints[Field.CANVAS])
@@ -87,6 +94,31 @@ def serial_transition_twin(
         state.ints[req] = torch.tensor(request.ints, dtype=torch.int32)
 
 
+def give_drafts_twin(
+    state: DecodeState, reqs: torch.Tensor, drafts: torch.Tensor, speculation: Speculation
+) -> None:
+    """Puts other drafts in the place of those at hand and writes the canvases anew.
+
+    Requests whose canvas begins with no known token, as the first one does, keep what they have.
+
+    Args:
+        reqs: [K] int64, requests in serial mode.
+        drafts: [K, W] int32, of each the tokens behind the known ones; padded with -1. A draft that
+            the request has at this place keeps its confidence; others have ``GIVEN``.
+    """
+    for req, given in zip(reqs.tolist(), drafts.tolist(), strict=True):
+        request = _Request.load(state, req, speculation, ALL_DRAFTING)
+        if request.ints[Field.PHASE] != Phase.SERIAL or request.ints[Field.EMITTED] == 0:
+            continue
+        number = given.index(-1) if -1 in given else len(given)
+        confidence = torch.full((number,), GIVEN)
+        for i, (token, old) in enumerate(zip(given[:number], request.token)):
+            confidence[i] = request.confidence[i] if token == old else GIVEN
+        request.token, request.confidence = given[:number], confidence
+        request.compose(int(state.canvas_token[req, 0]))
+        state.ints[req] = torch.tensor(request.ints, dtype=torch.int32)
+
+
 class _Row(NamedTuple):
     """A canvas row, see ``DecodeState``."""
 
@@ -107,17 +139,27 @@ class _Request:
     state: DecodeState
     req: int
     price: int
+    prior: int
+    drafting: Collection[Drafting]
     ints: list[int]
     token: list[int]
     confidence: torch.Tensor
 
     @classmethod
-    def load(cls, state: DecodeState, req: int, speculation: Speculation) -> _Request:
+    def load(
+        cls,
+        state: DecodeState,
+        req: int,
+        speculation: Speculation,
+        drafting: Collection[Drafting],
+    ) -> _Request:
         drafts = int(state.ints[req, Field.DRAFTS])
         return cls(
             state,
             req,
             speculation.row_price,
+            speculation.prior,
+            drafting,
             state.ints[req].tolist(),
             state.token[req, :drafts].tolist(),
             state.confidence[req, :drafts].clone(),
@@ -163,6 +205,7 @@ class _Request:
             [row_of(accepted) for accepted in range(len(tokens))], dtype=torch.int32
         )
         ints[Field.EMITTED] += len(tokens)
+        ints[Field.LAST_TOKENS] = len(tokens)
         self.state.counters[Counter.TOKENS] += len(tokens)
         self.state.response[self.req, known : known + len(tokens)] = torch.tensor(tokens).int()
         if ends:
@@ -170,7 +213,7 @@ class _Request:
             return tokens
         lead = self.leads(known + accepted)
         self._take_drafts(accepted, len(tokens), lead, refused, picked, picked_prob)
-        self.compose()
+        self.compose(tokens[-1])
         return tokens
 
     def _learn(self, passed: int, tested: int, fed: int) -> None:
@@ -205,22 +248,21 @@ class _Request:
         end = min(row + int(self.state.rider_width[self.req, accepted]), len(picked))
         if row >= 0 and end - row > lead:
             self.token, self.confidence = picked[row + lead : end], prob[row + lead : end]
-        elif refused:
+        elif refused or Drafting.KEPT not in self.drafting:
             self.token, self.confidence = [], prob[:0]
         else:
             self.token, self.confidence = self.token[advance:], self.confidence[advance:]
-        drafts = self.ints[Field.DRAFTS] = len(self.token)
-        self.state.token[self.req, :drafts] = torch.tensor(self.token, dtype=torch.int32)
-        self.state.confidence[self.req, :drafts] = self.confidence
 
-    def compose(self) -> None:
-        """Writes the next canvas, at least one token being known."""
+    def compose(self, last: int) -> None:
+        """Writes the drafts and the next canvas behind ``last``, the last token known."""
         ints, state = self.ints, self.state
+        drafts = ints[Field.DRAFTS] = len(self.token)
+        state.token[self.req, :drafts] = torch.tensor(self.token, dtype=torch.int32)
+        state.confidence[self.req, :drafts] = self.confidence
         known, mask = ints[Field.EMITTED], state.mask_token_id
         costs = [0, *accumulate(map(cost_of, self.confidence.tolist()))]
         tests = self._worth_testing(costs)
         widths = self._chain_widths(costs, tests)
-        last = int(state.response[self.req, known - 1])
         rows = [
             _Row(token, known - 1 + i, known + i)
             for i, token in enumerate([last, *self.token[:tests]])
@@ -242,7 +284,6 @@ class _Request:
             if accepted == 0 and self.starts_slot(known):
                 ints[Field.ROWS] = start + 1
         ints[Field.TESTS], ints[Field.CANVAS] = tests, len(rows)
-        ints[Field.EXPECTED] = sum(chance_of(cost) for cost in costs[: tests + 1]) >> 8
         for name, by_lane in (
             ("rider_row", chain_row),
             ("rider_width", chain_width),
@@ -288,9 +329,11 @@ class _Request:
         starts, lead = int(self.starts_slot(position)), self.leads(position)
         comes_true = chance_of(costs[accepted])
         comes_true -= chance_of(costs[accepted + 1]) if accepted < tests else 0
-        if comes_true <= 0:
+        kind = Drafting.AHEAD if accepted == tests else Drafting.BRANCHES
+        if comes_true <= 0 or kind not in self.drafting:
             return starts
-        each = cost_table()[acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED])]
+        passes = acceptance(self.ints[Field.PASSED], self.ints[Field.TESTED], self.prior)
+        each = cost_table()[passes]
         least = price + price * CERTAIN // comes_true
         # drafts whose chance exceeds the least one
         count = max(0, (_cost_of(least) - 1) // each)

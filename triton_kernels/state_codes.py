@@ -44,7 +44,7 @@ F_MASKED_STARTS = tl.constexpr(int(Field.MASKED_STARTS))
 F_DRAFTS = tl.constexpr(int(Field.DRAFTS))
 F_TESTS = tl.constexpr(int(Field.TESTS))
 F_MOST_TESTS = tl.constexpr(int(Field.MOST_TESTS))
-F_EXPECTED = tl.constexpr(int(Field.EXPECTED))
+F_LAST_TOKENS = tl.constexpr(int(Field.LAST_TOKENS))
 F_MOST_MASKS = tl.constexpr(int(Field.MOST_MASKS))
 F_SKIPS_KNOWN = tl.constexpr(int(Field.SKIPS_KNOWN))
 

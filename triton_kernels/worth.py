@@ -11,7 +11,7 @@ from vllm_refusion.decoding.speculation import (
     CERTAIN,
     LARGEST_COST,
     LEVELS,
-    PRIOR_PASSED,
+    PRIOR,
     PRIOR_TESTED,
 )
 from vllm_refusion.triton_kernels.decisions import takes_test
@@ -21,7 +21,7 @@ from vllm_refusion.triton_kernels.state_codes import F_BLOCK_LENGTH
 _CERTAIN = tl.constexpr(CERTAIN)
 _LARGEST_COST = tl.constexpr(LARGEST_COST)
 _LEVELS = tl.constexpr(LEVELS)
-_PRIOR_PASSED = tl.constexpr(PRIOR_PASSED)
+_PRIOR = tl.constexpr(PRIOR)
 _PRIOR_TESTED = tl.constexpr(PRIOR_TESTED)
 
 
@@ -44,8 +44,8 @@ class Costs(NamedTuple):
 
 
 @triton.jit
-def acceptance(passed, tested):
-    return _LEVELS * (passed + _PRIOR_PASSED) // (tested + _PRIOR_TESTED)
+def acceptance(passed, tested, prior):
+    return (_LEVELS * passed + _PRIOR_TESTED * prior) // (tested + _PRIOR_TESTED)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def level_of(confidence):
 @triton.jit
 def prices_of(course, table_ptr, free_rows, pass_price):
     speculates = (free_rows > 0) | (pass_price > 0)
-    passes = acceptance(course.passed, course.tested)
+    passes = acceptance(course.passed, course.tested, _PRIOR)
     return Prices(free_rows, pass_price, table_ptr, passes, speculates)
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "bench-report": "vllm_refusion.bench.report_command",
     "convert": "vllm_refusion.training.convert_command",
     "doctor": "vllm_refusion.doctor",
+    "play": "vllm_refusion.viewer.play_command",
     "train": "vllm_refusion.training.train_command",
     "trace": "vllm_refusion.viewer.trace_command",
     "view": "vllm_refusion.viewer.view_command",

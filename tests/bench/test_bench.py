@@ -27,7 +27,7 @@ from vllm_refusion.bench.shapes import SHAPES, matrix_parameters, shape_config
 from vllm_refusion.bench.simulate import DrawnOutcomes, simulate, tokens_per_forward
 from vllm_refusion.cli import build_parser, main
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import NO_RIDERS, Saving
+from vllm_refusion.decoding.speculation import NO_RIDERS, Drafting, Saving
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.acceptance import CONFIG_KEY, Profile, build_tables, seed_of, to_config
 from vllm_refusion.engine.metrics import snapshot
@@ -332,6 +332,56 @@ def test_report_command_writes_table_and_plot(tmp_path, capsys):
         assert ended.value.code == 2 and "b.json: " in capsys.readouterr().err
 
 
+def html_of(tmp_path, *results):
+    files = [tmp_path / f"{number}.json" for number in range(len(results))]
+    for file, content in zip(files, results):
+        file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        main(["bench-report", *map(str, files), "--html", str(tmp_path / "page.html")])
+    assert not ended.value.code
+    return (tmp_path / "page.html").read_text()
+
+
+def test_page_has_every_figure_and_needs_nothing_else(tmp_path):
+    text = html_of(tmp_path, result(), result("exit <status> 1"))
+    assert not re.search(r"""(src|href)=|url\(|@import|https?://|<script""", text)
+    assert text.count("<figure>") == 8 and "exit &lt;status&gt; 1" in text
+    for level in report.levels_of(result()):
+        if level["canvas"] is None:
+            assert f"<td>{level['tokens_per_s']:.0f}</td>" in text
+    assert "stock is faster from 2 on" in text and "replayed acceptance" in text
+
+
+def test_page_tells_acceptances_of_a_preset_apart(tmp_path):
+    """Else one would be drawn over the other."""
+    both = result()
+    side = next(side for side in both["sides"] if side["side"] == "refusion")
+    other = [
+        level | {"acceptance": "replayed acceptance (token 0.3)", "tokens_per_s": 1.0}
+        for level in side["levels"]
+        if level["canvas"] is None
+    ]
+    side["levels"] += other
+    text = html_of(tmp_path, both)
+    assert "(token 0.3)</strong>: 0.01× stock decoding" in text
+    assert "slower at every measured concurrency" in text
+    assert "stock is faster from 2 on" in text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_page_fits_and_is_accessible(chromium, tmp_path, width, scheme):
+    Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
+    html_of(tmp_path, result(), result("exit status 1"))
+    tab = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.goto((tmp_path / "page.html").as_uri())
+    tab.locator("summary").first.click()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    found = Axe().run(tab).response["violations"]
+    tab.close()
+    assert not [f["id"] for f in found if f["impact"] in ("serious", "critical")]
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -392,6 +442,18 @@ def test_contributions_table():
     rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines)}
     assert len(lines) == len(rows) == 12 and all(len(cells) == 2 for cells in rows.values())
     assert rows["plain"][0].endswith(", 1.00")
+
+
+def test_contributions_to_serial_decoding():
+    lines = contributions.serial_table(96, 4).splitlines()
+    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines)}
+    tokens = {
+        name: float(cells[0].split(",")[0]) for name, cells in rows.items() if "," in cells[0]
+    }
+    assert len(tokens) == 2 + len(Drafting) + 1
+    assert tokens["none"] == pytest.approx(1, abs=0.1) and tokens["all"] > 3
+    for way in (Drafting.AHEAD, Drafting.BRANCHES):
+        assert tokens[f"without {way.value}"] < tokens["all"], way
 
 
 class NothingPasses:

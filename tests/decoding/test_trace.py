@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
@@ -19,22 +20,40 @@ import conformance
 from engine import engine, options_of
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
-from vllm_refusion.decoding.trace import MAX_KEPT, Recorder
+from vllm_refusion.decoding.speculation import CERTAIN, Speculation
+from vllm_refusion.decoding.trace import MAX_KEPT, Recorder, parameters_of
+from vllm_refusion.engine import model_state
 from vllm_refusion.engine.model_state import ReFusionModelState
 from vllm_refusion.triton_kernels.dispatch import operations as operations_of
 from vllm_refusion.triton_kernels.layout_twin import layout_twin
+from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin
 from vllm_refusion.triton_kernels.transition_twin import transition_twin
 from vllm_refusion.viewer.record import TRACING, record
 from vllm_refusion.viewer.timeline import Timeline
 
 EOS = 9
+EXAMPLES = Path(__file__).parents[2] / "examples"
 REQUESTS = {
     "several_slots": Request([3, 1, 4], DecodingParams(4, 16, 0.2, 0.4), 24, None, 0.7),
     "infill": Request([5, 9, 2, 6], DecodingParams(4, 16, 0.2, 0.4), 20, None, 1.5, 7),
-    "eos": Request([1, 2], DecodingParams(2, 8, 0.1, 0.02), 24, EOS),
-    "all_accepted": Request([4, 4], DecodingParams(2, 8, 0.0, 0.0), 22),
-    "single_slots": Request([8, 3], DecodingParams(4, 4, 0.3, 0.02), 11),
+    "eos": Request([1, 2], DecodingParams(2, 8, 0.1, 0.02), 24, EOS, 0.0, 1),
+    "all_accepted": Request([4, 4], DecodingParams(2, 8, 0.0, 0.0), 22, None, 0.0, 2),
+    "single_slots": Request([8, 3], DecodingParams(4, 4, 0.3, 0.02), 11, None, 0.0, 3),
+}
+SERIAL = {
+    f"{start}, slots of {size}, temperature {temperature}": Request(
+        [3, 1, 4, size],
+        DecodingParams(size, size, mode="serial", slot_start=start),
+        40,
+        EOS if temperature else None,
+        temperature,
+        seed,
+    )
+    for seed, (start, size, temperature) in enumerate(
+        [("mask", 4, 0.0), ("next", 4, 0.0), ("mask", 8, 0.9), ("next", 8, 0.9), ("mask", 2, 0.5)],
+        10,
+    )
 }
 KINDS = {"plan", "verify", "predict", "infill_verify"}
 
@@ -49,7 +68,7 @@ def model(tmp_path_factory):
 def reference(model):
     @cache
     def answer(name):
-        request = REQUESTS[name]
+        request = (REQUESTS | SERIAL)[name]
         return decode(
             model,
             request.prompt,
@@ -65,32 +84,59 @@ def reference(model):
 
 
 def record_simulated(model, requests: list[Request], weather: Weather | None = None):
-    """Recordings of requests decoded at once, in the order of the requests."""
+    """Recordings of requests decoded at once, in the order of the requests, whose seeds differ."""
     twins = Operations(layout_twin, token_stats_twin, transition_twin)
     simulated = SimulatedEngine(model, twins, weather=weather, seed=1)
-    recorder = Recorder(simulated.state)
-    simulated.operations = twins._replace(transition=recorder.around(transition_twin))
-    state, owners, names = simulated.state, {}, iter(range(len(requests)))
-    add, save, restore, remove = state.add, state.save, state.restore, state.remove
+    state = simulated.state
+    recorder = Recorder(state)
 
-    def start(req, name):
-        owners[req] = name
-        recorder.add(req, name, requests[int(name)].prompt)
+    def transition(*args):
+        args[0].begun = recorder.begin(args[1].tolist())
+        transition_twin(*args)
 
-    def added(req, *args, **kwargs):
-        add(req, *args, **kwargs)
-        start(req, str(next(names)))
+    def serial_transition(*args):
+        serial_transition_twin(*args)
+        _, _, starts, logits_start, _, _, _, probabilities, sampled, num_sampled, *_ = args
+        if state.begun is not None:
+            rows = starts, logits_start, probabilities, state.given_prob
+            recorder.end(state.begun, *rows, sampled, num_sampled)
+
+    def token_stats(*args, **kwargs):
+        statistics = token_stats_twin(*args, **kwargs)
+        state.given_prob = statistics[2]
+        return statistics
+
+    simulated.operations = twins._replace(
+        transition=transition, serial_transition=serial_transition, token_stats=token_stats
+    )
+    add, add_serial = state.add, state.add_serial
+    save, restore, remove = state.save, state.restore, state.remove
+    owners = {}
+
+    def start(req, seed):
+        owners[req] = seed
+        number, request = next((i, r) for i, r in enumerate(requests) if r.seed == seed)
+        how = parameters_of(request.params, request.temperature, seed, request.max_tokens)
+        recorder.add(req, str(number), request.prompt, how)
+
+    def starting(original):
+        def added(req, *args, **kwargs):
+            original(req, *args, **kwargs)
+            start(req, kwargs["seed"])
+
+        return added
 
     def restored(req, saved, emitted):
         restore(req, saved, emitted)
-        start(req, saved["name"])
+        start(req, saved["owner"])
 
-    state.add, state.restore = added, restored
-    state.save = lambda req: save(req) | {"name": owners[req]}
+    state.add, state.add_serial, state.restore = starting(add), starting(add_serial), restored
+    state.save = lambda req: save(req) | {"owner": owners[req]}
     state.remove = lambda req: (remove(req), recorder.remove(req))
     outcomes = simulated.decode(requests)
     recordings = recorder.take()
     assert recorder.take() == []
+    recordings.sort(key=lambda recording: int(recording["id"]))
     assert [recording["id"] for recording in recordings] == [str(i) for i in range(len(requests))]
     return recordings, outcomes
 
@@ -130,20 +176,99 @@ def test_tells_the_reference_decoders_passes(model, reference, weather):
     assert kinds == KINDS | {"prefill"} | ({"replay", "idle"} if weather else set())
 
 
+WEATHERS = {
+    "fair": None,
+    "drafts": Weather(riders=1.0),
+    "cut": Weather(8, ragged=True, truncate=0.3, riders=0.7),
+    "preempted": Weather(8, ragged=True, truncate=0.2, preempt=0.1, lose=0.05, riders=0.8),
+}
+
+
+@pytest.mark.parametrize("weather", WEATHERS.values(), ids=WEATHERS)
+def test_serial_passes_tell_what_the_reference_decides(model, reference, weather):
+    """All that is decided, with its probability, whatever was drafted."""
+    requests = list(SERIAL.values()) + [REQUESTS["infill"]]
+    recordings, outcomes = record_simulated(model, requests, weather)
+    seen = set()
+    for name, recording, outcome in zip(SERIAL, recordings, outcomes):
+        answer = reference(name)
+        picks = {}
+        for entry in recording["passes"]:
+            for operation in entry["operations"]:
+                if operation["kind"] != "serial":
+                    continue
+                seen |= {key for key in ("tests", "drafts", "chains") if operation.get(key)}
+                check_serial_pass(operation, entry, picks)
+        assert outcome.tokens == answer.tokens
+        assert [(p, *picks[p]) for p in sorted(picks)] == [
+            (p, token, pytest.approx(chance, abs=1e-4)) for p, token, chance in answer.picks
+        ]
+        if weather is None or not weather.lose:
+            assert committed(recording) == [[p, token] for p, token, _ in answer.picks]
+        trace = {"model": "", "device": "", "vocabulary": Everything(), "requests": []}
+        output = {"text": "", "tokens": answer.tokens, "pieces": list(map(str, answer.tokens))}
+        request = {**recording, "output": output, "prompt": {"text": "", "tokens": []}}
+        timeline = Timeline.of(trace, request)
+        shown = [position.at(len(timeline.passes)) for position in timeline.positions]
+        assert [event.text for event in shown if event.state == "committed"] == output["pieces"]
+        assert {event.state for event in shown} <= {"committed", "dropped"}
+    assert seen == {"tests", "drafts", "chains"}
+
+
+class Everything(dict):
+    """A vocabulary in which a token's text is its number."""
+
+    def __missing__(self, key):
+        return key
+
+
+def check_serial_pass(operation, entry, picks):
+    """Drafts are accepted up to the first that is not what is picked; notes the picks."""
+    known = operation["picks"][0][0] if operation["picks"] else None
+    accepted = [test for test in operation["tests"] if test[3]]
+    refused = [test for test in operation["tests"] if not test[3]]
+    assert operation["tests"] == accepted + refused and len(refused) <= 1
+    assert entry.get("committed", []) == [pick[:2] for pick in operation["picks"]]
+    assert [pick[0] for pick in operation["picks"]] == [
+        known + i for i in range(len(operation["picks"]))
+    ]
+    for test, pick in zip(operation["tests"], operation["picks"]):
+        assert test[0] == pick[0] and (test[1] == pick[1]) == test[3]
+        assert not test[3] or test[2] == pick[2]
+    for position, token, chance in operation["picks"]:
+        assert picks.setdefault(position, (token, chance))[0] == token
+    if operation.get("drafts"):
+        assert operation["drafts"][0][0] == max(picks) + 1
+
+
+def test_serial_passes_without_drafts_are_the_references(model, reference, monkeypatch):
+    """One token a pass then, in position order: no draft is worth its price."""
+    dear = Speculation(row_price=CERTAIN)
+    monkeypatch.setattr(SimulatedEngine, "_speculation", lambda self: dear)
+    recordings, _ = record_simulated(model, list(SERIAL.values()))
+    for name, recording in zip(SERIAL, recordings):
+        serial = [
+            operation
+            for entry in recording["passes"]
+            for operation in entry["operations"]
+            if operation["kind"] == "serial"
+        ]
+        assert not any(op["tests"] for op in serial)
+        picks = [pick for op in serial for pick in op["picks"]]
+        assert len(picks) == len(serial) == len(reference(name).tokens)
+        assert committed(recording) == [pick[:2] for pick in picks]
+
+
 def test_untraced_requests_are_left_alone(model):
     """They are not copied to the host: the recorder asks only which requests take part."""
-    state = SimulatedEngine(model, None).state
-    recorder = Recorder(state)
-    calls = []
-    recorder.around(lambda state, idx_mapping: calls.append(idx_mapping))(state, None)
-    assert calls == [None] and recorder.take() == []
+    recorder = Recorder(SimulatedEngine(model, None).state)
+    assert recorder.begin([0, 1]) is None and recorder.take() == []
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
-    """Elsewhere the sampler calls the transition itself."""
+def test_only_an_engine_that_records_has_a_recorder(enabled, monkeypatch):
+    monkeypatch.setattr(model_state, "get_tensor_model_parallel_rank", lambda: 0)
     made = object.__new__(ReFusionModelState)
-    original = operations_of(torch.device("cpu"))
     config = SimpleNamespace(
         additional_config={"refusion_trace": True} if enabled else {},
         diffusion_config=SimpleNamespace(canvas_length=8),
@@ -159,8 +284,9 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
         max_num_reqs=2,
         slack=16,
         device=torch.device("cpu"),
-        operations=original,
+        operations=operations_of(torch.device("cpu")),
         recorder=None,
+        publisher=None,
         limits=SimpleNamespace(vocab=10),
         penalties=None,
         records={},
@@ -170,7 +296,7 @@ def test_only_an_engine_that_records_has_the_recorder_in_its_steps(enabled):
     )
     states = SimpleNamespace(draft_tokens=torch.zeros(2, 8, dtype=torch.int64))
     sampler, _ = made.custom_sampler(SimpleNamespace(req_states=states, thinking_budget_state=None))
-    assert (sampler.operations.transition is original.transition) is not enabled
+    assert sampler.recorder is made.recorder
     assert (made.recorder is None) is not enabled
 
 
@@ -216,7 +342,7 @@ def test_fused_passes_tell_the_same_operations(model):
 def test_old_recordings_are_dropped(model):
     recorder = Recorder(SimulatedEngine(model, None).state)
     for number in range(MAX_KEPT + 10):
-        recorder.add(0, str(number), [1])
+        recorder.add(0, str(number), [1], {})
         recorder.remove(0)
     assert len(recorder._by_id) == MAX_KEPT
 
@@ -236,12 +362,14 @@ def traced(tiny_checkpoint, dev_problems_file):
         plain = TokensPrompt(prompt_token_ids=trace["requests"][0]["prompt"]["tokens"])
         (untraced,) = llm.generate(plain, sampling, use_tqdm=False)
         left = llm.collective_rpc("refusion_recordings")
-    return trace, untraced.outputs[0].token_ids, left, params
+        sampling.extra_args = {"mode": "serial", "slot_size": 8}
+        serial = record(llm, prompts, sampling)
+    return trace, untraced.outputs[0].token_ids, left, params, serial
 
 
 def test_recorded_by_an_engine(traced, tiny_checkpoint):
     """Through vLLM: the reference's passes again, the schema, texts that make up the response."""
-    trace, untraced, left, params = traced
+    trace, untraced, left, params, _ = traced
     jsonschema.validate(trace, SCHEMA)
     assert trace["model"] == "refusion-tiny"
     assert untraced == trace["requests"][0]["output"]["tokens"] and left == [[]]
@@ -277,9 +405,58 @@ def test_recorded_by_an_engine(traced, tiny_checkpoint):
         ]
 
 
+def check_serial_trace(trace, folder, slot_start, drafts=True):
+    """Each request's passes decide what the reference does; with drafts, fewer of them."""
+    jsonschema.validate(trace, SCHEMA)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    for request in trace["requests"]:
+        assert request["parameters"]["mode"] == "serial"
+        answer = decode(
+            model,
+            request["prompt"]["tokens"],
+            DecodingParams(8, 8, mode="serial", slot_start=slot_start),
+            mask_token_id=trace["mask_token_id"],
+            eos_token_id=model.config.eos_token_id,
+            max_tokens=120,
+        )
+        serial = [
+            (operation, entry)
+            for entry in request["passes"]
+            for operation in entry["operations"]
+            if operation["kind"] == "serial"
+        ]
+        picks = {}
+        for operation, entry in serial:
+            check_serial_pass(operation, entry, picks)
+        assert request["output"]["tokens"] == answer.tokens
+        assert [(p, *picks[p]) for p in sorted(picks)] == [
+            (p, token, pytest.approx(chance, abs=1e-3)) for p, token, chance in answer.picks
+        ]
+        assert (len(serial) < len(answer.tokens)) == drafts
+        assert any(test[3] for operation, _ in serial for test in operation["tests"]) == drafts
+        timeline = Timeline.of(trace, request)
+        assert [place.kv for place in timeline.positions[: len(answer.tokens)]] == list(
+            range(len(answer.tokens))
+        )
+
+
+def test_serial_mode_recorded_by_an_engine(traced, tiny_checkpoint):
+    """With one operation a pass there are no drafts."""
+    check_serial_trace(traced[-1], tiny_checkpoint, "mask", drafts=False)
+
+
+def test_a_mask_adapter_recorded_by_an_engine(dev_problems_file):
+    """The base's own tokens, and the adapter's drafts of them."""
+    prompt = json.loads(dev_problems_file.read_text().splitlines()[2])["query"]
+    options = {"skip_tokenizer_init": False, "max_model_len": 640, **TRACING}
+    with engine(EXAMPLES / "stock-tiny-adapter", **options) as llm:
+        trace = record(llm, [prompt], SamplingParams(temperature=0, max_tokens=120))
+    check_serial_trace(trace, EXAMPLES / "stock-tiny", "next")
+
+
 def test_certainties_are_what_choices_were_made_by(traced):
     """A slot is chosen iff it is certain enough; without one, the most certain is."""
-    trace, _, _, params = traced
+    trace, _, _, params, _ = traced
     plans = [
         operation["slots"]
         for request in trace["requests"]
@@ -297,7 +474,7 @@ def test_certainties_are_what_choices_were_made_by(traced):
 
 def test_accepted_tokens_passed_their_test(traced):
     """Untested are a slot's first token and one proposal of each infill round."""
-    trace, _, _, params = traced
+    trace, _, _, params, _ = traced
     kinds = set()
     for request in trace["requests"]:
         for entry in request["passes"]:

@@ -93,6 +93,10 @@ def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> Sampli
         {"extra_args": {"trace": False}},
         {"extra_args": {"mode": "serial", "slot_size": 32}},
         {"extra_args": {"slot_threshold": 1, "token_threshold": 0.0}},
+        {
+            "structured_outputs": StructuredOutputsParams(regex="a+"),
+            "extra_args": {"mode": "serial"},
+        },
     ],
     ids=str,
 )
@@ -134,7 +138,6 @@ def test_honoured(params):
         ({"extra_args": {"preset": "gsm8k"}}, "block_length=128"),  # the canvas has 32
         ({"extra_args": {"trace": "yes"}}, "trace='yes'"),
         ({"extra_args": {"trace": True}}, "refusion_trace"),
-        ({"extra_args": {"trace": True, "mode": "serial"}}, "beside mode='serial'"),
         ({"extra_args": {"mode": "serial", "slot_threshold": 0.5}}, "slot_threshold=0.5"),
         ({"extra_args": {"mode": "fast"}}, "mode='fast'"),
         ({"extra_args": {"mode": "serial", "slot_size": 2**31}}, "slot_size=2147483648"),
@@ -207,7 +210,7 @@ def test_the_docs_decide_every_field_of_the_installed_vllm():
         for mode in range(2)
     )
     assert serial == HONOURED
-    assert serial - parallel == set(BY_WHAT_STANDS_BEFORE)
+    assert serial - parallel == {*BY_WHAT_STANDS_BEFORE, "structured_outputs"}
 
 
 def test_processed_logprobs_are_of_serial_mode():
@@ -238,7 +241,18 @@ def test_eos_of_the_model_without_a_tokenizer():
     assert submit(ignore_eos=True).eos_token_id is None
 
 
+@pytest.mark.parametrize("value", [True, 1, False, 0])
+def test_drafts_may_be_withheld_in_serial_mode(value):
+    submit(extra_args={"mode": "serial", "drafts": value})
+    if value:
+        submit(extra_args={"drafts": value})
+    else:
+        with pytest.raises(VLLMValidationError, match="drafts=False .*mode='parallel'"):
+            submit(extra_args={"drafts": value})
+
+
 def test_traces_are_granted_where_the_engine_records_them():
     config = SimpleNamespace(**vars(CONFIG) | {"additional_config": {"refusion_trace": True}})
     for value in (True, 1):  # HTTP has no booleans among vllm_xargs
-        submit(config=config, extra_args={"trace": value})
+        for mode in ("parallel", "serial"):
+            submit(config=config, extra_args={"trace": value, "mode": mode})

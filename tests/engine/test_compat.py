@@ -25,6 +25,7 @@ from vllm_refusion.backbones import ARCHITECTURES
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.config_hook import ReFusionConfig
+from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.pass_cost import ASSUMED_COST
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.engine.step_cost import StepCost
@@ -198,6 +199,20 @@ def test_passes_still_travel_as_figures_of_speculative_decoding():
     assert (shown["forward_passes"], shown["tokens_per_forward"]) == (4, 7.5)
 
 
+def test_endpoints_are_still_warned_of_unless_named(monkeypatch):
+    """Ours come on an engine option, without an entry point that every server would warn of."""
+    from vllm import plugins
+    from vllm.plugins.endpoint_plugins import interface
+
+    load = plugins.load_endpoint_plugins
+    assert getattr(load, compat._PATCHED)
+    assert not getattr(load.__wrapped__, compat._PATCHED, False)
+    assert "Endpoint plugins add HTTP routes" in inspect.getsource(load.__wrapped__)
+    assert "import load_endpoint_plugins" in inspect.getsource(interface.attach_endpoint_plugins)
+    (ours,) = load(("generate",))
+    assert isinstance(ours, interface.EndpointPlugin)
+
+
 def test_model_state_is_still_not_told_why_a_request_leaves():
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -264,6 +279,8 @@ def test_row_manager_lays_out_a_step(takes_drafts, monkeypatch):
         starts,
         sizes=[],
         cost=StepCost(ASSUMED_COST, learns=False),
+        requests=["a", "b"],
+        serial=[],
         riders=True,
     )
     manager = compat.RowManager(budget)
@@ -488,3 +505,82 @@ def test_a_running_request_that_holds_its_pages_is_asked_for_none():
         inspect.getsource(Scheduler.schedule),
     )
     assert {call} == compat._OF_RUNNING
+
+
+def test_runner_still_masks_what_it_takes_for_logits():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+
+    assert getattr(GPUModelRunner.load_model, compat._PATCHED)
+    assert not getattr(GPUModelRunner.load_model.__wrapped__, compat._PATCHED, False)
+    source = inspect.getsource(GPUModelRunner.load_model.__wrapped__)
+    assert source.index("custom_sampler(") < source.index("= StructuredOutputsWorker(")
+    source = inspect.getsource(GPUModelRunner.sample)
+    assert source.index("self.structured_outputs_worker.apply_grammar_bitmask(") < source.index(
+        "self.sampler("
+    )
+    stock, ours = (
+        list(inspect.signature(owner.apply_grammar_bitmask).parameters)
+        for owner in (StructuredOutputsWorker, GrammarMasks)
+    )
+    assert stock == ours
+
+
+def test_outputs_still_have_no_place_for_drafts():
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+
+    assert getattr(AsyncOutput.get_output, compat._PATCHED)
+    assert not getattr(AsyncOutput.get_output.__wrapped__, compat._PATCHED, False)
+    assert not [name for name in ModelRunnerOutput.__dataclass_fields__ if "draft" in name]
+    assert "del token_ids[num_tokens:]" in inspect.getsource(AsyncOutput.get_output.__wrapped__)
+
+    tokens = np.array([[5, 6, 7, 8, -1], [5, 9, 9, 9, 9], [-1, 9, 9, 9, 9]])
+    counts = np.array([2, 1, 0])
+    output = SimpleNamespace(
+        copy_event=SimpleNamespace(synchronize=lambda: None),
+        sampled_token_ids=tokens,
+        num_sampled_tokens_np=counts,
+        model_runner_output=ModelRunnerOutput(["a", "b", "c"], {"a": 0, "b": 1, "c": 2}),
+        sampler_output=SimpleNamespace(drafted=[0, 2]),
+        sampling_mask_tensors=None,
+        num_nans=None,
+        logprobs_tensors=None,
+        prompt_logprobs_dict={},
+        prompt_token_id_logprobs_dict={},
+        pending_aux_output=None,
+        _has_fault=None,
+    )
+    returned = AsyncOutput.get_output(output)
+    assert compat.take_drafts(returned) == {"a": [7, 8], "c": []}
+    assert returned.sampled_token_ids == [[5, 6], [5], []]
+    assert compat.take_drafts(returned) == {}
+
+
+def test_scheduler_still_asks_when_a_request_is_eligible():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    assert "if self.current_step < request.next_decode_eligible_step:" in source
+    source = inspect.getsource(Scheduler.get_grammar_bitmask)
+    assert "self.structured_output_manager.grammar_bitmask(" in source
+
+
+def test_grammars_still_do_not_say_what_they_force():
+    """And the manager still makes room for all rows, of which it is asked for few."""
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
+    from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+
+    assert set(StructuredOutputGrammar.__abstractmethods__) == {
+        *("accept_tokens", "validate_tokens", "rollback"),
+        *("fill_bitmask", "is_terminated", "reset"),
+    }
+    assert "matcher" in XgrammarGrammar.__dataclass_fields__
+    assert "ll_matcher" in GuidanceGrammar.__dataclass_fields__
+    source = inspect.getsource(StructuredOutputManager.grammar_bitmask)
+    assert "if self._grammar_bitmask is None:" in source
+    assert "max_batch_size * (1 + max_num_spec_tokens)" in source
+    bounds = inspect.signature(StructuredOutputManager._get_constraint_bounds)
+    assert list(bounds.parameters)[:3] == ["self", "request", "spec_tokens"]

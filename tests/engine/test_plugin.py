@@ -154,6 +154,19 @@ def test_trace_option(checkpoint):
         vllm_config(model, additional_config={"refusion_trace": "yes"})
 
 
+def test_play_option(checkpoint):
+    """A live page is of one engine, which records."""
+    model = checkpoint()
+    for value in (True, {"stock_url": "http://other:8000"}):
+        options = {"additional_config": {"refusion_play": value}}
+        assert settings.tracing_enabled(vllm_config(model, **options))
+    for value in ("yes", {}, {"stock_url": "host"}, {"stock_url": "http://a", "b": 1}):
+        with pytest.raises(ValueError, match="refusion_play=.*allowed is a boolean, or"):
+            vllm_config(model, additional_config={"refusion_play": value})
+    with pytest.raises(ValueError, match="data_parallel_size=2 beside refusion_play"):
+        vllm_config(model, data_parallel_size=2, **options)
+
+
 def test_schedule(checkpoint):
     model = checkpoint()
     for choice, fuses in ((None, True), ("fused", True), ("plain", False)):

@@ -14,6 +14,7 @@ from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.compat import count_passes
+from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.sampler import LOGITS_CHUNK_BYTES, CanvasSampler
 from vllm_refusion.engine.scheduler import ReFusionScheduler
 
@@ -143,13 +144,14 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
     lengths = SimpleNamespace(gpu=torch.zeros(max_requests, dtype=torch.int32))
     from vllm_refusion.triton_kernels.dispatch import operations
 
+    on_cpu = operations(torch.device("cpu"))
     return CanvasSampler(
         SimpleNamespace(
             additional_config={},
             model_config=SimpleNamespace(dtype=torch.float32, logprobs_mode="raw_logprobs"),
         ),
         Model(),
-        operations(torch.device("cpu")),
+        on_cpu,
         state,
         SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
         PickLimits(max_requests, vocab_size, "cpu"),
@@ -158,6 +160,7 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
         {},
         set(),
         set(),
+        GrammarMasks(state, on_cpu, {}),
     )
 
 

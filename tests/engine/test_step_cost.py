@@ -20,33 +20,25 @@ def test_at_first_a_step_costs_its_pass():
 def test_steps_that_take_longer_than_their_pass_make_every_size_dearer():
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
-        cost.observe(64, took=6.0, busy=5.8, late=False)
+        cost.observe(64, took=6.0, late=False)
     assert of(cost, 32, 64, 256) == pytest.approx([4.8, 6.0, 13.2])
-
-
-def test_the_slope_is_the_larger_of_both_sides():
-    tiled = StepCost(PassCost((128, 256, 257, 512), (4.0, 4.0, 8.0, 8.0)), learns=False)
-    assert tiled.slope(128) == 0
-    assert tiled.slope(256) == pytest.approx(4 / 64)
-    assert tiled.slope(300) == pytest.approx(4 / 150)
 
 
 def test_rows_cost_nothing_up_to_what_the_host_takes():
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
-        cost.observe(64, took=8.0, busy=5.0, late=True)
+        cost.observe(64, took=8.0, late=True)
     assert of(cost, 32, 64, 140) == pytest.approx([8.0] * 3, rel=1e-3)
     assert of(cost, 256)[0] == pytest.approx(11)
-    assert cost.slope(100) == 0
 
 
 def test_more_rows_do_not_make_the_host_slower():
     """A step that the device fills says nothing of the host but that it is no slower."""
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
-        cost.observe(64, took=8.0, busy=5.0, late=True)
+        cost.observe(64, took=8.0, late=True)
     for _ in range(200):
-        cost.observe(256, took=11.0, busy=11.0, late=False)
+        cost.observe(256, took=11.0, late=False)
     assert cost.host < 2
     assert of(cost, 64, 256) == pytest.approx([5, 11])
 
@@ -54,6 +46,6 @@ def test_more_rows_do_not_make_the_host_slower():
 def test_a_shorter_step_shows_at_once_that_the_host_takes_no_more():
     cost = StepCost(PASSES, learns=False)
     for _ in range(200):
-        cost.observe(64, took=14.0, busy=5.0, late=True)
-    cost.observe(32, took=4.1, busy=4.0, late=False)
+        cost.observe(64, took=14.0, late=True)
+    cost.observe(32, took=4.1, late=False)
     assert cost.host == pytest.approx(4.1, rel=0.02)

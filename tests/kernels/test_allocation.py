@@ -24,7 +24,7 @@ def make_serial(ints: torch.Tensor, rng: random.Random) -> None:
         Field.COMMITTED: 0,
         Field.ROWS: rows,
         Field.CANVAS: rows + rng.randint(0, 30),
-        Field.EXPECTED: 256 + rng.randint(0, 999),
+        Field.LAST_TOKENS: rng.randint(1, 9),
     }.items():
         ints[field] = int(value)
 

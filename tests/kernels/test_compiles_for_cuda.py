@@ -13,7 +13,15 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from vllm_refusion.triton_kernels import allocation, layout, mask_lora, penalties, transition
+from vllm_refusion.triton_kernels import (
+    allocation,
+    grammar,
+    layout,
+    mask_lora,
+    penalties,
+    serial,
+    transition,
+)
 
 TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": True, "UPCAST": False}
 SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
@@ -24,6 +32,8 @@ kernel, constants = {
     "transition": (transition._transition_kernel, {"CANVAS": 48, "LANES": 64}),
     "layout": (layout._layout_kernel, {"BLOCK": 1024}),
     "allocation": (allocation._allocate_kernel, {"LANES": 64}),
+    "give_drafts": (serial._give_drafts_kernel, {"CANVAS": 48, "LANES": 64}),
+    "forbid": (grammar._forbid_kernel, {"BLOCK": 4096}),
     "find_masks": (mask_lora._find_masks_kernel, {"BLOCK": 1024}),
     "embed_masks": (mask_lora._embed_masks_kernel, {"HIDDEN": 4096, "BLOCK": 1024}),
     "penalties": (penalties._penalties_kernel, {"BLOCK": 2048}),
@@ -33,7 +43,10 @@ kernel, constants = {
 }[sys.argv[1]]
 FLOATS = {"floats", "picked_prob", "given_prob", "partial", "logits", "factors", "bias"}
 HALVES = {"x", "y", "a", "b", "embedding"}
-LONGS = {"canvas_token", "counters", "idx_mapping", "positions", "row_request", "slot_mappings"}
+LONGS = {
+    *("canvas_token", "counters", "idx_mapping", "positions", "reqs", "row_request"),
+    "slot_mappings",
+}
 
 
 def type_of(name):
@@ -58,7 +71,10 @@ assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 @pytest.mark.parametrize(
     "kernel",
-    "transition layout allocation penalties bad_words find_masks embed_masks shrink expand".split(),
+    [
+        *("transition", "layout", "allocation", "give_drafts", "forbid", "penalties", "bad_words"),
+        *("find_masks", "embed_masks", "shrink", "expand"),
+    ],
 )
 def test_compiles(kernel, tmp_path):
     environment = dict(

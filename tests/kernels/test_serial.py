@@ -14,9 +14,13 @@ from twins import same
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Decoded, decode
 from vllm_refusion.decoding.speculation import CERTAIN, Speculation
-from vllm_refusion.decoding.state import Counter, DecodeState, Field
-from vllm_refusion.triton_kernels.serial import serial_transition
-from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
+from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
+from vllm_refusion.triton_kernels.serial import give_drafts, serial_transition
+from vllm_refusion.triton_kernels.serial_twin import (
+    GIVEN,
+    give_drafts_twin,
+    serial_transition_twin,
+)
 
 # slot size; what differs from the defaults
 REQUESTS = {
@@ -83,7 +87,7 @@ def test_tokens_of_the_reference_in(weather: str):
 
 @pytest.mark.parametrize("price", [0, 300, 5000, CERTAIN])
 def test_at_a_price_of_a_row(price: int):
-    weather = Weather(riders=1.0, speculation=Speculation(0, 0, price))
+    weather = Weather(riders=1.0, speculation=Speculation(0, 0, price, 20))
     counters = simulate(TWINS, weather, canvas_length=64).state.counters.tolist()
     expected = [reference(name, start) for name in REQUESTS for start in STARTS]
     tokens = sum(len(answer.tokens) for answer in expected)
@@ -116,6 +120,52 @@ def test_whatever_is_drafted(seed: int):
     simulate(operations, Weather(riders=1.0, ragged=True, preempt=0.02), seed)
 
 
+def giving(rng: random.Random, give=give_drafts_twin):
+    """The transition, after which requests of the batch get other drafts: cut, wrong, more."""
+
+    def transition(state: DecodeState, idx_mapping, *args, **kwargs) -> None:
+        serial_transition_twin(state, idx_mapping, *args, **kwargs)
+        serial = state.ints[idx_mapping, Field.RESUME] == Phase.SERIAL
+        reqs = idx_mapping[serial & (torch.rand(len(idx_mapping)) < 0.7)]
+        drafts = torch.full((len(reqs), state.canvas_length), -1, dtype=torch.int32)
+        for row, req in zip(drafts, reqs.tolist()):
+            had = int(state.ints[req, Field.DRAFTS])
+            kept, more = rng.randint(0, had), rng.choice((0, 0, 1, 9))
+            row[:kept] = state.token[req, :kept]
+            row[kept : kept + more] = torch.randint(0, MASK_TOKEN_ID, (min(more, len(row) - kept),))
+        give(state, reqs, drafts, args[-1])
+
+    return transition
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_drafts_are_given(seed: int):
+    torch.manual_seed(seed)
+    operations = TWINS._replace(serial_transition=giving(random.Random(seed)))
+    weather = Weather(riders=1.0, ragged=True, truncate=0.2, preempt=0.02, lose=0.02)
+    simulate(operations, weather, seed, with_parallel=True)
+
+
+def test_given_drafts_keep_their_confidence():
+    state = DecodeState(2, 32, 64, MASK_TOKEN_ID, "cpu")
+    params = DecodingParams(8, 8, mode="serial", slot_start="next")
+    state.add_serial(1, 5, params, 40, None, last_token=7, known=1)
+    reqs = torch.tensor([1])
+    drafts = torch.full((1, 32), -1, dtype=torch.int32)
+    drafts[0, :3] = torch.tensor([4, 5, 6])
+    before = state.ints.clone()
+    give_drafts_twin(state, reqs, drafts, Speculation(0, 0, 0))
+    assert torch.equal(state.ints, before), "its prompt comes first"
+    state.ints[1, Field.PHASE] = Phase.SERIAL
+    state.ints[1, Field.DRAFTS] = 2
+    state.token[1, :3] = torch.tensor([4, 9, 6])
+    state.confidence[1, :3] = torch.tensor([0.5, 0.6, 0.7])
+    give_drafts_twin(state, reqs, drafts, Speculation(0, 0, 0))
+    assert state.confidence[1, :3].tolist() == [0.5, GIVEN, GIVEN]
+    assert state.canvas_token[1, :4].tolist() == [7, 4, 5, 6]
+    assert state.ints[1, Field.TESTS] == state.ints[1, Field.DRAFTS] == 3
+
+
 # The kernel against its twin
 
 
@@ -124,3 +174,12 @@ def test_kernels_equal_twins_in_simulation(weather: str):
     operations = BOTH._replace(serial_transition=same(serial_transition_twin, serial_transition))
     chosen = ("slots_of_three", "sampled_eos", "one_token")
     simulate(operations, WEATHERS[weather], seed=2, chosen=chosen, canvas_length=40)
+
+
+def test_kernel_gives_drafts_as_its_twin():
+    torch.manual_seed(3)
+    give = same(give_drafts_twin, give_drafts)
+    operations = TWINS._replace(serial_transition=giving(random.Random(3), give))
+    chosen = ("slots_of_three", "sampled_eos", "one_token")
+    weather = Weather(riders=1.0, ragged=True)
+    simulate(operations, weather, seed=2, chosen=chosen, canvas_length=40)

@@ -309,6 +309,23 @@ SERIAL = st.just({"mode": "serial"})
 DECODING = (
     st.none() | XARGS | SERIAL | st.builds(lambda *parts: {**parts[0], **parts[1]}, XARGS, SERIAL)
 )
+# What may contradict a grammar: where nothing is left to pick, vLLM ends with an error of its own.
+LIMITS = {"min_tokens", "allowed_token_ids", "bad_words"}
+CONSTRAINTS = st.sampled_from(
+    [
+        {"regex": "[ab]{2,9}c"},
+        {"regex": "(("},
+        {"choice": ["yes", "no"]},
+        {"choice": []},
+        {"json": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+        {"json": {"type": "nothing"}},
+        {"json": "{"},
+        {"json_object": True},
+        {"grammar": 'root ::= "a" | "b" root'},
+        {"grammar": "root ::="},
+        {"structural_tag": "{}"},
+    ]
+)
 BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
 PROMPTS = st.one_of(st.just([5, 6, 7]), st.text(max_size=20), VALUES)
 
@@ -329,8 +346,18 @@ def test_fuzz(server, chat, reference, questions, examples, capsys):
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(body=BODIES, decoding=DECODING, prompt=PROMPTS, to_chat=st.booleans())
-    def fuzz(body, decoding, prompt, to_chat):
+    @given(
+        body=BODIES,
+        decoding=DECODING,
+        constraint=st.none() | CONSTRAINTS,
+        prompt=PROMPTS,
+        to_chat=st.booleans(),
+    )
+    def fuzz(body, decoding, constraint, prompt, to_chat):
+        if constraint is not None:
+            body = {name: value for name, value in body.items() if name not in LIMITS}
+            body |= {"structured_outputs": constraint}
+            decoding = (decoding or {}) | {"mode": "serial"}
         if decoding is not None:
             body = body | {"vllm_xargs": decoding}
         if to_chat:

@@ -81,15 +81,17 @@ class Server:
 
 @contextmanager
 def serve(
-    model: Path | str, folder: Path, *options: str, name: str | None = MODEL_NAME
+    model: Path | str,
+    folder: Path,
+    *options: str,
+    name: str | None = MODEL_NAME,
+    port: int | None = None,
 ) -> Iterator[Server]:
     """``vllm serve`` in float32 with short contexts, started in ``folder`` (outside the tree).
 
-    Clients know the model as ``name``; None leaves that to vLLM.
+    Clients know the model as ``name``; None leaves that to vLLM. ``port``: else a free one.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = port or free_port()
     environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SERVERS}
     environment["VLLM_LOG_STATS_INTERVAL"] = "1"
     arguments = [
@@ -117,6 +119,12 @@ def serve(
     finally:
         server.kill()
         print(log.read_text(errors="replace"))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _command() -> list[str]:

@@ -347,7 +347,10 @@ class SimulatedEngine:
 
     def _speculation(self) -> Speculation:
         if not self._chance(self.weather.riders):
-            return Speculation(row_price=self.prices.choice((CERTAIN, 0, 100, 5000, 30000)))
+            prices = (CERTAIN, 0, 100, 5000, 30000)
+            return Speculation(
+                row_price=self.prices.choice(prices), prior=self.prices.choice((48, 1, 63))
+            )
         if self.weather.speculation is not None:
             return self.weather.speculation
         free = self.random.choice((0, self.state.canvas_length, self.random.randint(0, 200)))

@@ -57,6 +57,22 @@ PENALTIES: list[dict[str, Any]] = [  # of serial mode
     {"frequency_penalty": 0.5, "presence_penalty": -0.3, "prompt_logprobs": 1},
     {"bad_words": ["the", "of the", "will be a"], "presence_penalty": 0.5},
 ]
+# of requests in serial mode
+CONSTRAINTS: list[dict[str, Any]] = [
+    {"regex": r"(The|A) (boy|girl) has [0-9]{1,3} apples(, [a-z ]{2,30}){0,4}\."},
+    {"choice": ["yes", "no", "maybe not"]},
+    {
+        "json": {
+            "type": "object",
+            "properties": {
+                "number_of_apples": {"type": "integer", "minimum": 0, "maximum": 999},
+                "explanation": {"type": "string", "maxLength": 60},
+            },
+            "required": ["number_of_apples", "explanation"],
+        }
+    },
+    {"json_object": True},
+]
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0},
     {"temperature": 0, "min_tokens": 12},
@@ -85,6 +101,10 @@ def make_requests(count: int, draw: random.Random) -> list[dict[str, Any]]:
         }
         if "mode" in body["vllm_xargs"]:
             body |= PENALTIES[i // len(DECODING) % len(PENALTIES)]
+            if draw.random() < 0.5:
+                body["structured_outputs"] = draw.choice(CONSTRAINTS)
+                body["min_tokens"] = 0  # past a grammar's end nothing would be left
+                body.pop("bad_words", None)  # nor where they are all that it allows
         body["min_tokens"] = min(body.get("min_tokens", 0), body["max_tokens"])
         bodies.append(body)
     return bodies

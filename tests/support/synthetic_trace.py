@@ -30,6 +30,7 @@ def synthetic_trace(pieces: list[str], slot_size: int, block_length: int, seed: 
             {
                 "prompt": {"text": "A prompt", "tokens": [5, 6]},
                 "parameters": {
+                    "mode": "parallel",
                     "slot_size": slot_size,
                     "block_length": block_length,
                     "slot_threshold": 0.9,
@@ -48,6 +49,44 @@ def synthetic_trace(pieces: list[str], slot_size: int, block_length: int, seed: 
             }
         ],
     }
+
+
+def synthetic_serial_trace(pieces: list[str], slot_size: int, ahead: int, seed: int = 0) -> dict:
+    """The same in serial mode, in which passes draft so many tokens ahead; some are wrong."""
+    trace = synthetic_trace(pieces, slot_size, slot_size)
+    (request,) = trace["requests"]
+    given = request["parameters"]
+    used = ("slot_size", "temperature", "seed", "max_tokens")
+    request["parameters"] = {"mode": "serial", "slot_start": "mask"} | {k: given[k] for k in used}
+    tokens = request["output"]["tokens"]
+    request["passes"] = list(_serial_passes(tokens, ahead, random.Random(seed)))
+    return trace
+
+
+def _serial_passes(tokens: list[int], ahead: int, rng: random.Random) -> Any:
+    known, drafts = 0, []
+    while known < len(tokens):
+        right = next((i for i, d in enumerate(drafts) if d != tokens[known + i]), len(drafts))
+        new = tokens[known : known + right + 1]
+        tests = [[known + i, d, 0.9, True] for i, d in enumerate(drafts[:right])]
+        if right < len(drafts):
+            tests.append([known + right, drafts[right], 0.1, False])
+        picks = [[known + i, token, 0.9] for i, token in enumerate(new)]
+        fed = 1 + len(drafts) + ahead
+        known += len(new)
+        coming = tokens[known : known + ahead]
+        wrong = rng.randrange(2 * ahead) if ahead else 0
+        drafts = [WRONG if i == wrong else token for i, token in enumerate(coming)]
+        operation = {"kind": "serial", "tests": tests, "picks": picks, "chains": [[0, ahead]]}
+        if ahead:
+            operation["drafts"] = [[known + i, token, 0.5] for i, token in enumerate(drafts)]
+        yield {
+            "seconds": 0.02,
+            "rows": fed,
+            "operations": [operation],
+            "committed": [pick[:2] for pick in picks],
+            "delivered": len(new),
+        }
 
 
 def _passes(tokens: list[int], size: int, length: int, rng: random.Random) -> Any:

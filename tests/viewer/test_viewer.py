@@ -54,7 +54,7 @@ def test_schema_takes_synthetic_traces_and_refuses_unknown_keys(trace):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(trace, SCHEMA)
     for change in (
-        lambda t: t.update(version=2),
+        lambda t: t.update(version=3),
         lambda t: t["requests"][0]["passes"][1]["operations"][0].update(kind="guess"),
         lambda t: t["requests"][0]["passes"][0].update(colour="red"),
     ):
@@ -197,7 +197,7 @@ def test_view_refuses(trace_file, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-TRACE = '{"format": "vllm-refusion trace", "version": 1'
+TRACE = '{"format": "vllm-refusion trace", "version": 2'
 
 
 @pytest.mark.parametrize(

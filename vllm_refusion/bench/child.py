@@ -22,7 +22,12 @@ from vllm_refusion.engine import compat
 from vllm_refusion.engine.settings import ADAPTER_OPTION, SCHEDULE_OPTION
 from vllm_refusion.files import read_json, write_text
 
-FAST_START = {"mode": 0, "cudagraph_mode": "FULL"}
+# Without torch.compile vLLM's own attention takes prompts in no graph: in FULL ones its answers are
+# nonsense (vLLM 0.32, bfloat16, FlashAttention 3).
+FAST_START = {
+    side: {"mode": 0, "cudagraph_mode": mode}
+    for side, mode in {"stock": "FULL_DECODE_ONLY", "refusion": "FULL", "plain": "FULL"}.items()
+}
 PROFILED_TOKENS = 32
 
 
@@ -55,7 +60,7 @@ def engine_args(settings: Settings, side: str, context: int, token_budget: int) 
     if settings.gpu_memory_utilization is not None:
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.fast_start:
-        args["compilation_config"] = dict(FAST_START)
+        args["compilation_config"] = dict(FAST_START[side])
     if settings.profile is not None:
         folder = Path(settings.profile).resolve() / side
         args["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": str(folder)}

@@ -15,9 +15,24 @@ from typing import NamedTuple
 import torch
 
 from vllm_refusion.bench.command import CALIBRATED, parse_preset
-from vllm_refusion.bench.simulate import tokens_per_forward
+from vllm_refusion.bench.draft_table import decode_serially
+from vllm_refusion.bench.simulate import (
+    CANVAS,
+    MASK,
+    PROMPT,
+    VOCAB,
+    starts_of,
+    tokens_per_forward,
+)
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import ALL_SAVINGS, NO_RIDERS, Saving, Speculation
+from vllm_refusion.decoding.speculation import (
+    ALL_DRAFTING,
+    ALL_SAVINGS,
+    NO_RIDERS,
+    Drafting,
+    Saving,
+    Speculation,
+)
 from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
 from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
 from vllm_refusion.triton_kernels.acceptance_twin import (
@@ -27,9 +42,9 @@ from vllm_refusion.triton_kernels.acceptance_twin import (
 from vllm_refusion.triton_kernels.transition_twin import transition_twin
 
 PRESETS = ("32/128/0.9/0.4", "8/16/0.8/0.2")
-CANVAS, VOCAB, MASK = 256, 151936, 0  # what masks are called does not matter to drawn outcomes
-PROMPT = 1  # tokens
 CONCURRENCY = {"low": Speculation(128, 300), "high": Speculation(2, 8)}
+SERIAL_PRICES = (0.02, 0.1, 0.2)  # about those of 1, 8 and 64 requests
+SERIAL_CHANCE = 0.866
 ALL_THAT_FIT = Speculation(CANVAS, 0)
 
 
@@ -80,8 +95,8 @@ def decode(
         transition_twin(
             state,
             running,
-            _starts(fed),
-            _starts(decode_rows),
+            starts_of(fed),
+            starts_of(decode_rows),
             num_computed,
             prompts,
             *_statistics(state, running, decode_rows, tables),
@@ -98,10 +113,6 @@ def decode(
     rows = counts[Counter.ROWS_FED] + requests * behind_prompts
     assert counts[Counter.IDLE] == 0 and counts[Counter.TOKENS] == requests * max_tokens
     return Counts(sum(counts[kind] for kind in kinds), rows, state.response[:, :max_tokens])
-
-
-def _starts(counts: torch.Tensor) -> torch.Tensor:
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
 
 def _statistics(
@@ -151,8 +162,33 @@ def table(max_tokens: int, requests: int, presets: Collection[str] = PRESETS) ->
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def serial_table(max_tokens: int, requests: int) -> str:
+    """Serial decoding, a column per price of a row: tokens and rows per pass."""
+    ways: dict[str, Collection[Drafting]] = {"all": ALL_DRAFTING}
+    ways |= {f"without {way.value}": ALL_DRAFTING - {way} for way in Drafting}
+    ways |= {f"only {Drafting.AHEAD.value}": {Drafting.AHEAD}, "none": ()}
+    rows = [["drafts", *(f"at {price} tokens a row" for price in SERIAL_PRICES)]]
+    rows.append(["---"] * len(rows[0]))
+    params = DecodingParams(mode="serial", slot_size=8)
+    for name, drafting in ways.items():
+        cells = []
+        for price in SERIAL_PRICES:
+            tokens, fed = decode_serially(
+                params,
+                SERIAL_CHANCE,
+                price,
+                max_tokens=max_tokens,
+                requests=requests,
+                drafting=drafting,
+            )
+            cells.append(f"{tokens:.2f}, {fed:.1f}")
+        rows.append([name, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--requests", type=int, default=8)
-    print(table(**vars(parser.parse_args())))
+    size = vars(parser.parse_args())
+    print(table(**size), serial_table(**size), sep="\n\n")

@@ -118,7 +118,7 @@ def _one_table(result: Result) -> str:
     for level in sorted(swept, key=lambda level: (level["concurrency"], order[name_of(level)])):
         cells = [_cell(level.get(key), text) for _, key, text in used]
         rows.append([str(level["concurrency"]), name_of(level), level["acceptance"], *cells])
-    parts = [_heading(result), _markdown(rows)]
+    parts = [heading(result), _markdown(rows)]
     for name, at in crossovers(result).items():
         parts.append(f"{name}: {_crossover_text(at)}.")
     if canvas := [level for level in levels if level.get("canvas") is not None]:
@@ -149,7 +149,7 @@ def _crossover_text(at: float | None) -> str:
     return f"crossover with stock decoding at concurrency {at:.0f}"
 
 
-def _heading(result: Result) -> str:
+def heading(result: Result) -> str:
     settings = result["settings"]
     side = next((side for side in result["sides"] if side.get("environment")), None)
     words = [settings.get("shape") or "/".join(sorted({*settings["models"].values()}))]
@@ -219,7 +219,7 @@ def plot(results: Sequence[Result], target: Path) -> None:
         panel.set_xticks(levels, [str(c) for c in levels])
         panel.set_xlabel("concurrent requests")
         panel.set_ylabel("output tokens/s")
-        panel.set_title(_heading(result).strip("*"), fontsize="small", wrap=True)
+        panel.set_title(heading(result).strip("*"), fontsize="small", wrap=True)
         panel.grid(True, which="major", alpha=0.3)
         replayed = any("replayed" in level["acceptance"] for level in levels_of(result))
         panel.legend(title="replayed acceptance" if replayed else None)

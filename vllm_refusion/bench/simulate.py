@@ -20,6 +20,13 @@ from vllm_refusion.triton_kernels.acceptance_twin import (
 )
 
 NO_EOS = -1  # no token
+CANVAS, VOCAB, MASK = 256, 151936, 0  # what masks are called does not matter to drawn outcomes
+PROMPT = 1  # tokens
+
+
+def starts_of(counts: torch.Tensor) -> torch.Tensor:
+    """Where each of consecutive parts of so many rows starts, and where the last one ends."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
 
 class Outcomes(Protocol):

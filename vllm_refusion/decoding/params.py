@@ -84,7 +84,7 @@ class DecodingParams:
         """These parameters with ``values`` (name -> value) in place of some of them.
 
         ``preset`` names one of ``PRESETS``: all its values, then what ``values`` says otherwise.
-        ``trace`` (see ``vllm_refusion.decoding.trace``) does not change how a request is decoded.
+        ``trace`` (see ``vllm_refusion.decoding.trace``) and ``drafts`` do not change the output.
 
         Raises:
             ParameterError: a name is not a decoding parameter, or a value is out of range.
@@ -162,7 +162,7 @@ PARAMETER_NAMES = tuple(entry.name for entry in fields(DecodingParams))
 # What a preset stands for, all but the first without effect in serial mode.
 PRESET_NAMES = ("slot_size", "block_length", "slot_threshold", "token_threshold")
 OF_PARALLEL = (*PRESET_NAMES[1:], "preset")
-OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace")  # what extra_args may hold
+OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace", "drafts")  # what extra_args may hold
 
 
 def add_options(parser: argparse._ActionsContainer, prefix: str = "") -> None:

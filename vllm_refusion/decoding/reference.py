@@ -8,8 +8,8 @@ the prompt; RoPE positions add the prompt's length.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class Decoded:
         passes: the forward passes, without the prompt's.
         branches: names of the branches of the algorithm that ran.
         rounds: the plans and how close the decisions after each were.
+        picks: in serial mode, the (position, token, probability) of all tokens as they are decided.
         logprobs: of each of ``tokens``, if asked for: of itself and of the likeliest tokens, by
             token, of the row whose probability accepted it (see ``decoding/logprobs.py``).
     """
@@ -65,6 +66,7 @@ class Decoded:
     passes: list[Pass]
     branches: frozenset[str]
     rounds: list[Round]
+    picks: list[tuple[int, int, float]] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
 
     @property
@@ -109,13 +111,15 @@ def decode(
     presence_penalty: float = 0.0,
     bad_words: Collection[Sequence[int]] = (),
     logprobs: int | None = None,
+    allowed: Callable[[list[int]], torch.Tensor] | None = None,
 ) -> Decoded:
     """Decodes one request with ``model``, a transformers causal LM.
 
     ``eos_token_id=None`` makes EOS an ordinary token. Stop tokens are ordinary while decoding and
     cut the output. Neither is picked at a response position below ``min_tokens``. What the
-    parameters behind them do: see ``vllm_refusion/decoding/picking.py``. Penalties and
-    ``bad_words``, token ids of each, act in serial mode.
+    parameters behind them do: see ``vllm_refusion/decoding/picking.py``. In serial mode penalties
+    and ``bad_words``, token ids of each, act; ``allowed`` may say which tokens, [V] bool, a grammar
+    allows behind the response so far.
     """
     if not prompt_ids or max_tokens < 1:
         raise ValueError(f"{len(prompt_ids)=} and {max_tokens=} must both be at least 1")
@@ -132,7 +136,7 @@ def decode(
     request = _Request(_Canvas(model, prompt_ids), params, rules, eos_token_id, max_tokens)
     request.num_logprobs = logprobs
     if params.mode == "serial":
-        request.decode_serially(max_tokens)
+        request.decode_serially(max_tokens, allowed)
     else:
         request.decode_blocks()
     tokens = [request.tokens[position] for position in range(min(request.end, max_tokens))]
@@ -140,7 +144,7 @@ def decode(
     passes, branches = request.canvas.passes[1:], frozenset(request.branches)
     tokens = tokens[: stop + 1]
     scores = [request.logprobs[p] for p in range(len(tokens))] if logprobs is not None else None
-    return Decoded(tokens, request.tokens, passes, branches, request.rounds, scores)
+    return Decoded(tokens, request.tokens, passes, branches, request.rounds, request.picks, scores)
 
 
 class _Canvas:
@@ -286,6 +290,7 @@ class _Request:
         self.tokens: dict[int, int] = {}  # by response position, in the order committed
         self.branches: set[str] = set()
         self.rounds: list[Round] = []
+        self.picks: list[tuple[int, int, float]] = []  # of serial mode
         self.distances: list[float] = []  # of probabilities compared in this round
         self.leads: list[float] = []  # of this round's picks that had a say
         self.num_logprobs: int | None = None
@@ -303,7 +308,9 @@ class _Request:
                 self.rounds.append(Round(committed, min(self.distances), min(self.leads)))
         self._branch("no_eos", self.eos not in self.tokens.values())
 
-    def decode_serially(self, max_tokens: int) -> None:
+    def decode_serially(
+        self, max_tokens: int, allowed: Callable[[list[int]], torch.Tensor] | None = None
+    ) -> None:
         """Section 7: token by token in position order, one row a pass."""
         size, masked_starts = self.params.slot_size, self.params.slot_start == "mask"
         row = self.canvas.last_row
@@ -311,9 +318,13 @@ class _Request:
             if masked_starts and position % size == 0:
                 row = self.canvas.feed("start", [(position, [self.rules.mask_token_id])])[0]
                 self.canvas.keep(0)
+            if allowed is not None:
+                row = row.masked_fill(~allowed(list(self.tokens.values())), -math.inf)
             # the noise depends on seed and position only
             before = [self.tokens[p] for p in range(position)]
-            ((token, _, lead),) = replace(self.rules, draw=0).pick(row, [position], before)
+            rules = replace(self.rules, draw=0)
+            ((token, probability, lead),) = rules.pick(row, [position], before)
+            self.picks.append((position, token, probability))
             self.rounds.append(Round(position, math.inf, lead))
             self._note(position, token, row[0])
             if token == self.eos:

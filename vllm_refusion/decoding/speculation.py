@@ -19,8 +19,9 @@ CERTAIN = 65536
 LEVELS = 64  # of confidence
 MAX_PRICE = 8192
 MAX_CHAIN = 64  # masks of consecutive positions behind one accept length (serial decoding)
-# What a request's acceptance is taken to be before any of its tokens has been tested.
-PRIOR_PASSED = 12
+# What a request's acceptance is taken to be before any of its tokens has been tested, in
+# LEVELS-ths, and the number of tests that it outweighs.
+PRIOR = 48
 PRIOR_TESTED = 16
 
 
@@ -34,11 +35,13 @@ class Speculation(NamedTuple):
             Rows that are hardly needed are put off (``compose``).
         row_price: of serial decoding: what a row costs, in tokens, in units of 1/CERTAIN. A draft
             or mask is fed if it is expected to bring more. At CERTAIN none is.
+        prior: of serial decoding: the acceptance that a request begins with, in LEVELS-ths.
     """
 
     free_rows: int = 0
     pass_price: int = 0
     row_price: int = CERTAIN
+    prior: int = PRIOR
 
     @property
     def rides(self) -> bool:
@@ -60,6 +63,17 @@ class Saving(Enum):
 
 
 ALL_SAVINGS = frozenset(Saving)
+
+
+class Drafting(Enum):
+    """Where drafts of serial decoding come from. Only the twin can be told to do without some."""
+
+    AHEAD = "masks behind all drafts under test"
+    BRANCHES = "masks behind fewer of them"
+    KEPT = "drafts kept where no masks were fed"
+
+
+ALL_DRAFTING = frozenset(Drafting)
 
 
 @cache
@@ -94,6 +108,6 @@ def cost_of(confidence: float) -> int:
     return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]
 
 
-def acceptance(passed: int, tested: int) -> int:
-    """Share of a request's tested tokens that passed, in LEVELS-ths, below LEVELS."""
-    return LEVELS * (passed + PRIOR_PASSED) // (tested + PRIOR_TESTED)
+def acceptance(passed: int, tested: int, prior: int = PRIOR) -> int:
+    """Share of a request's tested tokens that passed, in LEVELS-ths, below LEVELS as ``prior``."""
+    return (LEVELS * passed + PRIOR_TESTED * prior) // (tested + PRIOR_TESTED)

@@ -107,7 +107,7 @@ class Field(IntEnum):
     DRAFTS = 21  # drafts at hand
     TESTS = 22  # of them, those in the present canvas
     MOST_TESTS = 23  # more are never fed at once
-    EXPECTED = 24  # tokens that the present canvas is expected to bring, in 1/256
+    LAST_TOKENS = 24  # tokens that its last pass brought
     MOST_MASKS = 25  # of a chain
     SKIPS_KNOWN = 26  # whether chains leave out a position whose token is picked without its mask
 
@@ -362,7 +362,8 @@ class DecodeState:
             last_token: of the prompt and the ``known`` response tokens. The prefill is all of them,
                 but for the last one where a response token is known: the canvas begins with that.
             most_tests: drafts that are fed at once at most.
-            chain_length: masks of consecutive positions that draft at most, of 2 to MAX_CHAIN.
+            chain_length: masks of consecutive positions at most, of 2 to MAX_CHAIN; or 1, which
+                without ``skips_known`` draft nothing.
             skips_known: whether chains begin behind the position whose token the pass picks in any
                 case, where no mask is needed for it: of mask adapters that are trained so.
             picks: how tokens are picked, see ``_begin``.
@@ -381,7 +382,6 @@ class DecodeState:
             Field.MOST_TESTS: most if most_tests is None else min(most, most_tests),
             Field.ROWS: tokens + starts_slot if known else 1,
             Field.CANVAS: tokens + masks,
-            Field.EXPECTED: 256,
             Field.MOST_MASKS: chain_length,
             Field.SKIPS_KNOWN: int(skips_known),
         }

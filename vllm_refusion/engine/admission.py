@@ -57,6 +57,7 @@ HONOURED = {
     "include_stop_str_in_output",
     "output_kind",
     "stream_interval",
+    "structured_outputs",  # in serial mode
     "skip_clone",
     "skip_reading_prefix_cache",
     "repetition_detection",
@@ -107,6 +108,7 @@ def admit(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         if has_adapter(model):
             refuse_beside_adapter(spec.decoding)
         spec.decoding.check_canvas(canvas_length(vllm_config))
+        _check_mode(spec, params)
         _check_stops(spec)
         _check_picks(spec, params, vllm_config)
         _check_trace(spec, vllm_config)
@@ -133,6 +135,17 @@ def _check_sampling_params(params: SamplingParams) -> None:
     last = INT64_MAX - (params.n - 1)  # vLLM gives the i-th of n answers seed + i
     if params.seed is not None and not -INT64_MAX <= params.seed <= last:
         raise ParameterError("seed", params.seed, f"allowed is an integer in [-2**63 + 1, {last}]")
+
+
+def _check_mode(spec: RequestSpec, params: SamplingParams) -> None:
+    """Checks what needs all tokens before one to be known when that one is picked."""
+    if spec.constrained and not spec.serial:
+        raise ParameterError(
+            "structured_outputs",
+            params.structured_outputs,
+            "mode='parallel' drafts slots before the text that a grammar goes by is known; "
+            "allowed is None, or mode='serial'",
+        )
 
 
 def _check_stops(spec: RequestSpec) -> None:
@@ -238,8 +251,6 @@ def _check_prompt(token_ids: list[int] | None, vllm_config: VllmConfig) -> None:
 
 
 def _check_trace(spec: RequestSpec, vllm_config: VllmConfig) -> None:
-    if spec.trace and spec.serial:
-        raise ParameterError("trace", True, "beside mode='serial' allowed is false")
     if spec.trace and not tracing_enabled(vllm_config):
         raise ParameterError(
             "trace",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 _PATCHED = "_vllm_refusion_patched"
+INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Hooks:
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
         adapter_option: what it then calls the adapter, among the overrides of the configuration.
         short_names: of published checkpoints, each with the one that the Hugging Face Hub knows.
+        endpoints: makes our endpoint plugin, which adds routes only where an option asks for them.
     """
 
     architectures: Mapping[str, str]
@@ -52,6 +54,7 @@ class Hooks:
     take_adapter: Callable[[Any], None]
     adapter_option: str
     short_names: Mapping[str, str]
+    endpoints: Callable[[], Any]
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -91,9 +94,12 @@ def install(hooks: Hooks) -> None:
     _refuse_sleep(hooks)
     _report_figures(hooks)
     _report_passes_of_requests()
+    _attach_endpoints(hooks)
     _tell_preempted_from_finished()
     _settle_rows_before_each_step()
     _score_rows_of_prompts()
+    _mask_rows_ourselves()
+    _return_drafts()
     _measure_passes_once_captured()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter(hooks)
@@ -463,6 +469,26 @@ def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_toke
     return shown
 
 
+def _attach_endpoints(hooks: Hooks) -> None:
+    """Our routes, which an engine option asks for, beside those of vLLM's endpoint plugins.
+
+    vLLM loads the plugins that VLLM_PLUGINS names, and warns every server of each one installed
+    that it does not name.
+    """
+    from vllm import plugins
+
+    original = plugins.load_endpoint_plugins
+    if getattr(original, _PATCHED, False):
+        return
+
+    @functools.wraps(original)
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
+        return [*original(*args, **kwargs), hooks.endpoints()]
+
+    setattr(load_endpoint_plugins, _PATCHED, True)
+    plugins.load_endpoint_plugins = load_endpoint_plugins
+
+
 def _keep_stock_models_off_the_interpreter(hooks: Hooks) -> None:
     """On the CPU build Triton is there for ReFusion only: stock models run as without it.
 
@@ -517,6 +543,8 @@ def _settle_rows_before_each_step() -> None:
             budget = start(self.input_buffers.query_start_loc, sizes)
             self.adaptive_verification = RowManager(budget)
         original(self, scheduler_output)
+        if start is not None:
+            self.model_state.take_drafts(scheduler_output.scheduled_spec_decode_tokens)
 
 
 def _score_rows_of_prompts() -> None:
@@ -579,6 +607,105 @@ class RowManager:
         layout = self._budget.deal(idx_mapping)
         takes_drafts = "num_admitted_draft_tokens" in InputBatch.__dataclass_fields__
         return (*layout, None) if takes_drafts else layout
+
+
+def _mask_rows_ourselves() -> None:
+    """Structured outputs come to our sampler instead of to what the runner takes for logits.
+
+    The runner builds its own part for it while it loads the model, with room for a mask of every
+    row of every canvas: a GB for 256 requests and a vocabulary of 150,000.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "load_model")
+    def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        masks = getattr(self.model_state, "grammar_masks", None)
+        if masks is not None:
+            self.structured_outputs_worker = masks
+
+
+def _return_drafts() -> None:
+    """A step's output carries, behind the tokens of some requests, -1 and the request's drafts.
+
+    An output has no place for them; ``take_drafts`` takes them out again before vLLM sees them.
+    """
+    from vllm.v1.structured_output.utils import strip_speculative_padding
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+
+    @_patch(AsyncOutput, "get_output")
+    def get_output(original: Any, self: Any) -> Any:
+        output = original(self)
+        for row in getattr(self.sampler_output, "drafted", ()):
+            behind = self.sampled_token_ids[row, len(output.sampled_token_ids[row]) :].tolist()
+            output.sampled_token_ids[row] += [-1, *strip_speculative_padding(behind)]
+        return output
+
+
+def take_drafts(output: Any) -> dict[str, list[int]]:
+    """Takes the drafts by request id out of a ``ModelRunnerOutput``, see ``_return_drafts``."""
+    from vllm.v1.structured_output.utils import strip_speculative_padding
+
+    drafts = {}
+    for req_id, row in output.req_id_to_index.items():
+        tokens = output.sampled_token_ids[row] if output.sampled_token_ids else []
+        known = strip_speculative_padding(tokens)
+        if len(known) < len(tokens):
+            drafts[req_id] = tokens[len(known) + 1 :]
+            output.sampled_token_ids[row] = known
+    return drafts
+
+
+def grammar_output(manager: Any, requests: Any, drafts: dict[str, list[int]]) -> Any:
+    """vLLM's ``GrammarOutput``: what is allowed behind the known tokens and behind each draft.
+
+    Its manager fills a table with room for every row of every canvas otherwise, in 0.33 with as
+    many rows of each request; asked for one request at a time, it fills the first few. The runner
+    would refuse drafts behind the acceptable ones: all of ours are acceptable.
+    """
+    import numpy as np
+    from vllm.v1.core.sched.output import GrammarOutput
+
+    rows = 1 + max(map(len, drafts.values()))
+    if manager._grammar_bitmask is None or len(manager._grammar_bitmask) < rows:
+        manager._grammar_bitmask = manager.backend.allocate_token_bitmask(rows)
+    filled = [
+        manager.grammar_bitmask(requests, [name], {name: tokens})[: 1 + len(tokens)].copy()
+        for name, tokens in drafts.items()
+    ]
+    return GrammarOutput(list(drafts), np.concatenate(filled), [INT32_MAX] * len(drafts))
+
+
+def forced_tokens(manager: Any, request: Any, drafts: list[int], tokenizer: Any) -> list[int]:
+    """What a request's grammar leaves no choice about, behind ``drafts`` that it allows.
+
+    vLLM does not ask for it; the backends know the text that must follow, or the only token.
+    """
+    if manager._get_constraint_bounds(request, drafts).grammar_start > 0:
+        return []
+    grammar = request.structured_output_request.grammar
+    grammar.accept_tokens(request.request_id, drafts)
+    try:
+        if grammar.is_terminated():
+            return []
+        text = _forced_text(grammar)
+        if text:
+            return tokenizer.encode(text, add_special_tokens=False)
+        mask = manager.backend.allocate_token_bitmask(1)
+        grammar.fill_bitmask(mask, 0)
+        words = mask[0].nonzero().flatten().tolist()
+        word = int(mask[0, words[0]]) & (2**32 - 1) if len(words) == 1 else 0
+        return [32 * words[0] + word.bit_length() - 1] if word.bit_count() == 1 else []
+    finally:
+        grammar.rollback(len(drafts))
+
+
+def _forced_text(grammar: Any) -> str:
+    if hasattr(grammar, "matcher"):
+        return grammar.matcher.find_jump_forward_string()
+    if hasattr(grammar, "ll_matcher"):
+        return grammar.ll_matcher.compute_ff_bytes().decode(errors="ignore")
+    return ""
 
 
 def _measure_passes_once_captured() -> None:

@@ -10,9 +10,11 @@ from vllm_refusion.decoding.params import ParameterError
 from vllm_refusion.engine.adapter_option import adapter_of, shape_of
 from vllm_refusion.engine.options import refuse_unsupported_options
 from vllm_refusion.engine.settings import (
+    PLAY_OPTION,
     canvas_length,
     fuses_passes,
     has_adapter,
+    play_options,
     position_slack,
     resolve_defaults,
     tracing_enabled,
@@ -91,6 +93,12 @@ class ReFusionConfig:
         compat.refuse_malformed_bodies()
         fuses_passes(vllm_config)
         tracing_enabled(vllm_config)  # checks the option
+        replicas = vllm_config.parallel_config.data_parallel_size
+        if play_options(vllm_config.additional_config) is not None and replicas > 1:
+            raise ValueError(
+                f"data_parallel_size={replicas} beside {PLAY_OPTION}: allowed is 1, as one engine "
+                "is shown."
+            )
         model_config = vllm_config.model_config
         defaults = resolve_defaults(model_config)
         config = model_config.hf_text_config

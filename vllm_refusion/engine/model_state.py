@@ -8,8 +8,7 @@ Nothing here waits for the device or loops over requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,11 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
+from vllm.distributed.parallel_state import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.v1.structured_output.utils import strip_speculative_padding
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -27,10 +30,12 @@ from vllm_refusion.decoding.logprobs import Record, ScoreKind
 from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits, Processing, bias_row
 from vllm_refusion.decoding.sending import sent
+from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState
-from vllm_refusion.decoding.trace import Recorder
+from vllm_refusion.decoding.trace import Recorder, parameters_of
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
+from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.mask_adapter import apply_adapter
 from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
 from vllm_refusion.engine.prompt_scores import PromptScores
@@ -40,12 +45,14 @@ from vllm_refusion.engine.sampler import CanvasSampler
 from vllm_refusion.engine.settings import (
     canvas_length,
     fuses_passes,
+    play_options,
     position_slack,
     serial_rows,
     server_defaults,
     tracing_enabled,
 )
 from vllm_refusion.engine.step_cost import StepCost
+from vllm_refusion.engine.trace_channel import Publisher
 from vllm_refusion.triton_kernels.dispatch import operations
 
 
@@ -67,6 +74,7 @@ class ReFusionModelState(ModelState):
         self.mask_rows = adapter and apply_adapter(model, adapter, vllm_config, device)
         self._chains = chains_of(adapter) if adapter else {}
         self.recorder: Recorder | None = None
+        self.publisher: Publisher | None = None  # of what it records, to a live page
         self.defaults = server_defaults(self.model_config)
         self.slack = position_slack(vllm_config)
         # Addresses captured by CUDA graphs.
@@ -85,6 +93,7 @@ class ReFusionModelState(ModelState):
         self.records: dict[int, Record] = {}  # by req: logprobs, of who asks for them
         self._suspended_records: dict[str, Record] = {}
         self.serial: set[int] = set()  # the requests in serial mode, by req
+        self.constrained: set[int] = set()  # of these, those that a grammar limits
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -100,10 +109,7 @@ class ReFusionModelState(ModelState):
             canvas_token=self.req_states.draft_tokens,  # what the runner feeds as draft tokens
         )
         self.decode_state.gathers_starts = True
-        if tracing_enabled(self.vllm_config):
-            self.recorder = Recorder(self.decode_state)
-            transition = self.recorder.around(self.operations.transition)
-            self.operations = replace(self.operations, transition=transition)
+        self.grammar_masks = GrammarMasks(self.decode_state, self.operations, self._req_of)
         self.sampler = CanvasSampler(
             self.vllm_config,
             self.model,
@@ -116,7 +122,13 @@ class ReFusionModelState(ModelState):
             self.records,
             self._req_of,
             self.serial,
+            self.grammar_masks,
         )
+        if tracing_enabled(self.vllm_config) and get_tensor_model_parallel_rank() == 0:
+            if play_options(self.vllm_config.additional_config) is not None:
+                self.publisher = Publisher()
+            sink = self.publisher and self.publisher.send
+            self.recorder = self.sampler.recorder = Recorder(self.decode_state, sink)
         return self.sampler, None
 
     def add_request(self, req: int, new_req_data: Any) -> None:
@@ -126,7 +138,8 @@ class ReFusionModelState(ModelState):
         )
         self._req_of[new_req_data.req_id] = req
         if self.recorder is not None and spec.trace:
-            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids)
+            how = parameters_of(spec.decoding, spec.temperature, spec.seed, spec.max_tokens)
+            self.recorder.add(req, new_req_data.req_id, new_req_data.prompt_token_ids, how)
         self._limit_picks(req, spec, prompt_len, new_req_data.prefill_token_ids)
         if spec.logprobs is not None:
             record = self._suspended_records.pop(new_req_data.req_id, None)
@@ -161,7 +174,12 @@ class ReFusionModelState(ModelState):
         """Starts it, or goes on after a preemption: its tokens are computed again in order."""
         prompt_len, tokens = len(new_req_data.prompt_token_ids), new_req_data.prefill_token_ids
         known = len(tokens) - prompt_len
+        drafting = {"most_tests": serial_rows(self.vllm_config) - 2, **self._chains}
+        if not spec.drafts:
+            drafting = {"most_tests": 0, "chain_length": 1}
         self.serial.add(req)
+        if spec.constrained:
+            self.constrained.add(req)
         self._repeats_tokens[req] = False
         self.req_states.prefill_len.np[req] = prompt_len + max(0, known - 1)
         self.decode_state.add_serial(
@@ -172,13 +190,24 @@ class ReFusionModelState(ModelState):
             spec.eos_token_id,
             last_token=tokens[-1],
             known=known,
-            most_tests=serial_rows(self.vllm_config) - 2,
-            **self._chains,
+            **drafting,
             min_tokens=spec.min_tokens,
             stop_ids=spec.held_back,
             temperature=spec.temperature,
             seed=spec.seed,
         )
+
+    def take_drafts(self, scheduled: Mapping[str, list[int]]) -> None:
+        """The drafts that the scheduler has for constrained requests of a step, by request id."""
+        if self.constrained:
+            drafts = {
+                req: strip_speculative_padding(tokens)
+                for request_id, tokens in scheduled.items()
+                if (req := self._req_of[request_id]) in self.constrained
+            }
+            budget = self.sampler.row_budget
+            speculation = budget.speculation if budget else NO_RIDERS
+            self.grammar_masks.give_drafts(drafts, speculation)
 
     def measure_passes(self, run: Callable[[int], Any]) -> None:
         """Times ``run(rows)``, a forward pass, after the graphs are captured; see ``PassCost``.
@@ -204,6 +233,8 @@ class ReFusionModelState(ModelState):
             query_start_loc,
             sizes,
             StepCost(self.pass_cost or ASSUMED_COST, learns=self._learns_cost()),
+            self._req_of,
+            self.serial,
             fuses_passes(self.vllm_config),
         )
         return self.sampler.row_budget
@@ -273,12 +304,13 @@ class ReFusionModelState(ModelState):
             if req in self.records:
                 self._suspended_records[req_id] = self.records[req]
         self.serial.discard(req)
+        self.constrained.discard(req)
         self.records.pop(req, None)
         self.limits.remove(req)
         self.penalties.remove(req)
         self.decode_state.remove(req)
         if self.recorder is not None:
-            self.recorder.remove(req)
+            self.recorder.remove(req, preempted=req_id in self._preempting)
 
     def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
         return None

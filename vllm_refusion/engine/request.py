@@ -37,7 +37,9 @@ class RequestSpec:
         thinking_token_budget: tokens of thinking before its end is forced; None for no limit.
         logprobs: likely tokens to report with each token, or which ones; None for no
             log-probabilities.
+        constrained: whether a grammar limits what is picked (structured outputs).
         trace: whether its passes are recorded.
+        drafts: whether masks draft in serial mode; if not, each pass decides one token.
     """
 
     decoding: DecodingParams
@@ -59,7 +61,9 @@ class RequestSpec:
     presence_penalty: float
     thinking_token_budget: int | None
     logprobs: int | tuple[int, ...] | None
+    constrained: bool
     trace: bool
+    drafts: bool
 
     @classmethod
     def of(
@@ -77,8 +81,12 @@ class RequestSpec:
         options = params.extra_args or {}
         bad_words = params.bad_words_token_ids or ()
         max_tokens = min(params.max_tokens or room, room)
+        decoding = defaults.of_request(options)
+        drafts = _flag(options, "drafts", True)
+        if decoding.mode == "parallel" and not drafts:
+            raise ParameterError("drafts", False, "allowed is true beside mode='parallel'")
         return cls(
-            decoding=defaults.of_request(options),
+            decoding=decoding,
             max_tokens=max_tokens,
             eos_token_id=params.eos_token_id,
             min_tokens=min(params.min_tokens, max_tokens),
@@ -97,7 +105,9 @@ class RequestSpec:
             presence_penalty=params.presence_penalty,
             thinking_token_budget=params.thinking_token_budget,
             logprobs=tuple(params.logprob_token_ids or ()) or params.logprobs,
-            trace=_trace(options),
+            constrained=params.structured_outputs is not None,
+            trace=_flag(options, "trace", False),
+            drafts=drafts,
         )
 
     @property
@@ -123,8 +133,8 @@ class RequestSpec:
         return self.decoding.mode == "serial"
 
 
-def _trace(options: Mapping[str, Any]) -> bool:
-    value = options.get("trace", False)
+def _flag(options: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = options.get(name, default)
     if value not in (True, False):
-        raise ParameterError("trace", value, "allowed are true and false")
+        raise ParameterError(name, value, "allowed are true and false")
     return bool(value)

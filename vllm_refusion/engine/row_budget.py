@@ -8,12 +8,20 @@ a step the model runner asks for the size of the batch and then for its layout o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.decoding.speculation import CERTAIN, MAX_PRICE, NO_RIDERS, Speculation
+from vllm_refusion.decoding.draft_price import DraftPrice
+from vllm_refusion.decoding.speculation import (
+    CERTAIN,
+    LEVELS,
+    MAX_PRICE,
+    NO_RIDERS,
+    Speculation,
+)
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.config_hook import CAPTURE_SIZES
 from vllm_refusion.engine.step_cost import StepCost
@@ -21,10 +29,11 @@ from vllm_refusion.triton_kernels.allocation_twin import TOTALS
 from vllm_refusion.triton_kernels.dispatch import Operations
 
 STEPS_REMEMBERED = 64
-ROWS_APART = 256  # sizes of a step beyond those of the graphs
+ROWS_APART = 64  # sizes of a step beyond those of the graphs
 # Riders are worth a few rows even where rows are all that counts: a saved pass saves its sampling.
 LEAST_PRICE = 4
-PRICE_FOLLOWS = 0.25  # share of a change that the price of a row takes in a step
+RIDERS_WORTH = 0.5  # of a pass of parallel decoding
+STEPS_FOLLOWED = 4  # the size of a step of serial decoding is that of so many before
 
 
 class RowBudget:
@@ -38,6 +47,7 @@ class RowBudget:
         query_start_loc: [R+1] int32, where the runner reads the layout of every step.
         sizes: numbers of rows that CUDA graphs were captured for, ascending; empty for none.
         cost: of steps, by their rows.
+        requests, serial: all there are, and those in serial mode.
         riders: whether passes may carry riders.
     """
 
@@ -49,6 +59,8 @@ class RowBudget:
         query_start_loc: torch.Tensor,
         sizes: list[int],
         cost: StepCost,
+        requests: Collection[str],
+        serial: Collection[int],
         riders: bool,
     ) -> None:
         self.state = state
@@ -57,6 +69,7 @@ class RowBudget:
         self.query_start_loc = query_start_loc
         self.sizes = sizes or list(CAPTURE_SIZES)
         self.cost = cost
+        self.requests, self.serial = requests, serial
         self.riders = riders
         self.speculation = NO_RIDERS
         device, requests = state.device, state.max_requests
@@ -68,7 +81,7 @@ class RowBudget:
         self._decoding = 0  # requests that the totals on the host are of; 0: no totals
         # In the last steps, of a request: rows needed, rows with riders, what riders were worth.
         self._recent: deque[np.ndarray] = deque(maxlen=STEPS_REMEMBERED)
-        self._price = 0.0  # of a row of serial decoding, in tokens
+        self.drafts = DraftPrice()
         self._step = 0
         self._rows = 0
         self.rows_run = 0  # of all steps, with those that nothing used
@@ -84,7 +97,11 @@ class RowBudget:
     def settle(self, decoding: int, scheduled: int) -> int:
         """Decode rows of a step in which so many requests decode, of so many scheduled rows."""
         self._learn()
-        self._rows = self._choose(decoding, scheduled)
+        serial_alone = bool(self.serial) and len(self.serial) == len(self.requests)
+        if serial_alone and self._recent:
+            self._rows = self._follow(decoding, scheduled)
+        else:
+            self._rows = self._choose(decoding, scheduled)
         self.speculation = self._speculate(decoding) if self.riders else NO_RIDERS
         return self._rows
 
@@ -155,7 +172,25 @@ class RowBudget:
         if self._copied is not None:
             self._copied.synchronize()
         self.cost.learn()
-        self._recent.append(self._totals_host.numpy() / self._decoding)
+        needed, wanted, serial, tokens = self._totals_host.tolist()
+        self.drafts.learn(serial, tokens)
+        worth = RIDERS_WORTH * (self._decoding - serial) + max(0, tokens - serial)
+        self._recent.append(np.array((needed, wanted, worth)) / self._decoding)
+
+    def _follow(self, decoding: int, scheduled: int) -> int:
+        """The size for what canvases hold of late: what they hold has been found worth its rows."""
+        needed, wanted, _ = np.mean(list(self._recent)[-STEPS_FOLLOWED:], axis=0)
+        each = needed if self.drafts.index is None else wanted
+        return min(int(self._size_of(np.array(decoding * max(each, 1.0)))), scheduled)
+
+    def _size_of(self, rows: np.ndarray) -> np.ndarray:
+        """The smallest sizes that hold ``rows``."""
+        largest = self.sizes[-1]
+        captured = np.array(self.sizes)[
+            np.searchsorted(self.sizes[:-1], np.minimum(rows, largest) - 1e-6)
+        ]
+        beyond = largest + np.ceil((rows - largest) / ROWS_APART) * ROWS_APART
+        return np.where(rows > largest, beyond, captured).astype(np.int64)
 
     def _choose(self, decoding: int, scheduled: int) -> int:
         """The size that would have served requests of late best for its time.
@@ -170,25 +205,24 @@ class RowBudget:
         needed, wanted = decoding * np.maximum(needed, 1e-3), decoding * np.maximum(wanted, 1e-3)
         served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
         riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
-        value = (served * (1 + worth / 256 * riders)).mean(axis=1)
+        value = (served * (1 + worth * riders)).mean(axis=1)
         cost = self.cost.of(sizes)
         return int(sizes[np.argmin(cost / np.maximum(value, 1e-9))])
 
     def _speculate(self, decoding: int) -> Speculation:
         passes, requests = self.cost.passes, max(decoding, 1)
         price = min(max(passes.rows_per_pass / requests, LEAST_PRICE), MAX_PRICE)
-        return Speculation(passes.free_rows // requests, int(price), self._row_price(decoding))
+        free = passes.free_rows // requests
+        if not self.serial:
+            return Speculation(free, int(price))
+        self._price_drafts(decoding)
+        prior = min(round(LEVELS * self.drafts.acceptance), LEVELS - 1)
+        return Speculation(free, int(price), int(CERTAIN * self.drafts.price), prior)
 
-    def _row_price(self, decoding: int) -> int:
-        """What a row of serial decoding costs in tokens, in 1/CERTAIN: those of the time it takes.
-
-        Feeding all rows that bring more, and no others, gives most tokens in a time. It follows the
-        load slowly, as it depends on what it leads to.
-        """
-        if decoding:
-            expected = self._recent[-1][2] / 256 if self._recent else 0.0
-            tokens = decoding * (1 + expected)
-            per_ms = tokens / float(self.cost.of(np.array(self._rows)))
-            price = min(per_ms * self.cost.slope(self._rows), 1.0)
-            self._price += (PRICE_FOLLOWS if self._recent else 1.0) * (price - self._price)
-        return int(CERTAIN * self._price)
+    def _price_drafts(self, decoding: int) -> None:
+        """Of the requests in serial mode; the others' rows are there in any case."""
+        serial = min(decoding, len(self.serial))
+        if not serial:
+            return
+        others = (decoding - serial) * float(self._recent[-1][1]) if self._recent else 0.0
+        self.drafts.choose(serial, lambda rows: self.cost.of(self._size_of(others + rows)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +23,21 @@ from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
-from vllm_refusion.engine.acceptance import acceptance_tables
+from vllm_refusion.decoding.trace import Recorder
+from vllm_refusion.engine.acceptance import acceptance_tables, replayed_draws
+from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import Operations
 
 # Logits of one step are computed and read in chunks of rows of about this size.
 LOGITS_CHUNK_BYTES = 512 * 2**20
+
+
+@dataclass
+class CanvasOutput(SamplerOutput):
+    """Of requests in the rows ``drafted``, drafts follow the tokens: ``GrammarMasks.end_step``."""
+
+    drafted: Sequence[int] = ()
 
 
 class CanvasSampler:
@@ -49,6 +59,7 @@ class CanvasSampler:
         records: Mapping[int, Record],
         requests: Collection[str],
         serial: Collection[int],
+        grammar_masks: GrammarMasks,
     ) -> None:
         self.model = model
         self.operations = operations
@@ -61,7 +72,9 @@ class CanvasSampler:
         self.requests = requests  # all there are
         self.serial = serial  # those in serial mode, by req
         self.describes = ScoreKind.of(vllm_config.model_config.logprobs_mode)
+        self.grammar_masks = grammar_masks
         self.row_budget: RowBudget | None = None  # starts with the first request
+        self.recorder: Recorder | None = None
         rows = state.max_requests * state.canvas_length
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
         self.chunk_rows = max(1, min(rows, LOGITS_CHUNK_BYTES // row_bytes))
@@ -95,7 +108,7 @@ class CanvasSampler:
             # a new one each step: the runner copies it while the next step already runs
             return torch.empty(*shape, dtype=torch.int32, device=self.state.device)
 
-        output = SamplerOutput(
+        output = CanvasOutput(
             sampled_token_ids=output_buffer(num_reqs, self.state.canvas_length),
             logprobs_tensors=None,
             num_nans=None,
@@ -118,14 +131,30 @@ class CanvasSampler:
             output.num_rejected,
             budget.speculation if budget else NO_RIDERS,
         )
+        traced = None
+        if self.recorder is not None:
+            traced = self.recorder.begin(input_batch.idx_mapping_np.tolist())
         # without any requests both, so that both are compiled before the first one
         if len(self.serial) < len(self.requests) or not self.requests:
             emit_limit = self._emit_limit(input_batch)
             self.operations.transition(*batch, self.given_prob, emit_limit, *results)
         if self.serial or not self.requests:
             self.operations.serial_transition(*batch, *results)
+        output.drafted = self.grammar_masks.end_step(
+            output.sampled_token_ids, output.num_sampled, input_batch
+        )
         if self.penalties.used:
             self.penalties.count(batch[1], output.sampled_token_ids, output.num_sampled)
+        if traced is not None:
+            self.recorder.end(
+                traced,
+                input_batch.query_start_loc,
+                input_batch.cu_num_logits,
+                self.picked_prob[:rows],
+                self.given_prob[:rows],
+                output.sampled_token_ids,
+                output.num_sampled,
+            )
         if input_batch.num_draft_tokens:
             # the runner makes Python lists of them: no wider than what can be in them
             most = int(input_batch.num_draft_tokens_per_req.max())
@@ -178,6 +207,7 @@ class CanvasSampler:
         nothing = torch.full((1,), -1, dtype=torch.int32, device=hidden_states.device)
         requests = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
         logits = self.model.row_logits(hidden_states)
+        self.grammar_masks.compile(logits)
         self._token_stats(logits, requests, nothing, nothing, nothing, slice(0, 1))
         # so that the first request with penalties does not hold the others up
         self.operations.apply_penalties(
@@ -223,11 +253,14 @@ class CanvasSampler:
         given = state.canvas_token[requests, following].int()
         draws = state.row_draw[requests, row]
         penalties = self.penalties.used
+        mask_row = self.grammar_masks.mask_rows(requests, row)
         # with penalties there is a copy of the logits, in float32
         chunk = max(1, self.chunk_rows // 4) if penalties else self.chunk_rows
         for start in range(0, hidden_states.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden_states.shape[0]))
             logits = scores = self.model.row_logits(hidden_states[rows])
+            if mask_row is not None:
+                self.grammar_masks.forbid(logits, mask_row[rows])
             if penalties:
                 scores = logits.to(torch.float32, copy=True)
                 self.operations.apply_penalties(
@@ -241,17 +274,11 @@ class CanvasSampler:
         if self.acceptance is not None:
             rows = slice(0, hidden_states.shape[0])
             serial = state.ints[:, Field.RESUME] == Phase.SERIAL
-            # a draft's draw says where its chain began
-            behind = row - state.row_own_start[requests, row]
-            lead = 1 - state.ints[:, Field.SKIPS_KNOWN]
-            is_draft = serial[requests] & (behind >= lead[requests])
-            is_draft &= state.canvas_token[requests, row] == state.mask_token_id
-            draws = torch.where(is_draft, positions - behind + 1, draws)
             self.operations.acceptance_stats(
                 requests,
                 positions,
                 given,
-                draws,
+                replayed_draws(state, requests, row, draws),
                 seed=state.seed,
                 slot_size=state.ints[:, Field.SLOT_SIZE],
                 slot_threshold=state.slot_threshold,

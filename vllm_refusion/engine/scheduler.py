@@ -6,6 +6,9 @@ of a gap; they are emitted once the gap closes, at the latest with their block. 
 may have final tokens that are emitted before it is committed. So whole slots emitted are committed,
 and of a slot emitted in part nothing need be in the KV cache. Of a request in serial mode all
 tokens emitted are in the KV cache, in position order, but for the last one.
+
+A request whose tokens follow a grammar (structured outputs, in serial mode) sits out while a pass
+of it is in flight, and its drafts come with that pass's output: see ``grammar_masks``.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output.utils import strip_speculative_padding
 
 from vllm_refusion.engine import compat
+from vllm_refusion.engine.grammar_drafts import GrammarDrafts
 from vllm_refusion.engine.request import RequestSpec
 from vllm_refusion.engine.settings import (
     canvas_length,
@@ -30,6 +36,12 @@ from vllm_refusion.engine.settings import (
 
 LONGEST_PROMPT_TO_PLAN_WITH = 2048  # tokens in the last chunk
 FIRST_ROWS_OF_ALL = 128  # of requests in serial mode together: drafts are dear where many run
+NOT_YET = 2**62  # a step that never comes
+
+
+def _constrained(request: Request) -> bool:
+    """Whether its tokens follow a grammar: of requests in serial mode only."""
+    return request.use_structured_output
 
 
 class _CanvasScheduling:
@@ -44,6 +56,7 @@ class _CanvasScheduling:
         # by request: log-probabilities of prompts that nothing is delivered behind yet
         self._prompt_scores: dict[str, Any] = {}
         self._prompt_token_scores: dict[str, Any] = {}
+        self.grammar_drafts = GrammarDrafts(self.structured_output_manager, self.serial_rows - 2)
         compat.adapt_scheduler(
             self, position_slack(self.vllm_config), self._lookahead, self._cacheable
         )
@@ -147,6 +160,7 @@ class _CanvasScheduling:
         super()._update_after_schedule(scheduler_output)
         # What a canvas holds is decided on the device: vLLM only needs the number.
         serial_canvas = [-1] * self._serial_width()
+        decoding = scheduler_output.scheduled_spec_decode_tokens
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]
             if request.is_prefill_chunk:
@@ -155,12 +169,36 @@ class _CanvasScheduling:
                 request.spec_token_ids = serial_canvas
             else:
                 request.spec_token_ids = [-1] * self.canvas_width(request)
+            if request_id in decoding and _constrained(request):
+                request.next_decode_eligible_step = NOT_YET
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """What grammars allow behind the known tokens and the drafts of this step's requests."""
+        drafts = {
+            request_id: strip_speculative_padding(tokens)
+            for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
+            if request_id in self.requests and _constrained(self.requests[request_id])
+        }
+        manager = self.structured_output_manager
+        return compat.grammar_output(manager, self.requests, drafts) if drafts else None
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> Any:
+    ) -> dict[int, EngineCoreOutputs]:
+        """Takes a step's tokens; constrained requests are eligible again, with drafts that fit."""
         self._deliver_prompt_scores(model_runner_output)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        proposed = compat.take_drafts(model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id in scheduler_output.scheduled_spec_decode_tokens:
+            request = self.requests.get(request_id)
+            if request is None or not _constrained(request):
+                continue
+            request.next_decode_eligible_step = 0
+            if request.status == RequestStatus.RUNNING:
+                width, running = self._serial_width(), len(self.running)
+                drafts = self.grammar_drafts.fit(request, proposed.get(request_id, []), running)
+                request.spec_token_ids = [*drafts, *[-1] * (width - len(drafts))]
+        return outputs
 
     def _deliver_prompt_scores(self, output: ModelRunnerOutput) -> None:
         """Holds log-probabilities of prompts back until tokens come: vLLM delivers them together.

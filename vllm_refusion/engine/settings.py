@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.decoding.params import DecodingParams, ParameterError, expand_preset
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 # in vLLM's additional_config
 TRACE_OPTION = "refusion_trace"
+PLAY_OPTION = "refusion_play"
 SCHEDULE_OPTION = "refusion_schedule"
 ADAPTER_OPTION = "refusion_adapter"  # an attribute of the model's configuration, too
 # how a model with a mask adapter is decoded
@@ -78,7 +80,37 @@ def tracing_enabled(vllm_config: VllmConfig) -> bool:
     value = _additional_option(vllm_config, TRACE_OPTION, False)
     if not isinstance(value, bool):
         raise ValueError(f"additional_config has {TRACE_OPTION}={value!r}: allowed is a boolean.")
-    return value
+    return value or play_options(vllm_config.additional_config) is not None
+
+
+@dataclass(frozen=True)
+class PlayOptions:
+    """What ``refusion_play`` says of the live page.
+
+    Attributes:
+        stock_url: of another server of the OpenAI API, whose model answers beside this one.
+    """
+
+    stock_url: str | None = None
+
+
+def play_options(additional_config: Any) -> PlayOptions | None:
+    """What the server was asked to offer as a live page; None for no page.
+
+    Raises:
+        ValueError: ``refusion_play`` is no boolean and no object with a ``stock_url``.
+    """
+    options = additional_config if isinstance(additional_config, dict) else {}
+    value = options.get(PLAY_OPTION, False)
+    if isinstance(value, bool):
+        return PlayOptions() if value else None
+    url = value.get("stock_url") if isinstance(value, dict) and len(value) == 1 else None
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        raise ValueError(
+            f"additional_config has {PLAY_OPTION}={value!r}: allowed is a boolean, or an object "
+            'with a "stock_url" that begins with http:// or https://.'
+        )
+    return PlayOptions(url.rstrip("/"))
 
 
 def canvas_length(vllm_config: VllmConfig) -> int:

@@ -10,19 +10,17 @@ import torch
 
 from vllm_refusion.engine.pass_cost import PassCost
 
-LEAST_STEP = 32  # rows over which the cost of one more is taken
 FOLLOWS = 0.1  # share of a change that an estimate takes in a step
 FORGETS = 0.01  # share of the host's time that is doubted in a step that it did not delay
 
 
 class _Marks(NamedTuple):
-    """Of a step: before its pass, after its last kernel; rows, 0 if some are of prompts.
+    """Of a step: its end on the device; rows, 0 if some are of prompts.
 
     ``late``: whether the device had nothing left to do when the host launched the pass.
     """
 
     late: bool
-    launched: torch.cuda.Event
     ended: torch.cuda.Event
     rows: int
 
@@ -44,57 +42,41 @@ class StepCost:
         self.passes = passes
         self.scale, self.host = 1.0, 0.0
         self._learns = learns
-        self._launched: tuple[bool, torch.cuda.Event] | None = None
+        self._late: bool | None = None  # of the step that is being launched
         self._steps: deque[_Marks] = deque()  # the last one learned from, and those after it
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Milliseconds of steps of so many rows each."""
         return np.maximum(self.passes.of(rows) * self.scale, self.host)
 
-    def slope(self, rows: int) -> float:
-        """Milliseconds of one more row where a step has so many.
-
-        The larger of the slopes before and behind: costs have steps, as products have tiles, and a
-        flat place behind a step shall not draw a load over it that would do better in front.
-        """
-        less, more = rows // 2, rows + max(LEAST_STEP, rows // 4)
-        at_less, at, at_more = self.of(np.array([less, rows, more]))
-        return max((at - at_less) / max(rows - less, 1), (at_more - at) / (more - rows))
-
     def launch(self) -> None:
-        """Marks the beginning of a forward pass, in stream order."""
+        """Called before a forward pass is launched."""
         if self._learns:
-            late = bool(self._steps) and self._steps[-1].ended.query()
-            launched = torch.cuda.Event(enable_timing=True)
-            launched.record()
-            self._launched = late, launched
+            self._late = bool(self._steps) and self._steps[-1].ended.query()
 
     def end(self, rows: int) -> None:
         """Marks the end of a step, of ``rows``, or 0 if some are of prompts."""
-        if self._launched is not None:
+        if self._late is not None:
             ended = torch.cuda.Event(enable_timing=True)
             ended.record()
-            self._steps.append(_Marks(*self._launched, ended, rows))
-            self._launched = None
+            self._steps.append(_Marks(self._late, ended, rows))
+            self._late = None
 
     def learn(self) -> None:
         """Takes the steps into account that have ended on the device."""
         while len(self._steps) > 1 and self._steps[1].ended.query():
             before, step = self._steps.popleft(), self._steps[0]
             if before.rows and step.rows:
-                took = before.ended.elapsed_time(step.ended)
-                self.observe(step.rows, took, step.launched.elapsed_time(step.ended), step.late)
+                self.observe(step.rows, before.ended.elapsed_time(step.ended), step.late)
 
-    def observe(self, rows: int, took: float, busy: float, late: bool) -> None:
-        """A step of ``rows``: ms since the end of the one before, ms since its pass began.
+    def observe(self, rows: int, took: float, late: bool) -> None:
+        """A step of ``rows`` that ended ``took`` ms after the one before.
 
-        The host's time is only seen where the device waits for it. Else the step says that it is
-        no more than that, and time makes sure that it is asked again.
+        The host's time is only seen where the device waits for it. Else the step says what the
+        device takes, and that the host takes no more: time makes sure that it is asked again.
         """
         if late:
             self.host += FOLLOWS * (took - self.host)
-        else:
-            self.host = min(self.host, took) * (1 - FORGETS)
-        worked = busy if late else took
-        ratio = worked / float(self.passes.of(np.array(rows)))
-        self.scale += FOLLOWS * (ratio - self.scale)
+            return
+        self.host = min(self.host, took) * (1 - FORGETS)
+        self.scale += FOLLOWS * (took / float(self.passes.of(np.array(rows))) - self.scale)

@@ -36,6 +36,7 @@ class WorkerExtension:
             "requests": len(state._req_of),
             "suspended requests": len(state._suspended) + len(state._suspended_records),
             "logprob records": len(state.records),
+            "constrained requests": len(state.constrained),
             "pick limits": len(state.limits._cut) + len(state.limits._bias_row_of),
             "prompt scores": len(state.prompt_scores.in_progress_prompt_logprobs)
             + len(state.prompt_scores.token_id_scores),
@@ -49,3 +50,14 @@ class WorkerExtension:
         """What ``trace.Recorder.take`` gives; nothing where the engine does not trace."""
         recorder = self.model_runner.model_state.recorder
         return [] if recorder is None else recorder.take()
+
+    def refusion_listen(self) -> str | None:
+        """Where a ``trace_channel.Listener`` finds this worker's passes, if it publishes any.
+
+        Says hello there, which a listener hears once it is connected.
+        """
+        publisher = self.model_runner.model_state.publisher
+        if publisher is None:
+            return None
+        publisher.hello()
+        return publisher.address

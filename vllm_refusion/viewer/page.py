@@ -1,4 +1,4 @@
-"""A trace as one self-contained HTML page: no network, no framework."""
+"""Self-contained HTML pages, without a framework: a recorded trace, and a live one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ def html(trace: Mapping[str, Any]) -> str:
     data = json.dumps(timelines, ensure_ascii=False, separators=(",", ":"))
     # inside a script element only "<" can end it or start a comment
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    parts = {"style": "page.css", "player": "player.js", "script": "page.js"}
+    return _filled("page.html", parts, data)
+
+
+def live_html() -> str:
+    """The page that asks its own server for responses and shows them as they are decoded."""
+    parts = {"style": "page.css", "more-style": "live.css", "player": "player.js"}
+    return _filled("live.html", parts | {"script": "live.js"})
+
+
+def _filled(name: str, parts: Mapping[str, str], data: str = "") -> str:
+    """The page of that name with files in their places, and at last data, of which none is."""
     folder = files(__package__)
-    page = (folder / "page.html").read_text(encoding="utf-8")
-    for name, content in (
-        ("style", (folder / "page.css").read_text(encoding="utf-8")),
-        ("script", (folder / "page.js").read_text(encoding="utf-8")),
-        ("data", data),  # last: what it holds is not replaced
-    ):
-        page = page.replace(f"[[{name}]]", content, 1)
-    return page
+    page = (folder / name).read_text(encoding="utf-8")
+    for place, file in parts.items():
+        page = page.replace(f"[[{place}]]", (folder / file).read_text(encoding="utf-8"), 1)
+    return page.replace("[[data]]", data, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_refusion.engine.settings import TRACE_OPTION
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 FORMAT = "vllm-refusion trace"
-VERSION = 1
+VERSION = 2
 TRACING = {"additional_config": {TRACE_OPTION: True}}  # options of an LLM that records
 
 
@@ -107,14 +107,19 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 
 def pieces(tokenizer: Any, tokens: Iterable[int]) -> list[str]:
-    """The text that each token adds to those before it.
+    """The text that each token adds to those before it, see ``piecewise``."""
+    return [*map(piecewise(tokenizer), tokens)]
+
+
+def piecewise(tokenizer: Any) -> Callable[[int], str]:
+    """A function that takes one token after another and returns the text that it adds.
 
     A token that ends inside a character adds nothing; the one that completes it adds all of it.
     """
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
+    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""
 
 
 def device_name() -> str:
@@ -155,7 +160,7 @@ def _vocabulary(tokenizer: Any, requests: Sequence[Mapping[str, Any]]) -> dict[s
         for entry in request["passes"]:
             used.update(token for _, token in entry.get("committed", ()))
             for operation in entry["operations"]:
-                for name in ("drafts", "proposals", "tests"):
+                for name in ("drafts", "proposals", "tests", "picks"):
                     used.update(item[1] for item in operation.get(name, ()))
     return {str(token): tokenizer.decode([token]) for token in sorted(used)}
 

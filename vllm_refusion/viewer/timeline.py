@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,11 @@ NOT_DECODING = {"prefill", "replay", "idle"}
 class Event(NamedTuple):
     """From the end of pass ``at`` (1 is the first) a position is in ``state``.
 
-    States: ``draft`` (drafted or proposed), ``accepted``, ``committed``, ``masked`` (put back),
-    ``dropped`` (behind an end-of-sequence token), ``cut`` (committed, then dropped).
-    ``probability`` is that of the pick for a draft, of the test for an accepted token; None for a
-    token that is accepted without a test.
+    States: ``draft`` (drafted or proposed), ``accepted``, ``refused`` (in serial mode: another
+    token took its place, in the same pass), ``committed``, ``masked`` (put back), ``dropped``
+    (behind the end), ``cut`` (committed, then dropped). ``probability`` is that of the pick for a
+    draft and for a token committed in serial mode, of the test for an accepted one; None for what
+    had none.
     """
 
     at: int
@@ -31,7 +32,10 @@ class Event(NamedTuple):
 
 @dataclass
 class Pass:
-    """One forward pass; ``end`` is its end in seconds, ``round`` counts the plans up to it."""
+    """One forward pass.
+
+    ``end`` is its end in seconds; ``round`` counts the plans up to it, in serial mode the passes.
+    """
 
     kinds: list[str]
     rows: int
@@ -84,9 +88,11 @@ class Timeline:
                 return pieces[position]
             return trace["vocabulary"][str(token)]
 
-        history = _History(text, request["parameters"]["slot_size"])
+        history = History(text, request["parameters"]["slot_size"])
         for entry in request["passes"]:
             history.play(entry)
+        if request["parameters"]["mode"] == "serial":
+            history.drop(len(history.passes), len(tokens))
         return cls(
             model=trace["model"],
             device=trace["device"],
@@ -134,49 +140,47 @@ class Timeline:
         }
 
 
-class _History:
+class History:
     """Plays the passes of a request and notes what becomes of every position."""
 
-    def __init__(self, text: Any, slot_size: int) -> None:
+    def __init__(self, text: Callable[[int, int], str], slot_size: int) -> None:
+        """Args: text: of a token at a position."""
         self._text, self._slot_size = text, slot_size
         self.passes: list[Pass] = []
         self.positions: list[Position] = []
+        self._drafted: set[int] = set()  # of serial mode
+        self._touched: set[int] = set()
         self._round = self._committed = 0
         self._end = 0.0
 
     def play(self, entry: Mapping[str, Any]) -> None:
         self._end += entry["seconds"]
         operations = entry["operations"]
-        kinds = [operation["kind"] for operation in operations]
         number = len(self.passes) + 1
         committed = entry.get("committed", [])
+        chances = {}
         for operation in operations:
-            if "tests" in operation:
+            if operation["kind"] == "serial":
+                self._round += 1
+                chances = {position: chance for position, _, chance in operation["picks"]}
+                self._test_serially(number, operation)
+            elif "tests" in operation:
                 self._verify(number, operation, [position for position, _ in committed])
         for position, token in committed:
-            place = self._place(position)
-            place.round, place.kv = self._round, self._committed
-            place.events.append(Event(number, "committed", self._text(position, token), None))
-            self._committed += 1
+            self._commit(number, position, token, chances.get(position))
         if "end" in entry:
-            for place in self.positions[entry["end"] :]:
-                state = "cut" if place.kv is not None else "dropped"
-                text = place.events[-1].text if place.events else ""
-                place.events.append(Event(number, state, text, None))
+            self.drop(number, entry["end"])
         for operation in operations:
+            if operation["kind"] == "serial":
+                self._redraft(number, operation)
+                continue
             self._round += any(slot["chosen"] for slot in operation.get("slots", ()))
             for slot in operation.get("slots", ()):
                 self._place(slot["start"] + self._slot_size - 1)
-            for position, token, probability in (
-                *operation.get("drafts", ()),
-                *operation.get("proposals", ()),
-            ):
-                text = self._text(position, token)
-                event = Event(number, "draft", text, probability)
-                self._place(position).events.append(event)
+            self._draft(number, (*operation.get("drafts", ()), *operation.get("proposals", ())))
         self.passes.append(
             Pass(
-                kinds=kinds,
+                kinds=[operation["kind"] for operation in operations],
                 rows=entry["rows"],
                 riders=entry.get("rider_rows", 0),
                 end=round(self._end, 6),
@@ -184,6 +188,30 @@ class _History:
                 committed=[position for position, _ in committed],
             )
         )
+
+    def drop(self, number: int, end: int) -> None:
+        """From pass ``number`` on nothing is wanted from position ``end`` on."""
+        for position, place in enumerate(self.positions[end:], end):
+            state = "cut" if place.kv is not None else "dropped"
+            last = place.events[-1] if place.events else None
+            if last is None or last.state not in ("cut", "dropped"):
+                text = last.text if last else ""
+                place.events.append(Event(number, state, text, None))
+                self._touched.add(position)
+
+    def take_touched(self) -> set[int]:
+        """The positions with events since the last call, and those that came up."""
+        touched, self._touched = self._touched, set()
+        return touched
+
+    def _commit(self, number: int, position: int, token: int, chance: float | None) -> None:
+        place = self._place(position)
+        place.round = self._round
+        if place.kv is None:  # a preempted request in serial mode may decide a token twice
+            place.kv = self._committed
+            self._committed += 1
+        place.events.append(Event(number, "committed", self._text(position, token), chance))
+        self._drafted.discard(position)
 
     def _verify(self, number: int, operation: Mapping[str, Any], committed: list[int]) -> None:
         tests = operation["tests"]
@@ -196,9 +224,32 @@ class _History:
                 # whole slots were committed: the others are masked again
                 self._place(position).events.append(Event(number, "masked", "", probability))
 
+    def _test_serially(self, number: int, operation: Mapping[str, Any]) -> None:
+        for position, token, probability, accepted in operation["tests"]:
+            state = "accepted" if accepted else "refused"
+            event = Event(number, state, self._text(position, token), probability)
+            self._place(position).events.append(event)
+
+    def _redraft(self, number: int, operation: Mapping[str, Any]) -> None:
+        """A pass of serial mode that says what drafts there are leaves no others."""
+        drafts = operation.get("drafts")
+        if drafts is None:
+            return
+        for position in sorted(self._drafted - {position for position, *_ in drafts}):
+            self._place(position).events.append(Event(number, "masked", "", None))
+        self._draft(number, drafts)
+        self._drafted = {position for position, *_ in drafts}
+
+    def _draft(self, number: int, drafts: Sequence[Sequence[Any]]) -> None:
+        for position, token, probability in drafts:
+            event = Event(number, "draft", self._text(position, token), probability)
+            self._place(position).events.append(event)
+
     def _place(self, position: int) -> Position:
         while len(self.positions) <= position:
+            self._touched.add(len(self.positions))
             self.positions.append(Position())
+        self._touched.add(position)
         return self.positions[position]
 
 

@@ -1,0 +1,120 @@
+"""What serial decoding makes of rows at a price, without a model or a GPU.
+
+Drives the twin of the state machine (``triton_kernels/serial_twin.py``) with drawn acceptance, and
+prints the table of ``decoding/draft_price.py``:
+
+    python -m vllm_refusion.bench.draft_table
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+
+import torch
+
+from vllm_refusion.bench.simulate import CANVAS, MASK, PROMPT, VOCAB, starts_of
+from vllm_refusion.decoding.draft_price import ACCEPTANCES, PRICES
+from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.decoding.speculation import ALL_DRAFTING, CERTAIN, LEVELS, Drafting, Speculation
+from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
+from vllm_refusion.engine.acceptance import Profile, build_tables, replayed_draws, seed_of
+from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin
+from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
+
+
+def decode_serially(
+    params: DecodingParams,
+    acceptance: float,
+    price: float,
+    *,
+    max_tokens: int = 512,
+    requests: int = 8,
+    skips_known: bool = False,
+    drafting: Collection[Drafting] = ALL_DRAFTING,
+) -> tuple[float, float]:
+    """Tokens of a pass and rows of a pass, drafts being right with a mean chance.
+
+    Args:
+        price: of a row, in tokens.
+        skips_known: see ``DecodeState.add_serial``.
+        drafting: where drafts may come from.
+    """
+    state = DecodeState(requests, CANVAS, params.budget(max_tokens), MASK, "cpu")
+    tables = build_tables([Profile(slot=1.0, token=acceptance)], VOCAB, (), "cpu")
+    for req in range(requests):
+        state.add_serial(
+            req, PROMPT, params, max_tokens, None,
+            last_token=1, seed=seed_of(0, req), skips_known=skips_known,
+        )  # fmt: skip
+    speculation = Speculation(
+        row_price=round(CERTAIN * price), prior=min(round(LEVELS * acceptance), LEVELS - 1)
+    )
+    num_computed = torch.zeros(requests, dtype=torch.int32)
+    prompts = torch.full_like(num_computed, PROMPT)
+    phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
+    while len(running := (phase != Phase.DONE).nonzero().flatten()):
+        decode_rows = width[running].clone()
+        fed = decode_rows + (phase[running] == Phase.PREFILL) * PROMPT
+        request = running.repeat_interleave(decode_rows)
+        row = torch.cat([torch.arange(rows) for rows in decode_rows.tolist()])
+        picked, prob = torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row))
+        acceptance_stats_twin(
+            request,
+            state.row_target[request, row],
+            state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
+            replayed_draws(state, request, row, state.row_draw[request, row]),
+            seed=state.seed,
+            slot_size=state.ints[:, Field.SLOT_SIZE],
+            slot_threshold=state.slot_threshold,
+            serial=torch.ones(requests, dtype=torch.int32),
+            tables=tables,
+            out=(picked, prob, torch.zeros(len(row))),
+        )
+        num_sampled, num_rejected = torch.zeros_like(fed), torch.zeros_like(fed)
+        serial_transition_twin(
+            state,
+            running,
+            starts_of(fed),
+            starts_of(decode_rows),
+            num_computed,
+            prompts,
+            picked,
+            prob,
+            torch.zeros(len(running), CANVAS, dtype=torch.int32),
+            num_sampled,
+            num_rejected,
+            speculation,
+            drafting,
+        )
+        num_computed[running] += fed - num_rejected
+    counts = state.counters
+    passes = int(counts[Counter.SERIAL])
+    return int(counts[Counter.TOKENS]) / passes, int(counts[Counter.ROWS_FED]) / passes
+
+
+def table(max_tokens: int, requests: int) -> str:
+    """The constants TOKENS and ROWS: a line for each acceptance, a value for each price."""
+    params = DecodingParams(mode="serial", slot_start="next")
+    points = [
+        [decode_serially(params, a, p, max_tokens=max_tokens, requests=requests) for p in PRICES]
+        for a in ACCEPTANCES
+    ]
+    lines = []
+    for name, part in (("TOKENS", 0), ("ROWS", 1)):
+        values = [", ".join(f"{point[part]:.2f}" for point in of_price) for of_price in points]
+        lines += [
+            f"{name} = np.array(",
+            "    (",
+            *(f"        ({line})," for line in values),
+            "    )",
+            ")",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--requests", type=int, default=16)
+    print(table(**vars(parser.parse_args())))
