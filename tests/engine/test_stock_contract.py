@@ -308,6 +308,7 @@ def test_what_is_reported_of_tokens_in_stock_vllm(path, stock, logprobs_mode):
             assert_same_logprobs(*without)
 
 
+@pytest.mark.slow
 def test_thinking_budgets_of_stock_vllm(path, stock, preemptions, monkeypatch):
     """Also where it is known again after a preemption; stock vLLM on the same runner."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
