@@ -295,7 +295,7 @@ def test_only_an_engine_that_records_has_a_recorder(enabled, monkeypatch):
         model=None,
     )
     states = SimpleNamespace(draft_tokens=torch.zeros(2, 8, dtype=torch.int64))
-    sampler, _ = made.custom_sampler(SimpleNamespace(req_states=states))
+    sampler, _ = made.custom_sampler(SimpleNamespace(req_states=states, thinking_budget_state=None))
     assert sampler.recorder is made.recorder
     assert (made.recorder is None) is not enabled
 

@@ -124,6 +124,7 @@ def test_honoured(params):
         ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "structured_outputs="),
         ({"trace_decode_token_ids": [1]}, "trace_decode_token_ids="),
         ({"thinking_token_budget": 4}, "thinking_token_budget=4"),
+        ({"thinking_token_budget": 4, **SERIAL}, "in the row of a mask"),
         ({"watermarking": True}, "watermarking=True"),
         ({"seed": 2**70}, "seed="),
         ({"resumable": True}, "resumable=True"),

@@ -156,6 +156,7 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
         SimpleNamespace(num_computed_tokens=lengths, prefill_len=lengths),
         PickLimits(max_requests, vocab_size, "cpu"),
         Penalties(max_requests, vocab_size, "cpu"),
+        SimpleNamespace(enabled=False),
         {},
         set(),
         set(),

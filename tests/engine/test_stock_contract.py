@@ -12,6 +12,7 @@ import pytest
 from test_engine_sampling import check, generate
 from test_serial_mode import MODEL, NEXT_SLOWLY, Serial
 from vllm import SamplingParams, TokensPrompt
+from vllm.config.reasoning import ReasoningConfig
 from vllm.exceptions import VLLMValidationError
 
 import conformance
@@ -305,3 +306,40 @@ def test_what_is_reported_of_tokens_in_stock_vllm(path, stock, logprobs_mode):
             for entries in without[0] + without[1]:
                 entries.pop(MASK, None)  # of its bias there, of none here
             assert_same_logprobs(*without)
+
+
+@pytest.mark.slow
+def test_thinking_budgets_of_stock_vllm(path, stock, preemptions, monkeypatch):
+    """Also where it is known again after a preemption; stock vLLM on the same runner."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    reasoning = ReasoningConfig(reasoning_start_str="t5", reasoning_end_str="t7 t9 t8")
+    options = {"reasoning_config": reasoning, "skip_tokenizer_init": False}
+    asked = [
+        TokensPrompt(prompt_token_ids=[*prompt["prompt_token_ids"], *(5, 11, 12)[: i % 4]])
+        for i, prompt in enumerate(prompts(16))
+    ]
+
+    def tokens(llm, **extra):
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=36,
+                ignore_eos=True,
+                thinking_token_budget=(0, 1, 5, 20, None)[i % 5],
+                repetition_penalty=(1.0, 1.2)[i % 2],
+                logit_bias={MASK: -100.0, 5: 2.0, 7: 1.0},
+                **extra,
+            )
+            for i in range(len(asked))
+        ]
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    with engine(stock, **options) as llm:
+        expected = tokens(llm)
+    assert sum(str([7, 9, 8])[1:-1] in str(answer) for answer in expected) > 3
+    small = {"num_gpu_blocks_override": 20, "block_size": 16, "max_model_len": 160}
+    small |= {"diffusion_config": {"canvas_length": 32}}
+    with engine(path, **next_options(**options, **small)) as llm:
+        assert tokens(llm, extra_args=SERIAL) == expected
+    assert preemptions

@@ -38,6 +38,7 @@ HONOURED = {
     "repetition_penalty",
     "frequency_penalty",
     "presence_penalty",
+    "thinking_token_budget",
     "logprobs",
     "logprob_token_ids",
     "prompt_logprobs",
@@ -69,7 +70,12 @@ HONOURED = {
 }
 INT64_MAX = 2**63 - 1
 # Fields that act on a token by what stands before it: serial mode only.
-BY_WHAT_STANDS_BEFORE = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+BY_WHAT_STANDS_BEFORE = (
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "thinking_token_budget",
+)
 REPETITION_PENALTIES = (1e-6, 1e6)  # so that float32 holds a logit after it
 MAX_BIAS = 1e30  # float32 holds it, with logits added and divided by the lowest temperature
 
@@ -209,6 +215,9 @@ def _check_penalties(spec: RequestSpec, params: SamplingParams) -> None:
         value, default = getattr(params, name), getattr(defaults, name)
         if value != default and not spec.serial:
             raise ParameterError(name, value, f"allowed is {default!r}, or mode='serial'")
+    if spec.thinking_token_budget is not None and spec.decoding.slot_start != "next":
+        allowed = "allowed is None where a slot's first token is picked in the row of a mask"
+        raise ParameterError("thinking_token_budget", spec.thinking_token_budget, allowed)
     low, high = REPETITION_PENALTIES
     if not low <= spec.repetition_penalty <= high:
         allowed = f"allowed are numbers in [{low:g}, {high:g}]"

@@ -118,6 +118,7 @@ class ReFusionModelState(ModelState):
             self.req_states,
             self.limits,
             self.penalties,
+            sampler.thinking_budget_state,
             self.records,
             self._req_of,
             self.serial,

@@ -34,6 +34,7 @@ class RequestSpec:
         bad_words: those of several tokens, in serial mode.
         repetition_penalty, frequency_penalty, presence_penalty: in serial mode; 1, 0 and 0 for
             none.
+        thinking_token_budget: tokens of thinking before its end is forced; None for no limit.
         logprobs: likely tokens to report with each token, or which ones; None for no
             log-probabilities.
         constrained: whether a grammar limits what is picked (structured outputs).
@@ -58,6 +59,7 @@ class RequestSpec:
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
+    thinking_token_budget: int | None
     logprobs: int | tuple[int, ...] | None
     constrained: bool
     trace: bool
@@ -101,6 +103,7 @@ class RequestSpec:
             repetition_penalty=params.repetition_penalty,
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
+            thinking_token_budget=params.thinking_token_budget,
             logprobs=tuple(params.logprob_token_ids or ()) or params.logprobs,
             constrained=params.structured_outputs is not None,
             trace=_flag(options, "trace", False),
@@ -121,7 +124,8 @@ class RequestSpec:
     def penalised(self) -> bool:
         """Whether the tokens before a position act on what is picked there."""
         penalties = self.repetition_penalty, self.frequency_penalty, self.presence_penalty
-        return bool(self.bad_words) or penalties != (1, 0, 0)
+        thinks = self.thinking_token_budget is not None
+        return thinks or bool(self.bad_words) or penalties != (1, 0, 0)
 
     @property
     def serial(self) -> bool:

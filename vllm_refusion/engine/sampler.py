@@ -13,7 +13,9 @@ from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_refusion.decoding.logprobs import Record, ScoreKind
@@ -53,6 +55,7 @@ class CanvasSampler:
         req_states: RequestState,
         limits: PickLimits,
         penalties: Penalties,
+        thinking: ThinkingBudgetState,
         records: Mapping[int, Record],
         requests: Collection[str],
         serial: Collection[int],
@@ -64,6 +67,7 @@ class CanvasSampler:
         self.req_states = req_states
         self.limits = limits
         self.penalties = penalties
+        self.thinking = thinking
         self.records = records
         self.requests = requests  # all there are
         self.serial = serial  # those in serial mode, by req
@@ -84,10 +88,11 @@ class CanvasSampler:
         self.acceptance = acceptance_tables(vllm_config, state.device)  # benchmarks only
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
-        """The model state holds the parameters."""
+        """The model state holds the other parameters."""
+        self.thinking.add_request(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
+        self.thinking.apply_staged_writes()
 
     def __call__(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Args: hidden_states: [canvas rows of the batch, hidden], see ``compute_logits``."""
@@ -261,6 +266,7 @@ class CanvasSampler:
                 self.operations.apply_penalties(
                     scores, requests[rows], row[rows], positions[rows], state, penalties
                 )
+                self._end_thinking(scores, input_batch, rows)
             self._token_stats(scores, requests, positions, given, draws, rows)
             if self.records:
                 described = scores if self.describes.processed else logits
@@ -280,6 +286,29 @@ class CanvasSampler:
                 tables=self.acceptance,
                 out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
             )
+
+    def _end_thinking(self, scores: torch.Tensor, input_batch: InputBatch, rows: slice) -> None:
+        """Forces the end of thinking on some ``rows`` of the step, where a budget is used up.
+
+        vLLM's kernel takes the tokens before a row for those of its request's rows before it, of
+        this chunk or the one before. So they are, of rows that pick a token; those of masks, for
+        which they are not, draft.
+        """
+        thinking, requests = self.thinking, input_batch.idx_mapping_np
+        if not thinking.enabled or not thinking.use_thinking_budget[requests].any():
+            return
+        thinking.apply(
+            scores,
+            LogitsContext(
+                expanded_idx_mapping=input_batch.expanded_idx_mapping[rows],
+                idx_mapping=input_batch.idx_mapping,
+                idx_mapping_np=requests,
+                expanded_local_pos=input_batch.expanded_local_pos[rows],
+                input_ids=input_batch.input_ids[input_batch.logits_indices][rows],
+                pos=input_batch.positions[input_batch.logits_indices][rows],
+                seq_lens_upper_bound_np=input_batch.seq_lens_cpu_upper_bound.numpy(),
+            ),
+        )
 
     def _describe_rows(
         self, input_batch: InputBatch, logits: torch.Tensor, start: int, given: torch.Tensor
