@@ -169,6 +169,20 @@ def test_given_drafts_keep_their_confidence():
 # The kernel against its twin
 
 
+@pytest.mark.parametrize("kernel", [False, True], ids=["twin", "kernel"])
+def test_drafts_are_withheld(kernel: bool):
+    """A pass decides one token then, though rows cost nothing."""
+    operations, chosen = TWINS, REQUESTS
+    if kernel:
+        step = same(serial_transition_twin, serial_transition)
+        operations, chosen = BOTH._replace(serial_transition=step), ("slots_of_three",)
+    weather = Weather(riders=1.0, speculation=Speculation(0, 0, 0))
+    engine = simulate(operations, weather, chosen=chosen, canvas_length=40, drafts=False)
+    counters = engine.state.counters.tolist()
+    assert counters[Counter.SERIAL] == counters[Counter.TOKENS] > 0
+    assert counters[Counter.DRAFTS_TESTED] == 0
+
+
 @pytest.mark.parametrize("weather", ["calm", "sometimes_riders"])
 def test_kernels_equal_twins_in_simulation(weather: str):
     operations = BOTH._replace(serial_transition=same(serial_transition_twin, serial_transition))

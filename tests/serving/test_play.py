@@ -11,7 +11,7 @@ import pytest
 from server import MODEL_NAME, free_port, serve
 
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.engine.play import API, PAGE, STOCK_KEY_ENV, _may_ask
+from vllm_refusion.viewer.play import API, PAGE, STOCK_KEY_ENV, _may_ask
 
 KEY = {"Authorization": "Bearer sekret"}
 MODES = {

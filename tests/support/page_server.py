@@ -15,9 +15,9 @@ from server import free_port
 from synthetic_trace import synthetic_serial_trace, synthetic_trace
 
 from vllm_refusion.decoding.params import PRESET_NAMES, PRESETS
-from vllm_refusion.engine.play import API, PAGE, event
 from vllm_refusion.viewer import page
 from vllm_refusion.viewer.live import Live, token_change
+from vllm_refusion.viewer.play import API, PAGE, event
 
 ABOUT: dict[str, Any] = {
     "model": "synthetic",

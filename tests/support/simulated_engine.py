@@ -111,6 +111,7 @@ class SimulatedEngine:
     Args:
         model: a transformers causal LM whose config has a ``mask_token_id``.
         weather: disturbances, drawn from ``seed``.
+        drafts: whether requests in serial mode have any.
     """
 
     def __init__(
@@ -123,8 +124,10 @@ class SimulatedEngine:
         max_requests: int = 4,
         weather: Weather | None = None,
         seed: int = 0,
+        drafts: bool = True,
     ) -> None:
         self.model = model
+        self.drafts = drafts
         self.operations = operations
         self.weather = weather or Weather()
         self.random = random.Random(seed)
@@ -182,6 +185,8 @@ class SimulatedEngine:
                         "chain_length": self.random.choice((2, 5, MAX_CHAIN)),
                         "skips_known": self._chance(0.5),
                     }
+                    if not self.drafts:
+                        more |= {"most_tests": 0, "chain_length": 1, "skips_known": False}
                 add(
                     job.req,
                     len(request.prompt),

@@ -105,7 +105,7 @@ def _named(levels: Iterable[Level]) -> list[Level]:
     for level in found:
         name = report.name_of(level)
         if len(kinds[name]) > 1:
-            name += f", {level['acceptance'].removeprefix('replayed acceptance ')}"
+            name += f" {level['acceptance'].removeprefix('replayed acceptance ')}"
         named.append(level | {"name": name})
     return named
 

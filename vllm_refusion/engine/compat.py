@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -42,7 +43,8 @@ class Hooks:
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
         adapter_option: what it then calls the adapter, among the overrides of the configuration.
         short_names: of published checkpoints, each with the one that the Hugging Face Hub knows.
-        endpoints: makes our endpoint plugin, which adds routes only where an option asks for them.
+        endpoints: "module:class" of our endpoint plugin, which servers load; it adds routes only
+            where an option asks for them.
     """
 
     architectures: Mapping[str, str]
@@ -54,7 +56,7 @@ class Hooks:
     take_adapter: Callable[[Any], None]
     adapter_option: str
     short_names: Mapping[str, str]
-    endpoints: Callable[[], Any]
+    endpoints: str
 
 
 def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -484,7 +486,9 @@ def _attach_endpoints(hooks: Hooks) -> None:
 
     @functools.wraps(original)
     def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
-        return [*original(*args, **kwargs), hooks.endpoints()]
+        module, name = hooks.endpoints.split(":")
+        ours = getattr(importlib.import_module(module), name)
+        return [*original(*args, **kwargs), ours()]
 
     setattr(load_endpoint_plugins, _PATCHED, True)
     plugins.load_endpoint_plugins = load_endpoint_plugins

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
 
 from vllm_refusion.backbones import ARCHITECTURES, SHORT_NAMES, is_refusion
 from vllm_refusion.engine import compat, metrics
@@ -39,18 +38,11 @@ def register() -> None:
             take_adapter=take_adapter,
             adapter_option=ADAPTER_OPTION,
             short_names=SHORT_NAMES,
-            endpoints=_endpoints,
+            endpoints="vllm_refusion.viewer.play:PlayEndpoints",
         )
     )
     if interpreter_is_on():
         logger.warning(INTERPRETER_NOTICE)  # vLLM sets logging up later and would lose an info
-
-
-def _endpoints() -> Any:
-    """Loaded in servers only."""
-    from vllm_refusion.engine.play import PlayEndpoints
-
-    return PlayEndpoints()
 
 
 def check_vllm_version() -> str:
