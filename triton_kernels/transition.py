@@ -76,6 +76,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_BLOCK_LENGTH,
     F_CANVAS,
     F_COMMITTED,
+    F_CORRECTS,
     F_EMITTED,
     F_MAX_TOKENS,
     F_PASSES,
@@ -350,6 +351,7 @@ def _go_on(block, course, placed, verified, outcome, phase, before, stats, memor
             block, placed.row, course, outcome.commits, phase, before.committed, memory, lanes
         )
     stays = (verified.token >= 0) & ((block.status == ACCEPTED) | (block.status == COMMITTED))
+    stays = stays & (block.pick_row < 0)  # not corrected
     if course.phase == START:
         composes = 1
         block, course = _start_block(block, course, next_start, memory.ints, lanes)
@@ -364,7 +366,7 @@ def _go_on(block, course, placed, verified, outcome, phase, before, stats, memor
 
 
 @triton.jit
-def _emit(block, course, most, emitted, history, sampled, lanes):
+def _emit(block, course, corrects, most, emitted, history, sampled, lanes):
     """Hands out tokens newly final in position order, before position ``most``; their number.
 
     Also those of the first slot not committed that will not change any more. Its last one waits:
@@ -372,7 +374,7 @@ def _emit(block, course, most, emitted, history, sampled, lanes):
     """
     p, start = lanes.p, course.block_start
     head = first(block.status != COMMITTED, lanes)
-    untested = (block.status == CHOSEN) & (takes_test(block, lanes) == 0)
+    untested = (block.status == CHOSEN) & (takes_test(block, corrects, lanes) == 0)
     final = ((block.status == ACCEPTED) | untested) & (p < head + lanes.size - 1)
     end = tl.minimum(first((p >= head) & (final == 0), lanes), lanes.last + 1)
     tl.store(history.response + start + p, block.token, mask=(p >= head) & (p < end))
@@ -474,7 +476,10 @@ def _transition_kernel(
         most = tl.minimum(course.limit, tl.load(ints + F_MAX_TOKENS))
         most = tl.minimum(most, before.emitted + tl.load(emit_limit_ptr + index))
         sampled = sampled_ptr + index * CANVAS
-        number = _emit(block, course, most, before.emitted, memory.history, sampled, lanes)
+        corrects = tl.load(ints + F_CORRECTS)
+        number = _emit(
+            block, course, corrects, most, before.emitted, memory.history, sampled, lanes
+        )
         tl.store(ints + F_EMITTED, before.emitted + number)
         tl.atomic_add(counters_ptr + COUNT_TOKENS, number)
     tl.store(num_sampled_ptr + index, number)

@@ -329,8 +329,8 @@ class _Request:
         """3.3: goes on until all slots are complete; returns those that EOS does not drop."""
         slots, rounds = self._until_eos(chosen) or chosen, 0
         self._branch("infill_complete_on_entry", any(slot.complete for slot in slots))
-        # 3.2 left a slot incomplete or ended by a correction, so there is a last pass here: with the
-        # KV of final tokens.
+        # 3.2 left the first slot incomplete or ended by a correction, so there is a last pass here:
+        # with the KV of final tokens.
         while not all(slot.complete for slot in slots):
             rounds += 1
             self._predict([slot for slot in slots if not slot.complete])
