@@ -298,14 +298,16 @@ def _start_block(block, course, start, ints, lanes):
 
 
 @triton.jit
-def _ride_predicts(block, placed, rows, counted, stats, counters_ptr, lanes):
+def _ride_predicts(block, placed, rows, counted, corrects, stats, counters_ptr, lanes):
     """Takes the proposals for slots whose rider is in the canvas."""
     waits = waiting(block, lanes)
     begin = opening(waits, lanes)
     at_begin = tl.minimum(begin, lanes.last)
     rider = tl.gather(placed.rider_row, at_begin, axis=0)
     width = tl.gather(placed.rider_width, at_begin, axis=0)
-    rides = waits & (rider >= 0) & (rider + width <= counted)
+    # a correction ends the operation that would have gone on
+    goes_on = tl.where(corrects > 0, block.origin, -1) < begin
+    rides = waits & goes_on & (rider >= 0) & (rider + width <= counted)
     ridden = count(rides & (lanes.p == begin) & (rider >= rows))
     tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
     # an operation that goes on is counted already
@@ -329,7 +331,10 @@ def _ride(block, course, placed, last_slot, rows, counted, stats, memory, lanes)
             course = with_phase(course, VERIFY, course.draw + 1)
             tl.atomic_add(memory.counters + COUNT_PLANS_RIDDEN, 1)
     elif course.phase == INFILL:
-        block = _ride_predicts(block, placed, rows, counted, stats, memory.counters, lanes)
+        corrects = tl.load(memory.ints + F_CORRECTS)
+        block = _ride_predicts(
+            block, placed, rows, counted, corrects, stats, memory.counters, lanes
+        )
     return block, course
 
 

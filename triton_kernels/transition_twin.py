@@ -344,6 +344,8 @@ class _Step(Request):
             row, width = self.rider_row[blank[0]], self.rider_width[blank[0]]
             if row < 0 or row + width > self.fed:
                 continue
+            if self.ints[Field.CORRECTS] and self.origin[blank[0]] == blank[0]:
+                continue  # a correction has ended the operation that would have gone on
             if row >= self.first_rider:
                 self._count(Counter.PREDICTS_RIDDEN)
             self._propose(blank, width, row)

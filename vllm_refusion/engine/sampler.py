@@ -221,6 +221,7 @@ class CanvasSampler:
                 requests,
                 positions,
                 given,
+                state.row_position[requests, row] + 1,
                 draws,
                 seed=state.seed,
                 slot_size=state.ints[:, Field.SLOT_SIZE],
@@ -249,4 +250,5 @@ class CanvasSampler:
                     start,
                     self.picked,
                     given,
+                    self.given_prob,
                 )
