@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from vllm_refusion.decoding.params import INFILLS
 from vllm_refusion.decoding.state import DecodeState, Field, Phase, Status
 
 MAX_KEPT = 256  # ended requests whose recordings wait to be taken; older ones are dropped
@@ -63,10 +64,14 @@ def describe_pass(before: Sequence[int], after: Snapshot, rows: Rows) -> dict[st
     operations: list[dict[str, Any]] = []
     if phase in (Phase.PREFILL, Phase.REPLAY):
         operations.append({"kind": Phase(phase).name.lower()})
-    if tests := _tests(after, rows):
+    tests, corrections, picks = _tests(after, rows), _corrections(after), _picks(after, rows)
+    predicts = any(operation["kind"] == "predict" for operation in picks)
+    # a pass that only feeds corrections tests nothing
+    if tests or (phase == Phase.INFILL and not predicts):
         kind = "verify" if phase == Phase.VERIFY else "infill_verify"
-        operations.append({"kind": kind, "tests": tests})
-    operations += _picks(after, rows)
+        operation = {"kind": kind, "tests": tests}
+        operations.append(operation | ({"corrections": corrections} if corrections else {}))
+    operations += picks
     described: dict[str, Any] = {"operations": operations}
     if phase in (Phase.PLAN, Phase.VERIFY, Phase.INFILL) and rows.fed > before[Field.ROWS]:
         described["rider_rows"] = rows.fed - before[Field.ROWS]
@@ -86,6 +91,16 @@ def _tests(after: Snapshot, rows: Rows) -> list[list[Any]]:
         [block + p, token, None if row < 0 else _rounded(rows.given_prob[row]), bool(stays)]
         for p, (token, row, stays) in enumerate(verified)
         if token >= 0
+    ]
+
+
+def _corrections(after: Snapshot) -> list[list[Any]]:
+    """[position, token, probability] of the tokens accepted in place of those that failed."""
+    block = after.ints[Field.BLOCK_START]
+    return [
+        [block + p, after.token[p], _rounded(after.confidence[p])]
+        for p, row in enumerate(after.pick_row)
+        if row >= 0 and after.status[p] == Status.ACCEPTED
     ]
 
 
@@ -234,6 +249,7 @@ class Recorder:
             "slot_size": ints[Field.SLOT_SIZE],
             "block_length": ints[Field.BLOCK_LENGTH],
             **values,
+            "infill": INFILLS[ints[Field.CORRECTS]],
             "seed": int(state.seed[req]),
             "max_tokens": ints[Field.MAX_TOKENS],
         }

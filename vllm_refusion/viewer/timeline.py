@@ -19,8 +19,8 @@ class Event(NamedTuple):
 
     States: ``draft`` (drafted or proposed), ``accepted``, ``committed``, ``masked`` (put back),
     ``dropped`` (behind an end-of-sequence token), ``cut`` (committed, then dropped).
-    ``probability`` is that of the pick for a draft, of the test for an accepted token; None for a
-    token that is accepted without a test.
+    ``probability`` is that of the pick for a draft or a correction, else that of the test for an
+    accepted token; None for one that is accepted without a test.
     """
 
     at: int
@@ -195,6 +195,9 @@ class _History:
             elif operation["kind"] == "verify" and not kept:
                 # whole slots were committed: the others are masked again
                 self._place(position).events.append(Event(number, "masked", "", probability))
+        for position, token, probability in operation.get("corrections", ()):
+            event = Event(number, "accepted", self._text(position, token), probability)
+            self._place(position).events.append(event)
 
     def _place(self, position: int) -> Position:
         while len(self.positions) <= position:
