@@ -150,7 +150,7 @@ class Checkpoint:
         # two dozen requests with everything mixed: sizes, thresholds, temperatures, endings, infill
         corrected = range(len(self.cases) - len(corrected_cases(name)), len(self.cases))
         self.mixed = random.Random(name).sample(range(corrected.start), 24)
-        self.mixed[1::6] = corrected[::3]
+        self.mixed[::6] = corrected[::3]
 
     def run(self, llm, chosen):
         """Runs the chosen cases at once and compares them with the reference."""
