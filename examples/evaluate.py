@@ -1,6 +1,6 @@
 """The share of word problems a model solves, and its tokens per forward pass, by decoding setting.
 
-python examples/evaluate.py [MODEL] --settings 8/32/0.9/0.4 32/128/0.9/0.4
+python examples/evaluate.py [MODEL] --settings 8/32/0.9/0.4 32/128/0.9/0.4 8/32/0.9/0.4/correct
 python examples/evaluate.py TWIN --token-by-token
 """
 
@@ -23,7 +23,7 @@ from vllm_refusion.viewer.record import stock
 
 FOLDER = Path(__file__).parent
 SETTINGS = ("8/32/0.9/0.4", "32/128/0.9/0.4")
-NAMES = ("slot_size", "block_length", "slot_threshold", "token_threshold")
+KINDS = {"slot_size": int, "block_length": int, "slot_threshold": float, "token_threshold": float}
 OPTIONS: dict[str, Any] = {
     "max_model_len": 1024,
     "max_num_seqs": 64,
@@ -34,11 +34,13 @@ OPTIONS: dict[str, Any] = {
 
 
 def parameters(setting: str) -> dict[str, Any]:
-    """``8/32/0.9/0.4``, or ``serial/8``, as request parameters."""
+    """``8/32/0.9/0.4``, with ``/correct`` behind it or not, or ``serial/8`` as parameters."""
     if setting.startswith("serial/"):
         return {"mode": "serial", "slot_size": int(setting.removeprefix("serial/"))}
-    values = [kind(v) for kind, v in zip((int, int, float, float), setting.split("/"), strict=True)]
-    return dict(zip(NAMES, values, strict=True))
+    numbers, *infill = setting.rsplit("/correct", 1)
+    named = zip(KINDS.items(), numbers.split("/"), strict=True)
+    values = {name: kind(value) for (name, kind), value in named}
+    return values | ({"infill": "correct"} if infill == [""] else {})
 
 
 def evaluate(

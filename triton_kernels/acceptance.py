@@ -13,7 +13,7 @@ token, and philox(c0, c1, c2, c3) the words of Philox-4x32-10 with key s:
 
     picked      = t = token(x, draw)
     picked_prob = certainty(t, x)        if x is the first position of a slot, else q(t, x)
-    given_prob  = 1 if passes(given, x + 1) else 0           a row's given token stands at x + 1
+    given_prob  = 1 if passes(given, g) else 0               g: where a row's given token stands
 
 In serial decoding draw 0 is what is picked, and a draft, of draw c > 0, is that if it passes:
 
@@ -21,6 +21,8 @@ In serial decoding draw 0 is what is picked, and a draft, of draw c > 0, is that
 
 c says where its chain began, so that a draft made anew is right or wrong anew; one that is kept
 stays what it is.
+
+The picks of rows of tokens are corrections (algorithm section 8), drawn like any.
 
 The outcome of a token is a function of the token, its position and the seed: any schedule of passes
 that proposes it sees the same. picked_prob predicts the outcome without bias, as a calibrated
@@ -83,6 +85,7 @@ def _outcome(quantiles_ptr, profile, seed, token, position, used):
         "row_request_ptr",
         "row_position_ptr",
         "row_given_ptr",
+        "row_given_at_ptr",
         "row_draw_ptr",
         "picked_ptr",
         "picked_prob_ptr",
@@ -93,6 +96,7 @@ def _acceptance_kernel(
     row_request_ptr,  # [N] int64
     row_position_ptr,  # [N] int32
     row_given_ptr,  # [N] int32
+    row_given_at_ptr,  # [N] int32
     row_draw_ptr,  # [N] int32
     seed_ptr,  # [max_reqs] int64
     slot_size_ptr,  # [max_reqs] int32, strided
@@ -120,6 +124,7 @@ def _acceptance_kernel(
     request = tl.load(row_request_ptr + row, mask=used, other=0)
     draw = tl.load(row_draw_ptr + row, mask=used, other=0)
     given = tl.load(row_given_ptr + row, mask=used, other=-1)
+    given_at = tl.load(row_given_at_ptr + row, mask=used, other=0)
     seed = tl.load(seed_ptr + request, mask=used, other=0)
     size = tl.load(slot_size_ptr + request * slot_size_stride, mask=used, other=1)
     of_request = slot_threshold_ptr + request * slot_threshold_stride
@@ -141,7 +146,7 @@ def _acceptance_kernel(
     tl.store(picked_prob_ptr + row, tl.where(is_first, certainty, probability), used)
 
     known = tl.maximum(given, 0)
-    _, passes, _, _ = _outcome(quantiles_ptr, profile, seed, known, position + 1, used)
+    _, passes, _, _ = _outcome(quantiles_ptr, profile, seed, known, given_at, used)
     tl.store(given_prob_ptr + row, tl.where(given >= 0, passes.to(tl.float32), 0.0), mask=used)
 
 
@@ -149,6 +154,7 @@ def acceptance_stats(
     row_request: torch.Tensor,
     row_position: torch.Tensor,
     row_given: torch.Tensor,
+    row_given_at: torch.Tensor,
     row_draw: torch.Tensor,
     *,
     seed: torch.Tensor,
@@ -162,9 +168,10 @@ def acceptance_stats(
 
     Args:
         row_request: [N] int64, request index of the row, an index of the per-request tensors.
-        row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
-            alone.
+        row_position: [N] int32, the response position that the row's token is picked for; -1 for an
+            unused row, whose outputs are left alone.
         row_given: [N] int32, the token of ``given_prob``; -1 for none.
+        row_given_at: [N] int32, its response position.
         row_draw: [N] int32, the draw that the row's token is picked for.
         seed: [max_reqs] int64. slot_size: [max_reqs] int32, any stride.
         slot_threshold: [max_reqs] float32, any stride; below 1, else no slot is ever certain.
@@ -174,7 +181,7 @@ def acceptance_stats(
     """
     rows, requests, profiles = len(row_request), len(seed), len(tables.slot_chance)
     check(row_request, (rows,), torch.int64)
-    for tensor in (row_position, row_given, row_draw):
+    for tensor in (row_position, row_given, row_given_at, row_draw):
         check(tensor, (rows,), torch.int32)
     for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.float32), strict=True):
         check(tensor, (rows,), dtype)
@@ -194,6 +201,7 @@ def acceptance_stats(
         row_request,
         row_position,
         row_given,
+        row_given_at,
         row_draw,
         seed,
         slot_size,

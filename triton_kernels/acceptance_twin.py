@@ -40,6 +40,7 @@ def acceptance_stats_twin(
     row_request: torch.Tensor,
     row_position: torch.Tensor,
     row_given: torch.Tensor,
+    row_given_at: torch.Tensor,
     row_draw: torch.Tensor,
     *,
     seed: torch.Tensor,
@@ -67,7 +68,8 @@ def acceptance_stats_twin(
     picked[used] = token.to(torch.int32)
     picked_prob[used] = torch.where(is_first, certainty, passing)
     given = row_given[used].to(torch.int64)
-    _, passes, _, _ = outcomes(keys, given.clamp_min(0), position + 1, tables)
+    given_at = row_given_at[used].to(torch.int64)
+    _, passes, _, _ = outcomes(keys, given.clamp_min(0), given_at, tables)
     given_prob[used] = (passes & (given >= 0)).to(torch.float32)
 
 

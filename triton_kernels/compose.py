@@ -19,6 +19,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
     BLANK,
     CHOSEN,
+    F_CORRECTS,
     INFILL,
     MASKED,
     P_CANVAS_ROW,
@@ -83,7 +84,7 @@ def _members(block, costs, course, width, prices, lanes):
 
 
 @triton.jit
-def _write_phase_rows(block, members, course, canvas, mask_token_id, lanes):
+def _write_phase_rows(block, members, course, canvas, corrects, mask_token_id, lanes):
     p, length, zero = lanes.p, canvas.length, tl.zeros_like(lanes.p)
     in_canvas = p < length
     row = tl.where(members.member, members.row, -1)
@@ -95,10 +96,14 @@ def _write_phase_rows(block, members, course, canvas, mask_token_id, lanes):
     tl.debug_barrier()
     is_mask = (block.status == MASKED) | (block.status == BLANK)
     infills = course.phase == INFILL
+    # the position that a row picks a token for: the next, where it may have to correct
+    tells_next = (corrects > 0) & (is_mask == 0) & (p + 1 < lanes.slot_start + lanes.size)
+    told = tl.minimum(p + tells_next.to(tl.int32), lanes.last)
     value = Row(
         tl.where(is_mask, mask_token_id, block.token),
         course.block_start + p,
-        course.draw + tl.where(infills, block.rounds, 0),
+        course.block_start + told,
+        course.draw + tl.where(infills, tl.gather(block.rounds, told, axis=0), 0),
         zero - tl.where(infills, course.kept, 0),
         zero,
         zero,
@@ -110,17 +115,20 @@ def _write_phase_rows(block, members, course, canvas, mask_token_id, lanes):
 @triton.jit
 def compose(block, course, ints, canvas, prices, mask_token_id, lanes):
     """Writes the canvas of the next pass; returns its rows without and with riders."""
-    costs = test_costs(block, prices, lanes)
+    corrects = tl.load(ints + F_CORRECTS)
+    costs = test_costs(block, corrects, prices, lanes)
     width = predict_width(ints, canvas, prices, lanes)
     members = _members(block, costs, course, width, prices, lanes)
-    _write_phase_rows(block, members, course, canvas, mask_token_id, lanes)
+    _write_phase_rows(block, members, course, canvas, corrects, mask_token_id, lanes)
     rows = members.rows
     end = members.rows
     if (course.phase == INFILL) | (prices.speculates & (course.phase == VERIFY)):
         tl.debug_barrier()
         next_start = course.next_start
         next_length = tl.where(next_start < course.limit, block_length_at(next_start, ints), 0)
-        candidates = riders_of(block, members, costs, course, canvas, next_length, prices, lanes)
+        candidates = riders_of(
+            block, members, costs, course, canvas, corrects, next_length, prices, lanes
+        )
         rows, end = take_riders(
             block, members, candidates, course, canvas, prices, mask_token_id, lanes
         )

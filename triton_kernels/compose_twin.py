@@ -28,6 +28,7 @@ from vllm_refusion.decoding.state import DecodeState, Field, Phase, Status
 
 INFILLED = (Status.CHOSEN, Status.BLANK, Status.ACCEPTED)  # positions of slots in infill
 OPEN = (Status.CHOSEN, Status.BLANK)
+MASKS = (Status.MASKED, Status.BLANK)
 LISTS = ("ints", "status", "token", "rounds", "origin")
 
 
@@ -43,6 +44,7 @@ class _Row(NamedTuple):
 
     token: int
     position: int
+    target: int
     draw: int
     context: int = 0
     run_start: int = 0
@@ -114,7 +116,7 @@ class Request:
             rider_row[rider.at], rider_width[rider.at] = start + rider.lead, width - rider.lead
             for position in rider.positions:
                 mask = state.mask_token_id
-                row = _Row(mask, position, rider.draw, rider.context, *rider.run, start)
+                row = _Row(mask, position, position, rider.draw, rider.context, *rider.run, start)
                 rows.append(row)
 
         most = min(state.canvas_length, self._guaranteed_rows())
@@ -138,17 +140,18 @@ class Request:
             ("canvas_row", self.canvas_row),
         ):
             getattr(state, name)[req] = torch.tensor(values, dtype=torch.int32)
-        state.row_position[req] = -1
+        state.row_position[req] = state.row_target[req] = -1
         for name, column in zip(_Row._fields, zip(*rows)):
             target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
             target[req, : len(rows)] = torch.tensor(column, dtype=target.dtype)
-        state.row_target[req] = state.row_position[req]
 
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]
 
     def takes_test(self, proposal: int) -> bool:
         """Whether it is not accepted without one."""
+        if self.ints[Field.CORRECTS]:
+            return proposal % self.ints[Field.SLOT_SIZE] != 0
         return self.origin[proposal] != proposal
 
     def by_slot(self, positions: list[int]) -> list[list[int]]:
@@ -170,14 +173,21 @@ class Request:
             self.canvas_row[p] = row
         return [
             _Row(
-                mask if self.status[p] in (Status.MASKED, Status.BLANK) else self.token[p],
+                mask if self.status[p] in MASKS else self.token[p],
                 start + p,
-                draw + self.rounds[p] if infills else draw,
+                start + (told := self._told(p)),
+                draw + self.rounds[told] if infills else draw,
                 context=-ints[Field.KEPT] if infills else 0,
                 own_start=row - p % size if infills else 0,
             )
             for row, p in enumerate(members)
         ]
+
+    def _told(self, position: int) -> int:
+        """The position that its row picks a token for: the next, where it may have to correct."""
+        ints = self.ints
+        tells_next = ints[Field.CORRECTS] and self.status[position] not in MASKS
+        return position + (tells_next and (position + 1) % ints[Field.SLOT_SIZE] != 0)
 
     def _members(self) -> list[int]:
         """Block positions that take part in the pass."""
@@ -319,7 +329,8 @@ class Request:
             cost = 0
             for p in proposals:
                 before, cost = cost, cost + self._test_cost(p)
-                if p in fed and p % size and (not verifies or proposals is proposed[0]):
+                alone = not verifies or proposals is proposed[0]
+                if p in fed and p % size and alone and not ints[Field.CORRECTS]:
                     rounds = 0 if verifies else self.rounds[p]
                     chance = chance_of(before) - chance_of(cost)
                     riders.append(self._predict_rider(p, p, chance, rounds))

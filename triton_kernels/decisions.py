@@ -34,6 +34,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     COUNT_SLOTS_CHOSEN,
     COUNT_VERIFY,
     DROPPED,
+    F_CORRECTS,
     F_EOS,
     F_KEPT,
     FLOAT_SLOT_THRESHOLD,
@@ -154,16 +155,17 @@ def plan(block, row, stats, threshold, counters_ptr, lanes):
 
 
 @triton.jit
-def takes_test(block, lanes):
+def takes_test(block, corrects, lanes):
     """Whether positions [LANES] have a proposal that is not accepted without a test."""
-    return (block.status == CHOSEN) & (block.origin != lanes.p)
+    untested = tl.where(corrects > 0, lanes.slot_start, block.origin)
+    return (block.status == CHOSEN) & (untested != lanes.p)
 
 
 @triton.jit
-def run_tests(block, row, stats, threshold, lanes):
+def run_tests(block, row, stats, threshold, corrects, lanes):
     """The ``Tests`` of a canvas."""
     proposed = (row >= 0) & (block.status == CHOSEN)
-    tested = proposed & takes_test(block, lanes)
+    tested = proposed & takes_test(block, corrects, lanes)
     # the row before gives this row's token its probability
     given = tl.load(stats.given_prob + row - 1, mask=tested & (row > 0), other=-1.0)
     failed, good, reached = accepted_run(given, tested, threshold, lanes)
@@ -171,14 +173,20 @@ def run_tests(block, row, stats, threshold, lanes):
 
 
 @triton.jit
-def accept(block, tests, lanes):
-    """Accepts proposals up to the first failure of their slot, where an operation starts."""
+def accept(block, row, tests, anew, stats, lanes):
+    """Accepts proposals up to the first failure of their slot, where an operation starts.
+
+    Where that is ``anew`` [LANES], it starts behind: the token that the row before it picked is
+    accepted in its place. Returns the block, and the rows [LANES] that hold what it holds.
+    """
     open_ = (block.status == CHOSEN) | (block.status == BLANK)
-    fails = open_ & (tests.good == 0)
+    fails = open_ & (tests.good == 0) & (anew == 0)
+    starts = lanes.slot_start + in_slot(tests.good | anew, lanes)
+    block = pick(block, anew, row - 1, stats)
     status = tl.where(fails, BLANK, block.status)
-    status = tl.where(tests.proposed & tests.good, ACCEPTED, status)
-    starts = lanes.slot_start + in_slot(tests.good, lanes)
-    return with_origin(with_status(block, status), tl.where(fails, starts, block.origin))
+    status = tl.where((tests.proposed & tests.good) | anew, ACCEPTED, status)
+    block = with_origin(with_status(block, status), tl.where(fails, starts, block.origin))
+    return block, tl.where(anew, -1, row)
 
 
 @triton.jit
@@ -196,8 +204,11 @@ def accept_eos(block, eos, lanes):
 
 
 @triton.jit
-def verify(block, row, tests, eos, lanes):
-    """Section 3.2. Returns the block, the rows to commit (0: infill follows), where EOS cuts."""
+def verify(block, row, tests, stats, eos, corrects, lanes):
+    """Section 3.2.
+
+    Returns the block, its rows, the rows to commit (0: infill follows), where EOS cuts.
+    """
     block = with_rounds(block, tl.where(block.status == CHOSEN, 0, block.rounds))
     commits, cut = committed_prefix(block.token, tests, eos, lanes)
     if commits > 0:
@@ -205,20 +216,27 @@ def verify(block, row, tests, eos, lanes):
         block = with_status(block, tl.where(back, MASKED, block.status))
         block = cut_after(block, cut, lanes)
     else:
-        block, cut = accept_eos(accept(block, tests, lanes), eos, lanes)
-    return block, commits, cut
+        # of other slots than the first the rows saw more than the slot
+        leads = lanes.slot_start == first(tests.proposed, lanes)
+        anew = tl.where(corrects > 0, (tests.failed & tests.reached & leads).to(tl.int32), 0)
+        block, row = accept(block, row, tests, anew > 0, stats, lanes)
+        block, cut = accept_eos(block, eos, lanes)
+    return block, row, commits, cut
 
 
 @triton.jit
-def infill(block, row, tests, stats, eos, lanes):
-    """Section 3.3, one pass of it. Returns the block, where EOS cuts."""
+def infill(block, row, tests, stats, eos, corrects, lanes):
+    """Section 3.3, one pass of it. Returns the block, its rows, where EOS cuts."""
     # masks are in the canvas only of slots without a proposal
     blank = block.status == BLANK
     takes = blank & (row >= 0)
     begins = blank & (in_slot(takes, lanes) > 0)
-    block = pick(accept(block, tests, lanes), takes, row, stats)
+    anew = tl.where(corrects > 0, (tests.failed & tests.reached).to(tl.int32), 0)
+    block, accepted_row = accept(block, row, tests, anew > 0, stats, lanes)
+    block = pick(block, takes, row, stats)
     block = with_rounds(block, block.rounds + begins.to(tl.int32))
-    return accept_eos(block, eos, lanes)
+    block, cut = accept_eos(block, eos, lanes)
+    return block, accepted_row, cut
 
 
 @triton.jit
@@ -228,7 +246,7 @@ def waiting(block, lanes):
 
 
 @triton.jit
-def keepable(block, row, kept, lanes):
+def keepable(block, row, kept, corrects, lanes):
     """How many leading canvas rows hold accepted tokens that are the next in commit order."""
     slots = infilled(block.status)
     order = rows_of(slots) - kept
@@ -236,8 +254,8 @@ def keepable(block, row, kept, lanes):
     status_behind = tl.gather(block.status, behind, axis=0)
     # a row that will be asked about the token behind it is fed again
     in_same = lanes.p + 1 < lanes.slot_start + lanes.size
-    asked = in_same & (tl.gather(block.origin, behind, axis=0) != lanes.p + 1)
-    asked = asked & ((status_behind == CHOSEN) | (status_behind == BLANK))
+    tested = (tl.gather(block.origin, behind, axis=0) != lanes.p + 1) | (corrects > 0)
+    asked = in_same & tested & ((status_behind == CHOSEN) | (status_behind == BLANK))
     final = (block.status == ACCEPTED) & (row == order) & (asked == 0)
     left = slots & (order >= 0)
     first_other = tl.min(tl.where(left & (final == 0), order, NOWHERE), axis=0)
@@ -256,7 +274,9 @@ def decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
     else:
         eos = tl.load(ints + F_EOS)
         kept = tl.load(ints + F_KEPT)
-        tests = run_tests(block, row, stats, tl.load(floats + FLOAT_TOKEN_THRESHOLD), lanes)
+        corrects = tl.load(ints + F_CORRECTS)
+        threshold = tl.load(floats + FLOAT_TOKEN_THRESHOLD)
+        tests = run_tests(block, row, stats, threshold, corrects, lanes)
         verified = Verified(
             tl.where(tests.proposed, block.token, -1), tl.where(tests.tested, row - 1, -1)
         )
@@ -264,14 +284,14 @@ def decide(block, row, stats, phase, ints, floats, counters_ptr, lanes):
         passed = count(tests.tested & tests.good)
         if phase == VERIFY:
             counter = COUNT_VERIFY
-            block, commits, cut = verify(block, row, tests, eos, lanes)
-            final = tl.where(commits > 0, commits, keepable(block, row, 0, lanes))
+            block, row, commits, cut = verify(block, row, tests, stats, eos, corrects, lanes)
+            final = tl.where(commits > 0, commits, keepable(block, row, 0, corrects, lanes))
             kept = tl.where(commits > 0, 0, final)
         else:
             predicts = count(waiting(block, lanes)) > 0
             counter = tl.where(predicts, COUNT_PREDICT, COUNT_INFILL_VERIFY)
-            block, cut = infill(block, row, tests, stats, eos, lanes)
-            final = keepable(block, row, kept, lanes)
+            block, row, cut = infill(block, row, tests, stats, eos, corrects, lanes)
+            final = keepable(block, row, kept, corrects, lanes)
             kept += final
             total = count(infilled(block.status))
             commits = tl.where(kept >= total, total, 0)

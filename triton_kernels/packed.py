@@ -127,6 +127,7 @@ class Row(NamedTuple):
 
     token: tl.tensor
     position: tl.tensor
+    target: tl.tensor
     draw: tl.tensor
     context: tl.tensor
     run_start: tl.tensor
@@ -262,4 +263,4 @@ def write_rows(canvas, where, row, value):
     tl.store(rows + R_RUN_START * length + row, value.run_start, mask=where)
     tl.store(rows + R_RUN_END * length + row, value.run_end, mask=where)
     tl.store(rows + R_OWN_START * length + row, value.own_start, mask=where)
-    tl.store(rows + R_TARGET * length + row, value.position, mask=where)
+    tl.store(rows + R_TARGET * length + row, value.target, mask=where)

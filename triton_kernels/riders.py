@@ -48,7 +48,7 @@ class Riders(NamedTuple):
 
 
 @triton.jit
-def riders_of(block, members, costs, course, canvas, next_length, prices, lanes):
+def riders_of(block, members, costs, course, canvas, corrects, next_length, prices, lanes):
     """All riders that could follow the rows of the phase."""
     p, size = lanes.p, lanes.size
     chosen = block.status == CHOSEN
@@ -56,9 +56,9 @@ def riders_of(block, members, costs, course, canvas, next_length, prices, lanes)
     unfed = chosen & (members.member == 0)
     through = costs.through - costs.slot_before
 
-    # predict, if just what lies before p is accepted of its slot
+    # predict, if just what lies before p is accepted of its slot, and no correction stands at p
     leads = lanes.slot_start == first(chosen & (p == lanes.slot_start), lanes)
-    alone = (course.phase == INFILL) | leads
+    alone = ((course.phase == INFILL) | leads) & (corrects == 0)
     predicts = members.member & chosen & (p != lanes.slot_start) & alone
     chance = chance_of(through - costs.cost, prices.table) - chance_of(through, prices.table)
     # more proposals of the same operation
@@ -115,9 +115,11 @@ def _write_plan_rider(block, members, course, canvas, at, end, width, mask_token
     anew = count(back) == 0  # of the next block
     where = back | (p < tl.where(anew, width, 0))
     most_rounds = tl.max(tl.where(infilled(block.status), block.rounds, 0), axis=0)
+    position = tl.where(anew, course.next_start, course.block_start) + p
     value = Row(
         zero + mask_token_id,
-        tl.where(anew, course.next_start, course.block_start) + p,
+        position,
+        position,
         zero + course.draw + tl.where(infills, most_rounds, 0),
         zero,
         zero,
@@ -141,6 +143,7 @@ def _write_predict_rider(
     run_start = at_lane(members.row, lanes, fed_at) - fed_at % lanes.size
     value = Row(
         zero + mask_token_id,
+        course.block_start + p,
         course.block_start + p,
         zero + course.draw + rounds,
         zero - tl.where(infills, course.kept, 0),

@@ -76,6 +76,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     F_BLOCK_LENGTH,
     F_CANVAS,
     F_COMMITTED,
+    F_CORRECTS,
     F_EMITTED,
     F_MAX_TOKENS,
     F_PASSES,
@@ -297,14 +298,16 @@ def _start_block(block, course, start, ints, lanes):
 
 
 @triton.jit
-def _ride_predicts(block, placed, rows, counted, stats, counters_ptr, lanes):
+def _ride_predicts(block, placed, rows, counted, corrects, stats, counters_ptr, lanes):
     """Takes the proposals for slots whose rider is in the canvas."""
     waits = waiting(block, lanes)
     begin = opening(waits, lanes)
     at_begin = tl.minimum(begin, lanes.last)
     rider = tl.gather(placed.rider_row, at_begin, axis=0)
     width = tl.gather(placed.rider_width, at_begin, axis=0)
-    rides = waits & (rider >= 0) & (rider + width <= counted)
+    # a correction ends the operation that would have gone on
+    goes_on = tl.where(corrects > 0, block.origin, -1) < begin
+    rides = waits & goes_on & (rider >= 0) & (rider + width <= counted)
     ridden = count(rides & (lanes.p == begin) & (rider >= rows))
     tl.atomic_add(counters_ptr + COUNT_PREDICTS_RIDDEN, ridden)
     # an operation that goes on is counted already
@@ -328,7 +331,10 @@ def _ride(block, course, placed, last_slot, rows, counted, stats, memory, lanes)
             course = with_phase(course, VERIFY, course.draw + 1)
             tl.atomic_add(memory.counters + COUNT_PLANS_RIDDEN, 1)
     elif course.phase == INFILL:
-        block = _ride_predicts(block, placed, rows, counted, stats, memory.counters, lanes)
+        corrects = tl.load(memory.ints + F_CORRECTS)
+        block = _ride_predicts(
+            block, placed, rows, counted, corrects, stats, memory.counters, lanes
+        )
     return block, course
 
 
@@ -350,6 +356,7 @@ def _go_on(block, course, placed, verified, outcome, phase, before, stats, memor
             block, placed.row, course, outcome.commits, phase, before.committed, memory, lanes
         )
     stays = (verified.token >= 0) & ((block.status == ACCEPTED) | (block.status == COMMITTED))
+    stays = stays & (block.pick_row < 0)  # not corrected
     if course.phase == START:
         composes = 1
         block, course = _start_block(block, course, next_start, memory.ints, lanes)
@@ -364,7 +371,7 @@ def _go_on(block, course, placed, verified, outcome, phase, before, stats, memor
 
 
 @triton.jit
-def _emit(block, course, most, emitted, history, sampled, lanes):
+def _emit(block, course, corrects, most, emitted, history, sampled, lanes):
     """Hands out tokens newly final in position order, before position ``most``; their number.
 
     Also those of the first slot not committed that will not change any more. Its last one waits:
@@ -372,7 +379,7 @@ def _emit(block, course, most, emitted, history, sampled, lanes):
     """
     p, start = lanes.p, course.block_start
     head = first(block.status != COMMITTED, lanes)
-    untested = (block.status == CHOSEN) & (takes_test(block, lanes) == 0)
+    untested = (block.status == CHOSEN) & (takes_test(block, corrects, lanes) == 0)
     final = ((block.status == ACCEPTED) | untested) & (p < head + lanes.size - 1)
     end = tl.minimum(first((p >= head) & (final == 0), lanes), lanes.last + 1)
     tl.store(history.response + start + p, block.token, mask=(p >= head) & (p < end))
@@ -474,7 +481,10 @@ def _transition_kernel(
         most = tl.minimum(course.limit, tl.load(ints + F_MAX_TOKENS))
         most = tl.minimum(most, before.emitted + tl.load(emit_limit_ptr + index))
         sampled = sampled_ptr + index * CANVAS
-        number = _emit(block, course, most, before.emitted, memory.history, sampled, lanes)
+        corrects = tl.load(ints + F_CORRECTS)
+        number = _emit(
+            block, course, corrects, most, before.emitted, memory.history, sampled, lanes
+        )
         tl.store(ints + F_EMITTED, before.emitted + number)
         tl.atomic_add(counters_ptr + COUNT_TOKENS, number)
     tl.store(num_sampled_ptr + index, number)

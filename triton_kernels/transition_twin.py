@@ -243,7 +243,8 @@ class _Step(Request):
             self._after_commit(fed[kept - size])
             return kept
         for positions, run in zip(slots, runs):
-            self._accept(positions, run)
+            # of other slots than the first the rows saw more than the slot
+            self._accept(positions, run, corrects=positions is slots[0])
         self._accept_eos()
         ints[Field.PHASE] = Phase.INFILL
         ints[Field.KEPT] = self._keepable()
@@ -253,7 +254,7 @@ class _Step(Request):
         ints = self.ints
         waiting = self._waiting()
         for positions in self.by_slot(self.positions(Status.CHOSEN)):
-            self._accept(positions, self._run_tests(positions))
+            self._accept(positions, self._run_tests(positions), corrects=True)
         for blank in waiting:
             fed = sum(self.canvas_row[p] >= 0 for p in blank)
             if fed:
@@ -304,17 +305,30 @@ class _Step(Request):
             ints[Field.TESTED] //= 2
             ints[Field.PASSED] //= 2
 
-    def _accept(self, proposals: list[int], run: int) -> None:
-        """Accepts the first of a slot's proposals; if one failed, an operation starts there."""
+    def _accept(self, proposals: list[int], run: int, corrects: bool) -> None:
+        """Accepts the first of a slot's proposals; where one failed, an operation starts.
+
+        Behind it, if ``corrects`` and the request does: then another token takes its place.
+        """
         for p in proposals[:run]:
             self.status[p] = Status.ACCEPTED
         if run == len(proposals) or self.canvas_row[proposals[run]] < 0:
             return  # the others are not tested yet
-        size, failed = self.ints[Field.SLOT_SIZE], proposals[run]
-        for p in range(failed, failed - failed % size + size):
+        size, begin = self.ints[Field.SLOT_SIZE], proposals[run]
+        slot_end = begin - begin % size + size
+        if corrects and self.ints[Field.CORRECTS]:
+            self._correct(begin)
+            begin += 1
+        for p in range(begin, slot_end):
             if self.status[p] in OPEN:
                 self.status[p] = Status.BLANK
-                self.origin[p] = failed
+                self.origin[p] = begin
+
+    def _correct(self, position: int) -> None:
+        """Accepts, in place of a token that failed, the one that the row before it picked."""
+        self._pick(position, self.canvas_row[position] - 1, self.origin[position])
+        self.status[position] = Status.ACCEPTED
+        self.canvas_row[position] = -1  # that row held the token that failed
 
     def _propose(self, blank: list[int], count: int, first_row: int) -> None:
         """Takes ``count`` proposals for the blank positions of a slot."""
@@ -330,6 +344,8 @@ class _Step(Request):
             row, width = self.rider_row[blank[0]], self.rider_width[blank[0]]
             if row < 0 or row + width > self.fed:
                 continue
+            if self.ints[Field.CORRECTS] and self.origin[blank[0]] == blank[0]:
+                continue  # a correction has ended the operation that would have gone on
             if row >= self.first_rider:
                 self._count(Counter.PREDICTS_RIDDEN)
             self._propose(blank, width, row)
@@ -362,7 +378,7 @@ class _Step(Request):
     def _stay(self, positions: list[int]) -> None:
         """Notes of tokens under verification that they are accepted, for infill or for good."""
         for p in positions:
-            self.stays[p] = int(self.tested_token[p] >= 0)
+            self.stays[p] = int(self.tested_token[p] >= 0 > self.pick_row[p])
 
     def _cut_after(self, position: int) -> None:
         """EOS at a block position: everything after it that is not committed is dropped."""

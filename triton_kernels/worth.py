@@ -67,10 +67,10 @@ def chance_of(cost, table):
 
 
 @triton.jit
-def test_costs(block, prices, lanes):
+def test_costs(block, corrects, prices, lanes):
     """Nothing where there is no proposal or it takes no test."""
     level = level_of(block.confidence)
-    cost = tl.load(prices.table + level, mask=takes_test(block, lanes), other=0)
+    cost = tl.load(prices.table + level, mask=takes_test(block, corrects, lanes), other=0)
     through = tl.cumsum(cost, axis=0)
     return Costs(cost, through, tl.gather(through - cost, lanes.slot_start, axis=0))
 

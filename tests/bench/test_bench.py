@@ -233,7 +233,8 @@ def test_bursts_count_as_one_delivery():
 
 def test_server_levels_ask_for_the_same_load(tmp_path):
     arguments = parse("--base-url", "http://x", "--served-model", "m", "--input-len", "9")
-    preset = parse_preset("8/16/0.8/0.2")
+    preset = parse_preset("8/16/0.8/0.2/correct")
+    assert (preset.name, preset.parameters["infill"]) == ("8/16/0.8/0.2/correct", "correct")
     command = serve_command(arguments, "http://x", "m", preset, 4)
     body = json.loads(command[command.index("--extra-body") + 1])
     assert body["vllm_xargs"] == preset.parameters and "--ignore-eos" in command
@@ -473,6 +474,30 @@ def test_accepted_tokens_are_fed_again_if_asked_for(keeps, infill):
     assert [p.width for p in made] == [8, 8, *infill]
 
 
+@pytest.mark.parametrize(
+    "keeps, infill", [(True, [7, 7, 6, 6, 4, 5, 1]), (False, [8, 8, 8, 8, 4, 8, 8])]
+)
+def test_corrections_are_fed_by_the_pass_behind_them(keeps, infill):
+    """The first slot gets one in the verification, then each slot in each verify."""
+    params = DecodingParams(4, 8, infill="correct")
+    made = simulate(params, NothingPasses(), 8, keeps_accepted=keeps)
+    kinds = ["plan", "verify", *["predict", "infill_verify"] * 3, "infill_verify"]
+    assert [p.kind for p in made] == kinds
+    assert [p.width for p in made] == [8, 8, *infill]
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.7])
+def test_twins_with_corrected_infill_make_the_simulated_passes(chance):
+    asked = DecodingParams(8, 32, 0.9, 0.4, infill="correct"), Profile(0.6, chance)
+    plain = contributions.decode(*asked, NO_RIDERS, (), **SIZE)
+    assert plain.figures == tokens_per_forward(*asked, **SIZE)
+    # rows that cost all but nothing; then those that are likely needed
+    fast = contributions.decode(*asked, contributions.CONCURRENCY["low"], Saving, **SIZE)
+    thrifty = contributions.decode(*asked, contributions.ALL_THAT_FIT, Saving, **SIZE)
+    assert torch.equal(fast.responses, plain.responses) and fast.passes < plain.passes
+    assert torch.equal(thrifty.responses, plain.responses) and thrifty.rows < fast.rows
+
+
 def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
     """Kind by kind and row by row, several requests and profiles in one batch."""
     monkeypatch.setenv(BENCHMARK_ENV, "1")
@@ -482,7 +507,10 @@ def test_engine_with_replay_makes_the_simulated_passes(tmp_path, monkeypatch):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(TINY_SHAPE))
     profiles = [Profile(0.3, 0.7), Profile(0.6, 0.5)]
-    params = [DecodingParams(8, 32, 0.9, 0.4), DecodingParams(4, 16, 0.8, 0.2)]
+    params = [
+        DecodingParams(8, 32, 0.9, 0.4),
+        DecodingParams(4, 16, 0.8, 0.2, infill="correct"),
+    ]
     seeds = [seed_of(index % 2, index) for index in range(4)]
     tables = build_tables(profiles, TINY_SHAPE["vocab_size"], (3, 1), "cpu")
     expected = [

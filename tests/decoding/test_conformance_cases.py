@@ -31,6 +31,9 @@ REQUIRED = {
     "several_slots",
     "short_last_block",
     "later_block",
+    "infill_without_round",
+    "correction_ends_infill",
+    "correction_is_eos",
 }
 # About 30 times what two attention implementations of transformers differ by on these cases.
 THRESHOLD_MARGIN, ARGMAX_MARGIN = 1e-4, 1e-3

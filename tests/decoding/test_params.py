@@ -53,6 +53,8 @@ def test_names_that_mean_something_are_listed():
         ({"mode": "serial", "block_length": 32}, "block_length=32"),
         ({"mode": "serial", "token_threshold": 0.4}, "token_threshold=0.4"),
         ({"mode": "serial", "preset": "gpqa"}, "preset='gpqa'"),
+        ({"mode": "serial", "infill": "propose"}, "infill='propose'"),
+        ({"infill": "corrected"}, "infill='corrected' .* 'propose' and 'correct'"),
         ({"mode": "both"}, "mode='both' .* 'parallel' and 'serial'"),
         ({"mode": 1}, "mode=1"),
         ({"slot_start": "next"}, "slot_start='next'"),
@@ -64,11 +66,12 @@ def test_a_request_sets_nothing_that_has_no_effect(values, named):
 
 
 def test_serial_mode_ignores_defaults_of_parallel_mode():
-    defaults = DecodingParams().updated({"preset": "gpqa", "mode": "serial", "slot_start": "next"})
+    values = {"preset": "gpqa", "mode": "serial", "slot_start": "next", "infill": "correct"}
+    defaults = DecodingParams().updated(values)
     params = defaults.of_request({"slot_size": 5})  # the default blocks are of 16
     assert (params.mode, params.slot_start, params.slot_size) == ("serial", "next", 5)
     assert defaults.of_request({"mode": "parallel"}) == DecodingParams(
-        8, 16, 0.8, 0.2, slot_start="next"
+        8, 16, 0.8, 0.2, slot_start="next", infill="correct"
     )
     with pytest.raises(ParameterError, match="block_length=16"):
         defaults.of_request({"mode": "parallel", "slot_size": 5})

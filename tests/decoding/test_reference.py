@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -293,6 +294,134 @@ def test_masked_slots_before_an_infill_eos_are_decoded_as_usual():
     decoded = script.decode(DecodingParams(2, 6, 0.5, 0.4), max_tokens=12)
     assert decoded.tokens == [7, 8, 5, EOS] and decoded.commit_order == [2, 3, 0, 1]
     assert {"eos_in_infill", "early_eos_with_masked_slots_before"} <= decoded.branches
+
+
+CORRECT = DecodingParams(3, 6, 0.5, 0.4, infill="correct")
+
+
+def test_correct_picks_a_failed_token_anew_in_the_row_that_failed_it():
+    script = Script(
+        "4:.9 5:.3 6:.3 7:.9 8:.3 9:.3",
+        # slot 0: 5 fails, and 10 takes its place; slot 1: 8 fails, but its row saw slot 0
+        "10:.3,5:.2 6:.9 - 11:.5,8:.2 - -",
+        # predict 4 10 m | 7 m m
+        "- - 6:.9 - 12:.9 13:.9",
+        # verify 4 10 6 | 7 12 13: the first proposal of a slot is tested too
+        "- 6:.5 - 9:.3,12:.2 13:.9 -",
+        # predict 7 9 m: 9 is fed for the first time, slot 0 is complete
+        "- - 0:.9",
+        # verify all
+        "- - - - 0:.5 -",
+    )
+    decoded = script.decode(CORRECT, max_tokens=6)
+    assert decoded.tokens == [4, 10, 6, 7, 9, 0]
+    assert decoded.commit_order == [0, 1, 2, 3, 4, 5]
+    assert kinds(decoded) == ["plan", "verify"] + ["predict", "infill_verify"] * 2
+    assert script.ids[3:] == [
+        [4, 10, MASK, 7, MASK, MASK],
+        [4, 10, 6, 7, 12, 13],
+        [7, 9, MASK],
+        [4, 10, 6, 7, 9, 0],
+    ]
+    assert script.contexts[1:] == [3] * 6
+    assert {"infill_many_rounds", "no_eos", "several_slots"} == decoded.branches
+
+
+def test_a_correction_that_ends_its_slot_is_fed_before_it_is_committed():
+    script = Script(
+        "4:.9 - - 5:.1 - -",
+        # slot 0: all but the last token pass, and the correction completes it
+        "0:.9 0:.3,7:.35 -",
+        # nothing is left to propose
+        "- - -",
+        "5:.9 - -",
+        # slot 1: the same in an infill
+        "6:.35 8:.9 -",
+        "- - 9:.3",
+        "- 8:.35,9:.34 -",
+        "- - -",
+    )
+    decoded = script.decode(CORRECT, max_tokens=6)
+    assert decoded.tokens == [4, 0, 7, 5, 6, 8]
+    assert script.ids[3] == [4, 0, 7] and script.ids[8] == [5, 6, 8]
+    assert script.contexts[3:5] == [3, 6]
+    rounds = [["plan", "verify", "infill_verify"]]
+    rounds += [["plan", "verify", "predict", "infill_verify", "infill_verify"]]
+    assert kinds(decoded) == sum(rounds, [])
+    assert {"infill_without_round", "infill_one_round", "correction_ends_infill"} < decoded.branches
+
+
+def test_a_pass_that_is_made_anyway_feeds_a_correction_that_ends_its_slot():
+    script = Script(
+        "4:.9 - - 5:.9 - -",
+        "0:.9 7:.35 - 0:.1 - -",
+        # slot 0 is complete
+        "- 8:.9 9:.9",
+        "- - - 8:.9 9:.9 -",
+    )
+    decoded = script.decode(CORRECT, max_tokens=6)
+    assert decoded.tokens == [4, 0, 7, 5, 8, 9]
+    assert script.ids[3:] == [[5, MASK, MASK], [4, 0, 7, 5, 8, 9]]
+
+
+def test_a_correction_may_be_an_eos_or_be_barred_from_it():
+    passes = ("4:.9 - - 5:.9 - -", "E:.3,6:.2 - - - - -")
+    # the other slot is dropped, though its first token is accepted
+    decoded = Script(*passes, "- -").decode(CORRECT, max_tokens=12)
+    assert decoded.tokens == [4, EOS] and decoded.commit_order == [0, 1]
+    assert {"correction_is_eos", "eos_in_infill", "infill_drops_slots"} <= decoded.branches
+
+    rest = ("- - 7:.9 - 8:.9 9:.9", "- 7:.9 - 8:.9 9:.9 -")
+    decoded = Script(*passes, *rest).decode(CORRECT, max_tokens=6, min_tokens=2)
+    assert decoded.tokens == [4, 6, 7, 5, 8, 9]
+
+
+def test_an_eos_drops_a_correction_that_waits_to_be_fed():
+    script = Script(
+        "4:.9 - - 5:.9 - -",
+        # slot 0: 0 passes, 7 is a correction
+        "7:.3 - - 0:.9 0:.1 -",
+        # predict 4 7 m | 5 0 m
+        "- - E:.9 - - 9:.9",
+        # slot 0 ends in an accepted EOS, slot 1 in a correction
+        "- E:.9 - - 8:.3 -",
+    )
+    decoded = script.decode(CORRECT, max_tokens=6)
+    assert decoded.tokens == [4, 7, EOS] and len(decoded.passes) == 4
+
+
+def test_noise_of_a_correction_is_that_of_the_next_operation(monkeypatch):
+    calls = []
+
+    def gumbel_noise(seed, draw, positions, vocab):
+        calls.append((draw, positions.tolist()))
+        return torch.zeros(len(positions), vocab)
+
+    fake = SimpleNamespace(gumbel_noise=gumbel_noise)
+    monkeypatch.setitem(sys.modules, "vllm_refusion.decoding.noise", fake)
+    script = Script(
+        "4:.9 - - 5:.1 - -",
+        "6:.3 - -",
+        "- - 7:.9",
+        "- 8:.3 -",
+        "- - -",
+        "5:.9 6:.3 7:.3 | 6:.9 7:.9 -",
+    )
+    script.decode(CORRECT, max_tokens=6, temperature=1.0)
+    assert calls == [
+        (0, [0, 1, 2, 3, 4, 5]),
+        (1, [1]),
+        (1, [2]),
+        (2, [2]),
+        (2, [3, 4, 5]),
+    ]
+
+
+def test_log_probability_of_a_correction_is_that_of_the_row_that_failed_its_place():
+    script = Script("4:.9 - -", "6:.3,5:.2 - -", "- - 7:.9", "- 7:.6 -")
+    decoded = script.decode(CORRECT, max_tokens=3, logprobs=1)
+    chances = [math.exp(row[t]) for row, t in zip(decoded.logprobs, decoded.tokens)]
+    assert decoded.tokens == [4, 6, 7] and chances == pytest.approx([0.9, 0.3, 0.6])
 
 
 def test_ignored_eos_is_an_ordinary_token():

@@ -40,6 +40,9 @@ REQUESTS = {
     "eos": Request([1, 2], DecodingParams(2, 8, 0.1, 0.02), 24, EOS, 0.0, 1),
     "all_accepted": Request([4, 4], DecodingParams(2, 8, 0.0, 0.0), 22, None, 0.0, 2),
     "single_slots": Request([8, 3], DecodingParams(4, 4, 0.3, 0.02), 11, None, 0.0, 3),
+    "corrected": Request(
+        [6, 2], DecodingParams(4, 16, 0.2, 0.4, infill="correct"), 20, None, 1.5, 4
+    ),
 }
 SERIAL = {
     f"{start}, slots of {size}, temperature {temperature}": Request(
@@ -259,6 +262,27 @@ def test_serial_passes_without_drafts_are_the_references(model, reference, monke
         assert committed(recording) == [pick[:2] for pick in picks]
 
 
+def test_corrections_stand_where_tests_failed(model, reference):
+    """The tokens of the reference, each in place of the one that failed in the same operation."""
+    (recording,), _ = record_simulated(model, [REQUESTS["corrected"]])
+    assert recording["parameters"]["infill"] == "correct"
+    corrected, answer = {}, reference("corrected")
+    for entry in recording["passes"]:
+        for operation in entry["operations"]:
+            refused = {p: t for p, t, _, accepted in operation.get("tests", ()) if not accepted}
+            for position, token, _ in operation.get("corrections", ()):
+                assert position in refused
+                corrected[position] = token
+    assert len(corrected) > 4
+    assert {position: answer.committed[position] for position in corrected} == corrected
+    assert any(
+        not operation["tests"]
+        for entry in recording["passes"]
+        for operation in entry["operations"]
+        if "tests" in operation
+    )
+
+
 def test_untraced_requests_are_left_alone(model):
     """They are not copied to the host: the recorder asks only which requests take part."""
     recorder = Recorder(SimulatedEngine(model, None).state)
@@ -302,9 +326,9 @@ def test_only_an_engine_that_records_has_a_recorder(enabled, monkeypatch):
 
 def told(recording):
     """Plans; by slot, as slots may be a step ahead of each other, tests up to the first failure of
-    each verification; proposals. Probabilities to 4 digits."""
+    each verification; corrections; proposals. Probabilities to 4 digits."""
     size = recording["parameters"]["slot_size"]
-    plans, tests, proposals = [], {}, set()
+    plans, tests, corrections, proposals = [], {}, [], set()
     for entry in recording["passes"]:
         for operation in json.loads(json.dumps(entry["operations"]), parse_float=four_digits):
             if operation["kind"] == "plan":
@@ -315,8 +339,9 @@ def told(recording):
                 if slot not in failed:
                     tests.setdefault(slot, []).append(item)
                 failed |= set() if accepted else {slot}
+            corrections += operation.get("corrections", [])
             proposals |= set(map(tuple, operation.get("proposals", ())))
-    return [plans, sorted(tests.items())], proposals
+    return [plans, sorted(tests.items()), sorted(corrections)], proposals
 
 
 def four_digits(text):

@@ -92,6 +92,7 @@ def submit(prompt=(1, 2, 3), resumable=False, config=CONFIG, **params) -> Sampli
         {"extra_args": {"preset": "mmlu-pro", "block_length": 32}},
         {"extra_args": {"trace": False}},
         {"extra_args": {"mode": "serial", "slot_size": 32}},
+        {"extra_args": {"infill": "correct", "preset": "gpqa"}},
         {"extra_args": {"slot_threshold": 1, "token_threshold": 0.0}},
         {
             "structured_outputs": StructuredOutputsParams(regex="a+"),
@@ -139,6 +140,8 @@ def test_honoured(params):
         ({"extra_args": {"trace": "yes"}}, "trace='yes'"),
         ({"extra_args": {"trace": True}}, "refusion_trace"),
         ({"extra_args": {"mode": "serial", "slot_threshold": 0.5}}, "slot_threshold=0.5"),
+        ({"extra_args": {"mode": "serial", "infill": "correct"}}, "infill='correct'"),
+        ({"extra_args": {"infill": "corrected"}}, "infill='corrected'"),
         ({"extra_args": {"mode": "fast"}}, "mode='fast'"),
         ({"extra_args": {"mode": "serial", "slot_size": 2**31}}, "slot_size=2147483648"),
         ({"extra_args": {"slot_start": "next"}}, "slot_start='next'"),

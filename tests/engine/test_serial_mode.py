@@ -39,7 +39,8 @@ class Serial:
     def __init__(self, path, slot_start: str, count: int) -> None:
         self.path, self.slot_start = path, slot_start
         rng = random.Random(f"serial {slot_start}")
-        parallel = rng.sample(conformance.cases(MODEL), count)
+        proposing = [c for c in conformance.cases(MODEL) if c.params.infill == "propose"]
+        parallel = rng.sample(proposing, count)
         self.cases = [replace(case, params=serial(case.params, slot_start)) for case in parallel]
         # of 100 tokens at most: the reference takes a pass for each
         self.cases = [replace(case, max_tokens=min(case.max_tokens, 60)) for case in self.cases]

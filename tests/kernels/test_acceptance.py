@@ -57,7 +57,7 @@ def random_rows(count: int, used: bool = True) -> list[torch.Tensor]:
         return torch.randint(low, high, (count,), generator=generator, dtype=dtype)
 
     rows = [integers(0, REQUESTS, torch.int64), integers(0, 600) * integers(0, 5).clamp_max(1)]
-    rows += [integers(-1, VOCAB), integers(0, 50)]
+    rows += [integers(-1, VOCAB), integers(0, 600), integers(0, 50)]
     if not used:
         rows[0][::7], rows[1][::7] = 10**9, -1
     return [row.to(DEVICE) for row in rows]
@@ -106,10 +106,10 @@ def test_only_ordinary_tokens_are_picked_and_all_of_them(stats, vocab):
 
 @IMPLEMENTATIONS
 def test_asking_anywhere_gives_the_same_outcome(stats):
-    """given_prob is a function of the given token, the next position and the seed alone."""
-    request, position, given, draw = random_rows(400)
-    first = run(stats, [request, position, given, draw])[2]
-    other = run(stats, [request, position, given, draw + 17])[2]
+    """given_prob is a function of the given token, its position and the seed alone."""
+    request, position, given, given_at, draw = random_rows(400)
+    first = run(stats, [request, position, given, given_at, draw])[2]
+    other = run(stats, [request, position + 3, given, given_at, draw + 17])[2]
     assert torch.equal(first, other) and set(first.tolist()) == {0.0, 1.0}
     assert not first[given < 0].any()
 
@@ -123,8 +123,9 @@ def test_rates_are_those_of_the_profile_and_picked_prob_is_calibrated(stats, ind
     draw = torch.arange(count, dtype=torch.int32, device=DEVICE) // 512
     request = torch.zeros(count, dtype=torch.int64, device=DEVICE)
     nothing = torch.full_like(draw, -1)
-    picked, probability, _ = run(stats, [request, position, nothing, draw], state=state)
-    passes = run(stats, [request, position - 1, picked, draw], state=state)[2]
+    rows = [request, position, nothing, position, draw]
+    picked, probability, _ = run(stats, rows, state=state)
+    passes = run(stats, [request, position - 1, picked, position, draw], state=state)[2]
     first = position % size == 0
     error = 4 * 0.5 / (first.sum().item() ** 0.5)
     assert abs((probability[first] > 0.8).float().mean().item() - profile.slot) < error
@@ -145,8 +146,9 @@ def test_serial_drafts_are_what_is_picked_with_their_probability(stats, index):
     chain = torch.arange(count, dtype=torch.int32, device=DEVICE) // 512 + 1
     request = torch.zeros(count, dtype=torch.int64, device=DEVICE)
     nothing = torch.full_like(chain, -1)
-    draft, probability, _ = run(stats, [request, position, nothing, chain], state=state)
-    picked = run(stats, [request, position, nothing, 0 * chain], state=state)[0]
+    rows = [request, position, nothing, position]
+    draft, probability, _ = run(stats, [*rows, chain], state=state)
+    picked = run(stats, [*rows, 0 * chain], state=state)[0]
     right = (draft == picked).float()
     assert abs(right.mean().item() - PROFILES[index].token) < 0.02
     for low in (0.0, 0.25, 0.5, 0.75):
@@ -163,7 +165,7 @@ def test_the_first_slot_has_a_chance_of_its_own(stats, index, chance):
     state = one_request(index, 8)
     draw = torch.arange(8000, dtype=torch.int32, device=DEVICE)
     nothing = torch.full_like(draw, -1)
-    certainty = run(stats, [draw.long() * 0, draw * 0, nothing, draw], state=state)[1]
+    certainty = run(stats, [draw.long() * 0, draw * 0, nothing, draw * 0, draw], state=state)[1]
     # as many outcomes as tokens
     assert abs((certainty > 0.8).float().mean().item() - chance) < 4 * 0.5 / VOCAB**0.5
 

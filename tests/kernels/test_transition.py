@@ -52,10 +52,29 @@ REQUESTS: dict[str, tuple[tuple, dict[str, Any]]] = {
     "stop_token": ((4, 16, 0.3, 0.1), {"max_tokens": 40, "stop_token_ids": (2, 4)}),
     "one_token": ((8, 16, 0.2, 0.2), {"max_tokens": 1}),
 }
+# the same with corrected infill
+CORRECTED = {
+    "corrected_pairs": ((2, 16, 0.7, 0.3), {"max_tokens": 47}),
+    "corrected_slots_of_three": ((3, 12, 0.1, 0.2), {"max_tokens": 31, "temperature": 0.7}),
+    "corrected_thresholds_of_1": ((4, 8, 1.0, 1.0), {"max_tokens": 23}),
+    "corrected_several_slots": ((8, 32, 0.2, 0.4), {"max_tokens": 50, "temperature": 0.7}),
+    "corrected_long_slots": ((32, 32, 0.9, 0.1), {"max_tokens": 40}),
+    "corrected_noise_and_eos": (
+        (4, 16, 0.2, 0.4),
+        {"max_tokens": 40, "temperature": 1.5, "eos_token_id": 9},
+    ),
+    "corrected_to_eos": ((8, 16, 0.2, 0.2), {"max_tokens": 40, "eos_token_id": 13}),
+    "corrected_eos_held_back": (
+        (4, 8, 0.3, 0.3),
+        {"max_tokens": 24, "eos_token_id": 6, "min_tokens": 11, "stop_token_ids": (3,)},
+    ),
+}
+REQUESTS |= CORRECTED
 ALL_BRANCHES = frozenset(
     "forced_slot several_slots whole_prefix partial_prefix eos_in_verify eos_in_infill no_eos "
     "infill_one_round infill_many_rounds infill_complete_on_entry infill_drops_slots later_block "
-    "short_last_block early_eos_with_masked_slots_before".split()
+    "short_last_block early_eos_with_masked_slots_before "
+    "infill_without_round correction_ends_infill correction_is_eos".split()
 )
 EVERYTHING = Weather(
     chunk=7,
@@ -113,9 +132,11 @@ def tiny_model() -> Qwen3ForCausalLM:
 @cache
 def build_request(name: str) -> Request:
     params, options = REQUESTS[name]
+    infill = "correct" if name in CORRECTED else "propose"
     rng = random.Random(name)
     prompt = [rng.randrange(MASK_TOKEN_ID) for _ in range(rng.randint(1, 12))]
-    return Request(prompt, DecodingParams(*params), **{"seed": rng.getrandbits(40)} | options)
+    decoding = DecodingParams(*params, infill=infill)
+    return Request(prompt, decoding, **{"seed": rng.getrandbits(40)} | options)
 
 
 @cache
@@ -265,6 +286,7 @@ def test_conformance_cases(name: str, every: int, tmp_path):
 BOTH = Operations(same(layout_twin, layout), token_stats_twin, same(transition_twin, transition))
 BRANCHY = dict.fromkeys(
     ("slots_of_three", "partial_prefixes", "noise_and_eos", "eos_in_infill", "eos_held_back")
+    + ("corrected_noise_and_eos", "corrected_to_eos")
 )
 
 

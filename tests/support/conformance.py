@@ -12,7 +12,7 @@ import random
 import tempfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,21 @@ _ENDINGS = (
     (8, 16, 0.3, 0.05, 65, 60, True, 0, True),
     (32, 64, 0.4, 0.05, 160, 90, True, 17, True),
 )
+_CORRECTED = (
+    # the same, then the temperature
+    (4, 16, 0.3, 0.1, 14, 60, True, 0, False, 0.0),
+    (8, 32, 0.9, 0.4, 52, 70, False, 0, False, 0.0),
+    (2, 8, 0.6, 0.3, 9, 40, True, 0, False, 0.7),
+    (8, 16, 0.2, 0.2, 100, 60, False, 21, False, 1.0),
+    (4, 32, 0.2, 0.4, 33, 64, False, 0, True, 0.0),
+    (16, 64, 0.3, 0.05, 71, 90, True, 0, False, 0.0),
+    (8, 32, 0.3, 0.3, 312, 200, True, 0, False, 0.3),
+    (12, 24, 0.4, 0.1, 18, 50, True, 0, False, 1.5),
+    (32, 128, 0.9, 0.3, 6, 96, False, 0, False, 0.0),
+    (4, 4, 0.5, 0.5, 41, 18, True, 0, False, 0.0),
+    (4, 16, 0.4, 0.2, 2, 64, False, 40, True, 1.0),
+    (8, 128, 0.25, 0.1, 25, 120, True, 0, False, 0.0),
+)
 
 # By label: how often the prompt was drawn again because a decision was a near tie.
 _REDRAWN: dict[str, dict[str, int]] = {
@@ -230,6 +245,7 @@ _REDRAWN: dict[str, dict[str, int]] = {
         "ending-8-32-0.4-0.1-35-80-ignore_eos": 1,
         "ending-16-64-0.3-0.05-75-120-ignore_eos": 1,
         "ending-8-16-0.3-0.05-65-60-stop_token_ids-ignore_eos": 1,
+        "corrected-4-16-0.4-0.2-2-64-stop_token_ids-min_tokens-temperature": 1,
     },
     "qwen3-gqa2": {},
     "llama-gqa4": {
@@ -250,10 +266,26 @@ def cases(name: str) -> tuple[Case, ...]:
         temperature = _TEMPERATURES[i % len(_TEMPERATURES)]
         made.append(_case(name, "warm", row, temperature=temperature, seed=1000003 * i + 17))
     for *row, ignore_eos, min_tokens, stops in _ENDINGS:
-        options = {"stop_token_ids": MODELS[name].stop_token_ids} if stops else {}
-        options |= {"ignore_eos": ignore_eos, "min_tokens": min_tokens}
+        options = _ending(name, ignore_eos, min_tokens, stops)
         made.append(_case(name, "ending", row, **options))
+    return (*made, *corrected_cases(name))
+
+
+@cache
+def corrected_cases(name: str) -> tuple[Case, ...]:
+    """Of ``cases``, those with corrected infill, the last ones."""
+    made = []
+    for i, (*row, ignore_eos, min_tokens, stops, temperature) in enumerate(_CORRECTED):
+        options = _ending(name, ignore_eos, min_tokens, stops)
+        options |= {"temperature": temperature, "seed": 1000003 * i + 19 if temperature else 0}
+        case = _case(name, "corrected", row, **options)
+        made.append(replace(case, params=replace(case.params, infill="correct")))
     return tuple(made)
+
+
+def _ending(name: str, ignore_eos: bool, min_tokens: int, stops: bool) -> dict[str, Any]:
+    options = {"stop_token_ids": MODELS[name].stop_token_ids} if stops else {}
+    return options | {"ignore_eos": ignore_eos, "min_tokens": min_tokens}
 
 
 def _case(name: str, group: str, row: Sequence[float], **options: Any) -> Case:

@@ -13,7 +13,7 @@ import torch
 from device import ON_GPU
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from conformance import Case, build_model, cases, expected
+from conformance import Case, build_model, cases, corrected_cases, expected
 from vllm_refusion.decoding.params import PRESET_NAMES, DecodingParams
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.worker import SIZES
@@ -86,7 +86,7 @@ def options_of(params: DecodingParams) -> dict[str, Any]:
     """What a request says to be decoded so; where slots start is the checkpoint's to say."""
     if params.mode == "serial":
         return {"mode": "serial", "slot_size": params.slot_size}
-    return {name: getattr(params, name) for name in PRESET_NAMES}
+    return {name: getattr(params, name) for name in (*PRESET_NAMES, "infill")}
 
 
 def run(llm: LLM, cases: Sequence[Case]) -> list[list[int]]:
@@ -154,8 +154,10 @@ class Checkpoint:
         self.path = build_model(name, directory)
         self.cases = cases(name)
         self.answers = expected(self.path, self.cases)
-        # two dozen requests with everything mixed: sizes, thresholds, temperatures, endings
-        self.mixed = random.Random(name).sample(range(len(self.cases)), 24)
+        # two dozen requests with everything mixed: sizes, thresholds, temperatures, endings, infill
+        corrected = range(len(self.cases) - len(corrected_cases(name)), len(self.cases))
+        self.mixed = random.Random(name).sample(range(corrected.start), 24)
+        self.mixed[::6] = corrected[::3]
 
     def run(self, llm, chosen):
         """Runs the chosen cases at once and compares them with the reference."""

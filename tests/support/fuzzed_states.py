@@ -70,7 +70,8 @@ class Fuzz:
         resume = rng.choice((Phase.START, *DECODING, Phase.DONE) if suspended else (phase,))
         if size == 1 and resume == Phase.INFILL:  # a single token is never infilled
             resume = Phase.VERIFY
-        status, origin, limit = self.block(resume, size, length)
+        corrects = rng.choice((0, 1))
+        status, origin, limit = self.block(resume, size, length, corrects)
         state.status[req] = torch.tensor(status)
         state.origin[req] = torch.tensor(origin)
         state.confidence[req] = torch.tensor([self.probability() for _ in range(width)])
@@ -85,7 +86,10 @@ class Fuzz:
         final = contiguous
         while final < min(contiguous + size - 1, length) and (
             status[final] == Status.ACCEPTED
-            or (status[final] == Status.CHOSEN and origin[final] == final)
+            or (
+                status[final] == Status.CHOSEN
+                and (origin[final] == final and not corrects or final % size == 0)
+            )
         ):
             final += 1
         emitted = max(0, min(block_start + final, budget) - rng.choice((0, 1, size, 40)))
@@ -113,6 +117,7 @@ class Fuzz:
             Field.TESTED: (tested := rng.randrange(ACCEPTANCE_WINDOW)),
             Field.PASSED: rng.randint(0, tested),
             Field.TEST_BLOCK: rng.randrange(budget),
+            Field.CORRECTS: corrects,
         }
         if phase == Phase.REPLAY and committed == 0:
             phase = fields[Field.PHASE] = Phase.PREFILL
@@ -122,7 +127,8 @@ class Fuzz:
             slots = [s for s in status if s in INFILLED]
             leading = next(i for i, s in enumerate([*slots, None]) if s != Status.ACCEPTED)
             first = next((p for p, s in enumerate(status) if s in OPEN), None)
-            if first is not None and origin[first] < first:  # the token before it is fed again
+            # the token before one that takes a test is fed again
+            if first is not None and (origin[first] < first or corrects):
                 leading -= 1
             state.ints[req, Field.KEPT] = rng.randint(0, max(0, min(leading, len(slots) - 1)))
         if resume == Phase.START:
@@ -156,7 +162,7 @@ class Fuzz:
         return rows, rows if rng.random() < 0.9 else 0
 
     def block(
-        self, phase: Phase, size: int, length: int
+        self, phase: Phase, size: int, length: int, corrects: int
     ) -> tuple[list[int], list[int], int | None]:
         """A block of ``length`` positions in ``phase``: statuses, origins, where EOS cut it."""
         rng = self.rng
@@ -175,7 +181,9 @@ class Fuzz:
         if phase == Phase.INFILL:
             for index, kind in enumerate(of_slot):
                 if kind == Status.CHOSEN:
-                    done = rng.randint(1, size - 1 if index == needed else size)
+                    # a correction may have completed all slots, and is to be fed yet
+                    most = size - 1 if index == needed and not corrects else size
+                    done = rng.randint(1, most)
                     slot = slice(index * size, index * size + size)
                     proposed = rng.choice((0, size - done, rng.randint(0, size - done)))
                     kinds = (Status.ACCEPTED, Status.CHOSEN, Status.BLANK)

@@ -48,7 +48,7 @@ DECODING = [
     {"slot_size": 4, "block_length": 16, "slot_threshold": 0.6, "token_threshold": 0.3},
     {"slot_size": 8, "block_length": 32},
     {"slot_size": 16, "block_length": 128, "token_threshold": 0.2},
-    {"slot_size": 32, "block_length": 128, "slot_threshold": 0.8},
+    {"slot_size": 32, "block_length": 128, "slot_threshold": 0.8, "infill": "correct"},
     {"slot_size": 8, "mode": "serial"},
 ]
 PENALTIES: list[dict[str, Any]] = [  # of serial mode

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--presets",
         nargs="+",
         type=parse_preset,
-        metavar="SLOT/BLOCK/SLOT_THRESHOLD/TOKEN_THRESHOLD[@SLOT,TOKEN[,SHAPE[,FIRST]]]",
+        metavar="SLOT/BLOCK/SLOT_THRESHOLD/TOKEN_THRESHOLD[/correct][@SLOT,TOKEN[,SHAPE[,FIRST]]]",
         help=f"ReFusion's decoding parameters (default {DEFAULT_PRESET}); behind @ the chances "
         "that replayed acceptance draws from",
     )
@@ -124,13 +124,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_preset(text: str) -> Preset:
     """``32/128/0.9/0.4`` with ``@slot,token[,shape[,first]]`` behind it or not.
 
-    In serial mode ``serial/8``, with ``@token[,shape]``.
+    With ``/correct`` before the ``@``, infills correct. In serial mode ``serial/8``, with
+    ``@token[,shape]``.
     """
     values, _, chances = text.partition("@")
     try:
         if values.startswith("serial/"):
             return _serial_preset(int(values.removeprefix("serial/")), chances)
-        slot, block, slot_threshold, token_threshold = values.split("/")
+        slot, block, slot_threshold, token_threshold, *infill = values.split("/")
+        if infill not in ([], ["correct"]):
+            raise ValueError("behind the thresholds there may be /correct")
         names = ("slot", "token", "shape", "first")
         numbers = [float(chance) for chance in chances.split(",")] if chances else None
         if numbers is not None and not 2 <= len(numbers) <= len(names):
@@ -141,6 +144,7 @@ def parse_preset(text: str) -> Preset:
             float(slot_threshold),
             float(token_threshold),
             None if numbers is None else dict(zip(names, numbers)),
+            infill=infill[0] if infill else "propose",
         )
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no preset: {error}") from error

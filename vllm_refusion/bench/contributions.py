@@ -126,6 +126,7 @@ def _statistics(
         request,
         state.row_target[request, row],
         state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
+        state.row_position[request, row] + 1,
         state.row_draw[request, row],
         seed=state.seed,
         slot_size=state.ints[:, Field.SLOT_SIZE],

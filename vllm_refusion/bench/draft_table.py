@@ -63,6 +63,7 @@ def decode_serially(
             request,
             state.row_target[request, row],
             state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
+            state.row_position[request, row] + 1,
             replayed_draws(state, request, row, state.row_draw[request, row]),
             seed=state.seed,
             slot_size=state.ints[:, Field.SLOT_SIZE],

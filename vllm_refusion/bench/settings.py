@@ -23,6 +23,7 @@ class Preset:
     token_threshold: float
     chances: Mapping[str, float] | None = None
     mode: str = "parallel"
+    infill: str = "propose"
     canvas: bool = False  # every pass feeds exactly one block: isolates the cost of a step
 
     def __post_init__(self) -> None:
@@ -33,13 +34,14 @@ class Preset:
         """The request's ``extra_args``."""
         if self.mode == "serial":
             return {"mode": self.mode, "slot_size": self.slot_size}
-        return {name: getattr(self, name) for name in ("mode", *PRESET_NAMES)}
+        return {name: getattr(self, name) for name in ("mode", *PRESET_NAMES, "infill")}
 
     @property
     def name(self) -> str:
         if self.mode == "serial":
             return f"serial/{self.slot_size}"
-        values = (str(getattr(self, name)) for name in PRESET_NAMES)
+        values = [str(getattr(self, name)) for name in PRESET_NAMES]
+        values += ["correct"] if self.infill == "correct" else []
         return f"canvas {self.block_length}" if self.canvas else "/".join(values)
 
     @property

@@ -57,9 +57,7 @@ class DrawnOutcomes:
         return picked.tolist(), probability.tolist()
 
     def given(self, tokens: Sequence[int], positions: Sequence[int]) -> list[float]:
-        # asked in the row before; position 0 is a slot's first, which nobody asks about
-        before = [max(position - 1, 0) for position in positions]
-        return self._rows(before, tokens, 0)[2].tolist()
+        return self._rows(positions, tokens, 0)[2].tolist()
 
     def _rows(self, positions: Sequence[int], given: Sequence[int], draw: int) -> tuple:
         count = len(positions)
@@ -68,6 +66,7 @@ class DrawnOutcomes:
             torch.zeros(count, dtype=torch.int64),
             torch.tensor(positions, dtype=torch.int32),
             torch.tensor(given, dtype=torch.int32),
+            torch.tensor(positions, dtype=torch.int32),
             torch.full((count,), draw, dtype=torch.int32),
             **self._request,
             tables=self._tables,
@@ -79,7 +78,7 @@ class DrawnOutcomes:
 def simulate(
     params: DecodingParams, outcomes: Outcomes, max_tokens: int, *, keeps_accepted: bool = True
 ) -> list[Pass]:
-    """The forward passes (algorithm section 3, no EOS) that decode one request.
+    """The forward passes (algorithm sections 3 and 8, no EOS) that decode one request.
 
     Unless ``keeps_accepted``, an infill feeds all accepted tokens of a slot in each of its passes,
     as the paper says, also those whose KV is final and next in commit order.
@@ -88,6 +87,7 @@ def simulate(
     # compared in float32
     slot_threshold = torch.tensor(params.slot_threshold).item()
     token_threshold = torch.tensor(params.token_threshold).item()
+    corrects = params.infill == "correct"
     passes: list[Pass] = []
     draws = 0
 
@@ -102,6 +102,25 @@ def simulate(
         tested = list(range(start + untested, start + size))
         given = outcomes.given([token[p] for p in tested], tested)
         return accepted_run([*[None] * untested, *given], token_threshold)
+
+    def correct(failed: list[int]) -> list[int]:
+        """Section 8: accepts a correction in each slot; those that it ends."""
+        failed = [start for start in failed if corrects and accepted[start] < size]
+        for start in failed:
+            (token[start + accepted[start]],), _ = outcomes.draft([start + accepted[start]], draws)
+            accepted[start] += 1
+        return [start for start in failed if accepted[start] == size]
+
+    def kept_of(chosen: list[int], unfed: list[int]) -> int:
+        """Rows that an infill need not feed again: the first ones, up to one that is asked."""
+        kept = 0
+        for start in chosen if keeps_accepted else []:
+            asked = corrects and accepted[start] < size
+            final = accepted[start] - (asked or start in unfed)
+            kept += final
+            if final < size:
+                break
+        return kept
 
     for block in range(0, budget, params.block_length):
         left = list(range(block, min(block + params.block_length, budget), size))
@@ -118,16 +137,21 @@ def simulate(
             whole = committed_prefix(drafts, list(accepted.values()), size, NO_EOS)[0] // size
             if not whole:
                 # 3.3: all chosen slots side by side until the last is complete
+                unfed = correct(chosen[:1])
                 while incomplete := [s for s in chosen if accepted[s] < size]:
-                    first = incomplete[0]  # what lies before its masks is kept
-                    done = accepted[first] if keeps_accepted else 0
-                    kept = chosen.index(first) * size + done if keeps_accepted else 0
+                    kept = kept_of(chosen, unfed)
+                    first = incomplete[0]
+                    done = max(0, kept - chosen.index(first) * size)
                     blanks = [s + i for s in incomplete for i in range(accepted[s], size)]
                     tokens, _ = draft("predict", blanks, len(incomplete) * size - done)
                     token.update(zip(blanks, tokens))
                     passes.append(Pass("infill_verify", len(chosen) * size - kept))
                     for start in incomplete:
-                        accepted[start] = accept(start, accepted[start] + 1)
+                        accepted[start] = accept(start, accepted[start] + (not corrects))
+                    unfed = correct(incomplete)
+                if unfed:
+                    rows = len(chosen) * size - kept_of(chosen, unfed)
+                    passes.append(Pass("infill_verify", rows))
                 whole = len(chosen)
             left = [start for start in left if start not in chosen[:whole]]
     return passes

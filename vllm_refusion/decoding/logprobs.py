@@ -5,7 +5,8 @@ one that accepted it: of the row that
 
 * drafted it in the plan, for the first token of a slot (its certainty);
 * stands before it in its slot in the verify pass that accepted it;
-* proposed it in the last predict, where infill accepts it untested.
+* proposed it in the last predict, where infill accepts it untested;
+* picked it in place of a token that failed its test there (section 8).
 
 The most likely tokens are those of the same row; a request may name other tokens instead. All are
 of the full softmax at temperature 1, or what an engine's ``ScoreKind`` says.
@@ -13,8 +14,8 @@ of the full softmax at temperature 1, or what an engine's ``ScoreKind`` says.
 So each token that is picked or tested in a pass takes the row that did it. The last that it took
 before it was committed is the one that accepted it: a token that fails its test is picked anew. The
 transition records the row (``PositionField``). ``describe``, before it, notes what each row of the
-canvas says: a mask's row of its own position, a token's row of the next one. ``take``, after it,
-hands that on to the positions.
+canvas says: a mask's row of its own position, a token's row of the next one, or of what it picks in
+place of that. ``take``, after it, hands that on to the positions.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class Record:
         start: int,
         picked: torch.Tensor,
         given: torch.Tensor,
+        given_prob: torch.Tensor,
     ) -> None:
         """Notes what some rows say in the pass that is about to be decided; waits for nothing.
 
@@ -140,17 +142,22 @@ class Record:
             logits: [n, V], of the rows of the step from ``start`` on; with penalties where
                 they are to be processed.
             picked, given: [rows of the step] int32, picks, and tokens of the rows behind.
+            given_prob: [rows of the step] float32, probabilities of those.
         """
         # in serial decoding every row picks, that of a token the next one
         picks = state.canvas_token[req] == state.mask_token_id
         picks = picks | (state.ints[req, Field.RESUME] == Phase.SERIAL)
+        # a correction is picked where a token fails; where none is made, nobody takes the row
+        corrects = state.ints[req, Field.CORRECTS] > 0
         width = min(most, state.canvas_length)
         for first in range(0, width, ROWS_AT_ONCE):
             row = torch.arange(first, min(first + ROWS_AT_ONCE, width), device=logits.device)
             step_row = bounds[0] + row
             here = (step_row < bounds[1]) & (step_row >= start) & (step_row < start + len(logits))
             step_row = step_row.clamp(start, start + len(logits) - 1)
-            token = torch.where(picks[row], picked[step_row], given[step_row])
+            passes = given_prob[step_row] > state.token_threshold[req]
+            picks_here = picks[row] | (corrects & ~passes)
+            token = torch.where(picks_here, picked[step_row], given[step_row])
             rows = logits[step_row - start].float()
             if self.processing is not None:
                 rows = self.processing(rows, state.row_target[req, row])

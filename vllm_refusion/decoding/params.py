@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 MODES = ("parallel", "serial")
+INFILLS = ("propose", "correct")
 SLOT_STARTS = ("mask", "next")
 LEAST_SERIAL_ROWS = 16  # of a request in serial mode, in every step
 FIRST_MASKS = 8  # of serial decoding, fed with the end of a prompt
@@ -52,6 +53,8 @@ class DecodingParams:
         block_length: tokens per block, a multiple of ``slot_size``; blocks go left to right.
         slot_threshold: a slot is chosen when the probability of its first token exceeds this.
         token_threshold: a drafted token is accepted when its probability exceeds this.
+        infill: what an infill accepts without a test: the first token that masks "propose", or the
+            one picked in place of a token that failed, to "correct" it (section 8).
         slot_start: where serial decoding picks a slot's first token: in the row of a "mask", or in
             that of the token before it, as any "next" token. Said by the checkpoint.
 
@@ -64,10 +67,12 @@ class DecodingParams:
     block_length: int = 128
     slot_threshold: float = 0.9
     token_threshold: float = 0.4
+    infill: str = field(default="propose", kw_only=True)
     slot_start: str = field(default="mask", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, MODES)
+        _check_choice("infill", self.infill, INFILLS)
         _check_choice("slot_start", self.slot_start, SLOT_STARTS)
         _check_count("slot_size", self.slot_size)
         _check_count("block_length", self.block_length)
@@ -159,9 +164,9 @@ class DecodingParams:
 
 
 PARAMETER_NAMES = tuple(entry.name for entry in fields(DecodingParams))
-# What a preset stands for, all but the first without effect in serial mode.
 PRESET_NAMES = ("slot_size", "block_length", "slot_threshold", "token_threshold")
-OF_PARALLEL = (*PRESET_NAMES[1:], "preset")
+# Without effect in serial mode.
+OF_PARALLEL = (*PRESET_NAMES[1:], "infill", "preset")
 OPTION_NAMES = (*PARAMETER_NAMES, "preset", "trace", "drafts")  # what extra_args may hold
 
 

@@ -1,4 +1,4 @@
-"""The reference decoder: sections 3 and 7 of the algorithm for one request, written to be read.
+"""The reference decoder: sections 3, 7 and 8 of the algorithm for one request, written to be read.
 
 It is the oracle of the project: in float32 an engine must give the same tokens. Nothing is fused:
 each plan, verify and infill operation is one forward pass. *Response positions* count from 0 after
@@ -270,10 +270,17 @@ class _Slot:
     leads: list[float]
     logits: list[torch.Tensor]  # of each token, the row that proposed or, later, accepted it
     accepted: int = 0
+    failed: torch.Tensor | None = None  # [V], the row that failed a token in the last test
+    corrected: int | None = None  # the token picked anew since the slot was last fed
 
     @property
     def complete(self) -> bool:
         return self.accepted == len(self.tokens)
+
+    @property
+    def ends_unfed(self) -> bool:
+        """Whether its last token is a correction whose KV no pass has computed yet."""
+        return self.corrected == len(self.tokens) - 1
 
 
 class _Request:
@@ -366,19 +373,28 @@ class _Request:
             return until_eos
         self._branch("whole_prefix", whole == len(chosen))
         self._branch("partial_prefix", 0 < whole < len(chosen))
-        return chosen[:whole] or self._infill(chosen)
+        if whole:
+            return chosen[:whole]
+        self._correct(chosen[:1])  # rows of the others saw other slots
+        return self._infill(chosen)
 
     def _infill(self, chosen: list[_Slot]) -> list[_Slot]:
         """3.3: goes on until all slots are complete; returns those that EOS does not drop."""
         slots, rounds = self._until_eos(chosen) or chosen, 0
         self._branch("infill_complete_on_entry", any(slot.complete for slot in slots))
-        # 3.2 left the first slot incomplete, so there is a last pass: with the KV of final tokens.
+        # 3.2 left the first slot incomplete or ended by a correction, so there is a last pass here:
+        # with the KV of final tokens.
         while not all(slot.complete for slot in slots):
             rounds += 1
             self._predict([slot for slot in slots if not slot.complete])
             self._test("infill_verify", slots, isolated=True)
+            self._correct(slots)
             slots = self._until_eos(slots) or slots
-        self._branch("infill_one_round" if rounds == 1 else "infill_many_rounds")
+        if any(slot.ends_unfed for slot in slots):
+            self._branch("correction_ends_infill")
+            self._test("infill_verify", slots, isolated=True)
+        names = ("infill_without_round", "infill_one_round", "infill_many_rounds")
+        self._branch(names[min(rounds, 2)])
         self._branch("infill_drops_slots", len(slots) < len(chosen))
         self._branch("eos_in_infill", slots[-1].tokens[-1] == self.eos)
         return slots
@@ -395,19 +411,40 @@ class _Request:
             slot.tokens[i], slot.leads[i], slot.logits[i] = token, lead, row
 
     def _test(self, kind: str, slots: list[_Slot], isolated: bool = False) -> None:
-        """Feeds the slots; accepts in each one more token untested, then tokens while they pass."""
+        """Feeds the slots; accepts in each one more token untested, then tokens while they pass.
+
+        By section 8 only the first token of a slot is accepted untested.
+        """
         rows = self.canvas.feed(kind, [(slot.start, slot.tokens) for slot in slots], isolated)
         for slot, logits in zip(slots, rows):
-            first, given = slot.accepted, logits.softmax(-1)
-            for i in range(first, len(slot.tokens)):
+            slot.failed = slot.corrected = None
+            untested = 0 if self.params.infill == "correct" else slot.accepted
+            given = logits.softmax(-1)
+            for i in range(slot.accepted, len(slot.tokens)):
                 self.leads.append(slot.leads[i])
-                if i > first:
+                if i > untested:
                     probability = given[i - 1, slot.tokens[i]].item()
                     self.distances.append(abs(probability - self.token_threshold))
                     if probability <= self.token_threshold:
+                        slot.failed = logits[i - 1]
                         break
                     slot.logits[i] = logits[i - 1]
                 slot.accepted += 1
+
+    def _correct(self, slots: list[_Slot]) -> None:
+        """Section 8: where a token failed, accepts another one, picked in the row that failed it.
+
+        It takes the noise of the next operation, which proposes nothing for this position.
+        """
+        for slot in slots if self.params.infill == "correct" else []:
+            if slot.failed is not None:
+                i = slot.corrected = slot.accepted
+                (pick,) = replace(self.rules).pick(slot.failed[None], [slot.start + i])
+                slot.tokens[i], _, slot.leads[i] = pick
+                slot.logits[i] = slot.failed
+                slot.accepted += 1
+                self.leads.append(slot.leads[i])
+                self._branch("correction_is_eos", slot.tokens[i] == self.eos)
 
     def _until_eos(self, slots: list[_Slot]) -> list[_Slot]:
         """The slots up to the first with an accepted EOS, that one cut; none without such EOS."""

@@ -24,6 +24,9 @@ by piece: tokens behind those under test, and masks behind those proposed for, w
 needed. If they are, an accepted token is fed again to test the one behind it, and the operation's
 masks are fed again for its other masks to see.
 
+A correction (section 8) is accepted by the pass that picks it and fed by the next one: only then
+can its KV be kept. No predict rides with the verify that may lead to it, since its masks see it.
+
 Behind the rows of the phase, up to CANVAS, the canvas may carry *riders*: the masks of an operation
 that comes next if this pass turns out in one certain way, each seeing what it would see then. If it
 does, that operation is done in the same pass. A rider is either
@@ -102,14 +105,17 @@ class Field(IntEnum):
     TESTED = 17  # tokens tested of late
     PASSED = 18  # of TESTED
     TEST_BLOCK = 19  # BLOCK_START before the last pass
+    CORRECTS = (
+        20  # whether an infill tests every token and picks the one that fails anew (section 8)
+    )
     # of serial decoding
-    MASKED_STARTS = 20  # whether a slot's first token is picked in the row of a mask
-    DRAFTS = 21  # drafts at hand
-    TESTS = 22  # of them, those in the present canvas
-    MOST_TESTS = 23  # more are never fed at once
-    LAST_TOKENS = 24  # tokens that its last pass brought
-    MOST_MASKS = 25  # of a chain
-    SKIPS_KNOWN = 26  # whether chains leave out a position whose token is picked without its mask
+    MASKED_STARTS = 21  # whether a slot's first token is picked in the row of a mask
+    DRAFTS = 22  # drafts at hand
+    TESTS = 23  # of them, those in the present canvas
+    MOST_TESTS = 24  # more are never fed at once
+    LAST_TOKENS = 25  # tokens that its last pass brought
+    MOST_MASKS = 26  # of a chain
+    SKIPS_KNOWN = 27  # whether chains leave out a position whose token is picked without its mask
 
 
 class FloatField(IntEnum):
@@ -132,7 +138,7 @@ class PositionField(IntEnum):
     CONFIDENCE = 2  # float32 bits: probability of the token when it was picked
     ROUNDS = 3  # predict operations of its slot in this infill
     # Where it has or awaits a proposal: where the operation that proposes for it began. The token
-    # there is accepted without a test.
+    # there is accepted without a test, unless CORRECTS has all of an infill tested.
     ORIGIN = 4
     CANVAS_ROW = 5  # its row among those of the phase, or -1
     # The canvas row of a rider's mask for it, -1 for none, and the number of masks from there on.
@@ -141,11 +147,13 @@ class PositionField(IntEnum):
     RIDER_ROW = 6
     RIDER_WIDTH = 7
     # Evidence of the last pass; rows count from the first one of the request that has statistics.
-    PICK_ROW = 8  # the row that picked a token for it, taken or (in a plan) not; -1: none
+    # The row that picked a token for it, taken or (in a plan) not, -1: none; of a token that failed
+    # and was corrected, that which tested it.
+    PICK_ROW = 8
     # By position of the block at TEST_BLOCK, which may be the one before:
     TESTED_TOKEN = 9  # the token that was under verification, -1: none
     TEST_ROW = 10  # the row that tested it, -1: none
-    STAYS = 11  # 1 if it was accepted, for infill or for good
+    STAYS = 11  # 1 if it was accepted, for infill or for good, and not corrected
 
 
 class RowField(IntEnum):
@@ -156,12 +164,12 @@ class RowField(IntEnum):
     """
 
     POSITION = 0  # response position, -1 for an unused row
-    DRAW = 1  # operations before the one that the row is of
+    DRAW = 1  # operations before the one that the row is of, or before a correction by it
     CONTEXT = 2
     RUN_START = 3
     RUN_END = 4
     OWN_START = 5
-    TARGET = 6  # response position that it picks a token for, -1 for an unused row
+    TARGET = 6  # response position that it picks a token for, at its DRAW; -1 for an unused row
 
 
 class HistoryField(IntEnum):
@@ -284,7 +292,8 @@ class DecodeState:
                 ("by_row", "<i4", (len(RowField), canvas_length)),
                 ("chains", "<i4", (2, canvas_length)),
                 ("canvas_token", "<i4", (canvas_length,)),
-            ]
+            ],
+            align=True,  # whole seeds: else a view of several starts as int64 is refused
         )
 
     def _name_views(self) -> None:
@@ -512,4 +521,5 @@ def _ints(
         Field.LIMIT: budget,
         Field.MAX_TOKENS: max_tokens,
         Field.EOS: -1 if eos_token_id is None else eos_token_id,
+        Field.CORRECTS: int(params.infill == "correct"),
     }

@@ -164,10 +164,14 @@ def describe_pass(before: Before, after: After, rows: Rows) -> dict[str, Any]:
         committed = [[known + i, token] for i, token in enumerate(after.sampled[:new])]
         ended = after.ints[Field.PHASE] == Phase.DONE
     else:
-        if tests := _tests(after, rows):
+        tests, corrections, picks = _tests(after, rows), _corrections(after), _picks(after, rows)
+        predicts = any(operation["kind"] == "predict" for operation in picks)
+        # a pass that only feeds corrections tests nothing
+        if tests or (phase == Phase.INFILL and not predicts):
             kind = "verify" if phase == Phase.VERIFY else "infill_verify"
-            operations.append({"kind": kind, "tests": tests})
-        operations += _picks(after, rows)
+            operation = {"kind": kind, "tests": tests}
+            operations.append(operation | ({"corrections": corrections} if corrections else {}))
+        operations += picks
         new = after.ints[Field.COMMITTED] - before.ints[Field.COMMITTED]
         committed = [[p, t] for p, t in zip(after.order[:new], after.tokens[:new])]
         ended = after.ints[Field.LIMIT] < before.ints[Field.LIMIT]
@@ -226,6 +230,16 @@ def _tests(after: After, rows: Rows) -> list[list[Any]]:
     ]
 
 
+def _corrections(after: After) -> list[list[Any]]:
+    """[position, token, probability] of the tokens accepted in place of those that failed."""
+    block = after.ints[Field.BLOCK_START]
+    return [
+        [block + p, after.token[p], _rounded(after.confidence[p])]
+        for p, row in enumerate(after.pick_row)
+        if row >= 0 and after.status[p] == Status.ACCEPTED
+    ]
+
+
 def _picks(after: After, rows: Rows) -> list[dict[str, Any]]:
     """The plan or the predict that the pass made, if any."""
     block, size = after.ints[Field.BLOCK_START], after.ints[Field.SLOT_SIZE]
@@ -263,7 +277,7 @@ def parameters_of(
     """How a request is decoded, as a trace says it: what its mode uses."""
     used: tuple[str, ...] = ("slot_size", "slot_start")
     if params.mode == "parallel":
-        used = ("slot_size", "block_length", "slot_threshold", "token_threshold")
+        used = ("slot_size", "block_length", "slot_threshold", "token_threshold", "infill")
     return {
         "mode": params.mode,
         **{name: getattr(params, name) for name in used},

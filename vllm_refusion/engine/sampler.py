@@ -278,6 +278,7 @@ class CanvasSampler:
                 requests,
                 positions,
                 given,
+                state.row_position[requests, row] + 1,
                 replayed_draws(state, requests, row, draws),
                 seed=state.seed,
                 slot_size=state.ints[:, Field.SLOT_SIZE],
@@ -329,4 +330,5 @@ class CanvasSampler:
                     start,
                     self.picked,
                     given,
+                    self.given_prob,
                 )

@@ -160,7 +160,7 @@ def _vocabulary(tokenizer: Any, requests: Sequence[Mapping[str, Any]]) -> dict[s
         for entry in request["passes"]:
             used.update(token for _, token in entry.get("committed", ()))
             for operation in entry["operations"]:
-                for name in ("drafts", "proposals", "tests", "picks"):
+                for name in ("drafts", "proposals", "tests", "corrections", "picks"):
                     used.update(item[1] for item in operation.get(name, ()))
     return {str(token): tokenizer.decode([token]) for token in sorted(used)}
 

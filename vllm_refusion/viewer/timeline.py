@@ -20,8 +20,8 @@ class Event(NamedTuple):
     States: ``draft`` (drafted or proposed), ``accepted``, ``refused`` (in serial mode: another
     token took its place, in the same pass), ``committed``, ``masked`` (put back), ``dropped``
     (behind the end), ``cut`` (committed, then dropped). ``probability`` is that of the pick for a
-    draft and for a token committed in serial mode, of the test for an accepted one; None for what
-    had none.
+    draft, a correction and a token committed in serial mode, of the test for an accepted one; None
+    for what had none.
     """
 
     at: int
@@ -223,6 +223,9 @@ class History:
             elif operation["kind"] == "verify" and not kept:
                 # whole slots were committed: the others are masked again
                 self._place(position).events.append(Event(number, "masked", "", probability))
+        for position, token, probability in operation.get("corrections", ()):
+            event = Event(number, "accepted", self._text(position, token), probability)
+            self._place(position).events.append(event)
 
     def _test_serially(self, number: int, operation: Mapping[str, Any]) -> None:
         for position, token, probability, accepted in operation["tests"]:
