@@ -33,7 +33,7 @@ def make_serial(ints: torch.Tensor, rng: random.Random) -> None:
 def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
     rng = random.Random(f"{phases}")
     served = waited = ridden = 0
-    for _ in range(12):
+    for _ in range(30):
         fuzz = Fuzz(rng, phases, 48)
         state, requests = fuzz.state, len(fuzz.idx_mapping)
         decoding = rng.randint(1, requests)
