@@ -295,8 +295,11 @@ class CanvasSampler:
         this chunk or the one before. So they are, of rows that pick a token; those of masks, for
         which they are not, draft.
         """
-        thinking, requests = self.thinking, input_batch.idx_mapping_np
-        if not thinking.enabled or not thinking.use_thinking_budget[requests].any():
+        thinking = self.thinking
+        if not thinking.enabled:
+            return
+        requests = input_batch.idx_mapping_np
+        if not thinking.use_thinking_budget[requests].any():
             return
         thinking.apply(
             scores,
