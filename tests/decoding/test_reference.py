@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -559,12 +560,19 @@ MIXED = DecodingParams(slot_size=4, block_length=16, slot_threshold=0.5, token_t
 REAL = {"mask_token_id": MODELS["qwen3-gqa2"].mask_token_id, "max_tokens": 94}
 
 
-def test_committed_kv_equals_a_recomputation_without_cache(qwen3):
+@pytest.mark.parametrize(
+    "infill, branches",
+    [
+        ("propose", {"infill_many_rounds", "whole_prefix", "partial_prefix", "several_slots"}),
+        ("correct", {"infill_many_rounds", "correction_ends_infill", "several_slots"}),
+    ],
+)
+def test_committed_kv_equals_a_recomputation_without_cache(qwen3, infill, branches):
     recorder = Recorder(qwen3)
     prompt = [5, 17, 42, 9, 30]
-    decoded = decode(recorder, prompt, MIXED, eos_token_id=None, **REAL)
-    mixed = {"infill_many_rounds", "whole_prefix", "partial_prefix", "several_slots"}
-    assert mixed <= decoded.branches
+    params = replace(MIXED, infill=infill)
+    decoded = decode(recorder, prompt, params, eos_token_id=None, **REAL)
+    assert branches <= decoded.branches
     assert decoded.commit_order != sorted(decoded.commit_order)
 
     # What each pass committed shows in the cache length that the next one finds.
