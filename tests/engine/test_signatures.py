@@ -141,6 +141,7 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
             take_adapter=print,
             adapter_option="",
             short_names={},
+            endpoints="",
         )
     )
     compat.refuse_malformed_bodies()
