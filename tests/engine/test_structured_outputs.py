@@ -93,6 +93,7 @@ def asked(questions) -> list[Ask]:
         {"ignore_eos": True, "max_tokens": 40},
         {"stop_token_ids": [5, 6, 7, 300]},
         {"logit_bias": {9: 3.0, 16: -2.0}},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": -0.2},
     ]
     asks = [
         Ask(questions[i % 5], kind, others[(i + len(others) * j) % len(others)])
