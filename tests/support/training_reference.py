@@ -1,4 +1,4 @@
-"""Section 6 of the algorithm taken literally: one example, one token, one probability at a time."""
+"""The algorithm's training taken literally: one example, one token, one probability at a time."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def random_model(vocab_size, **config):
     return model
 
 
-def feeding_order(prompt, response, drawn, mask_token_id):
-    """Of each token fed: (id, position, kind of label or None, label)."""
+def feeding_order(prompt, response, drawn, mask_token_id, joined=False):
+    """Of each token fed: (id, position, kind of label or None, label).
+
+    A "join" is the label of a token before a slot, of the prompt or of another slot.
+    """
     slots = {}
     for index, token in enumerate(response):
         slots.setdefault(index // drawn.slot_size, []).append((len(prompt) + index, token))
@@ -40,6 +43,15 @@ def feeding_order(prompt, response, drawn, mask_token_id):
             fed.append((token, position, following and "ar", following and following[1]))
     for number in sorted(slots):
         fed += [(mask_token_id, position, "mdm", token) for position, token in slots[number]]
+    if joined:
+        in_order = [-1, *drawn.clean, *sorted(slots)]  # the prompt ends where a slot -1 would
+        ends = {(n + 1) * drawn.slot_size - 1: n + 1 for n in drawn.clean} | {-1: 0}
+        for place, (token, position, kind, _) in enumerate(fed):
+            following = ends.get(position - len(prompt))
+            if kind != "mdm" and (following is not None) and following in in_order:
+                if in_order.index(following) == in_order.index(following - 1) + 1:
+                    first = response[following * drawn.slot_size]
+                    fed[place] = (token, position, "join", first)
     return fed
 
 
@@ -63,7 +75,17 @@ def fed_again(prompt, fed, slot_size, mask_token_id, infill, certainty):
     return rows
 
 
-def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, certainty, power=1):
+def losses(
+    examples,
+    draws,
+    mask_token_id,
+    logits_of,
+    logits_behind,
+    infill,
+    certainty,
+    joined=False,
+    power=1,
+):
     """(L_AR, L_MDM, L_infill) as scalars.
 
     ``logits_of(i, fed)`` gives the logits [tokens, V] of example i, ``logits_behind(i, seen, n)``
@@ -76,7 +98,7 @@ def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, cer
 
     for index, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
         start, size = len(example.prompt), drawn.slot_size
-        fed = feeding_order(example.prompt, example.response, drawn, mask_token_id)
+        fed = feeding_order(example.prompt, example.response, drawn, mask_token_id, joined)
         again = fed_again(example.prompt, fed, size, mask_token_id, infill, certainty)
         rows = [
             (position, kind, label, logits)
@@ -88,8 +110,9 @@ def losses(examples, draws, mask_token_id, logits_of, logits_behind, infill, cer
         ]
         unsure = {}  # by slot, the position of its first token: minus the logarithm of q
         for position, kind, label, logits in rows:
-            if kind == "ar":
+            if kind in ("ar", "join"):
                 clean.append(surprise(logits, label))
+            if kind == "ar":
                 slot = position - (position - start) % size
                 unsure[slot] = unsure.get(slot, 0) + clean[-1].detach()
         masked = []

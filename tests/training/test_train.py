@@ -129,6 +129,41 @@ def test_infill_loss_is_trained_and_logged(checkpoint, data, tmp_path):
     assert [r for r in log(tmp_path / "run") if "eval_loss" in r][-1]["eval_loss_infill"] < 0.3
 
 
+def test_joined_slots_decode_serially_without_masks(checkpoint, tmp_path):
+    """Letters in order from the one asked for, each told by the one before it."""
+    chance = random.Random(0)
+
+    def row():
+        first = chance.randrange(8)
+        walk = [(first + n) % 8 for n in range(12)]
+        return {"query": "ABCDEFGH"[first], "response": " ".join("ABCDEFGH"[n] for n in walk)}
+
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row()) + "\n" for _ in range(300)))
+    more = ("--slot-sizes", 4, "--joined-slots", "--ordered-share", 0.5)
+    train(checkpoint, tmp_path, tmp_path / "run", *TOY, *more)
+    train(tmp_path / "run/model", tmp_path, tmp_path / "on", *SHORT, "--steps", 1)
+    starts = []
+    for folder in ("run", "on"):
+        written = json.loads((tmp_path / folder / "model/generation_config.json").read_text())
+        starts.append(written.pop("slot_start", None))
+        assert {name: written[name] for name in GENERATION if name != "slot_start"} == {
+            name: value for name, value in GENERATION.items() if name != "slot_start"
+        }
+    assert starts == ["next", None]  # without the option a checkpoint no longer says so
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    params = DecodingParams(4, 4, mode="serial", slot_start="next")
+    right = 0
+    for first in range(8):
+        prompt = f"<|user|>{'ABCDEFGH'[first]}<|assistant|>"
+        known = tokenizer.encode(prompt, add_special_tokens=False)
+        answer = decode(model, known, params, mask_token_id=1, eos_token_id=0, max_tokens=40)
+        walk = " ".join("ABCDEFGH"[(first + n) % 8] for n in range(12))
+        right += tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() == walk
+    assert right >= 7
+
+
 @pytest.mark.parametrize("certainty, certainly", [(0, 1), (1, 1 / 8), (0.5, 8**-0.5)])
 def test_first_masks_learn_how_sure_the_slot_is(checkpoint, tmp_path, certainty, certainly):
     """Slots of an A and three letters that are one of two: the A is sure, the slot is not."""
@@ -184,11 +219,12 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_resumed_run_ends_bit_equal(checkpoint, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--joined-slots", "--ordered-share", 0.5)])
+def test_a_resumed_run_ends_bit_equal(checkpoint, data, tmp_path, monkeypatch, more):
     """Killed after step 5 of 9, in the second epoch, gone on with, and SIGTERM after step 7."""
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)[:27]
     (tmp_path / "train.jsonl").write_text("".join(lines))
-    options = (*SHORT, "--steps", 9, "--save-every", 4)
+    options = (*SHORT, "--steps", 9, "--save-every", 4, *more)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(checkpoint, tmp_path, whole, *options)
 
@@ -374,12 +410,22 @@ def test_a_signal_to_all_processes_of_a_run_saves(checkpoint, data, tmp_path):
         (("--slot-sizes", "0,4"), "--slot-sizes (0, 4): allowed is integers above 0"),
         (("--infill-weight", -1), "--infill-weight -1.0: allowed is a number of at least 0"),
         (("--block-share", 1.5), "--block-share 1.5: allowed is a number in [0, 1]"),
+        (("--ordered-share", -0.1), "--ordered-share -0.1: allowed is a number in [0, 1]"),
+        (
+            ("--ordered-share", 0.6, "--block-share", 0.5),
+            "--ordered-share 0.6: allowed is a number in [0, 1], with --block-share 1 at most",
+        ),
+        (
+            ("--objective", "autoregressive", "--joined-slots"),
+            "--joined-slots True: allowed is no value with --objective autoregressive",
+        ),
         *(
             (("--objective", "autoregressive", option, value), f"{option} {shown}: allowed is no")
             for option, value, shown in [
                 ("--infill-weight", 1, 1.0),
                 ("--mdm-weight", 0.5, 0.5),
                 ("--block-share", 0.5, 0.5),
+                ("--ordered-share", 0.5, 0.5),
                 ("--slot-certainty", 2, 2.0),
                 ("--slot-sizes", "4,8", (4, 8)),
             ]

@@ -271,7 +271,7 @@ def test_steps_sorted_by_length_see_the_same(infill, certainty):
     """Longest first within a step; what is seen, and how it is masked, stays."""
     examples = [Example([n], list(range(100, 101 + n * 7 % 30))) for n in range(1, 12)]
     lengths = [len(e.prompt) + len(e.response) for e in examples]
-    extras = {"infill": infill, "certainty": certainty}
+    extras = {"infill": infill, "certainty": certainty, "joined": True, "ordered_share": 0.3}
     plain = Course(examples, 33, 5, (4, 8), 99, **extras)
     sorting = {"batch_size": 6, "lengths": lengths}
     by_length = Course(examples, 33, 5, (4, 8), 99, **extras, **sorting)

@@ -54,8 +54,8 @@ def random_example(generator, longest=70) -> Example:
 
 
 def random_draw(length, generator) -> Draw:
-    """As training draws, a quarter of them in blocks, but every third one masks all or nothing."""
-    drawn = draw(length, SLOT_SIZES, generator, block_share=0.25)
+    """A quarter of them in blocks, one in order, but every third one masks all or nothing."""
+    drawn = draw(length, SLOT_SIZES, generator, block_share=0.25, ordered_share=0.25)
     extreme = generator.integers(6)
     if extreme == 0:
         return Draw(drawn.slot_size, drawn.masking, ())
@@ -66,8 +66,8 @@ def random_draw(length, generator) -> Draw:
 
 
 def extras(seed):
-    """(infill, certainty) of a batch: all four pairs."""
-    return seed % 2 == 1, seed % 4 > 1
+    """(infill, certainty, joined) of a batch: all eight triples."""
+    return seed % 2 == 1, seed % 4 > 1, seed % 8 > 3
 
 
 def random_batch(seed):
@@ -83,20 +83,26 @@ def test_collator_equals_the_literal_order():
     for seed in range(400):
         examples, draws, batch = random_batch(seed)
         for row, (example, drawn) in enumerate(zip(examples, draws, strict=True)):
-            fed = feeding_order(example.prompt, example.response, drawn, MASK)
+            infill, certainty, joined = extras(seed)
+            fed = feeding_order(example.prompt, example.response, drawn, MASK, joined)
             slots = -(-len(example.response) // drawn.slot_size)
             columns = [batch[name][row] for name in ("input_ids", "position_ids")]
             columns += [batch["ar_labels"][row], batch["mdm_labels"][row]]
             expected = [
-                (t, p, label if kind == "ar" else IGNORED, label if kind == "mdm" else IGNORED)
+                (
+                    t,
+                    p,
+                    label if kind in ("ar", "join") else IGNORED,
+                    label if kind == "mdm" else IGNORED,
+                )
                 for t, p, kind, label in fed
             ]
-            again = fed_again(example.prompt, fed, drawn.slot_size, MASK, *extras(seed))
+            again = fed_again(example.prompt, fed, drawn.slot_size, MASK, infill, certainty)
             expected += [
                 (*shown[-1][:2], label if kind == "ar" else IGNORED, IGNORED)
                 for shown, kind, label in again
             ]
-            if any(extras(seed)):
+            if infill or certainty:
                 at = {position: place for place, (_, position, *_) in enumerate(fed)}
                 behind = {}  # of the tokens behind those, by (id, position)
                 sees = [set(range(place + 1)) for place in range(len(fed))]
@@ -107,10 +113,10 @@ def test_collator_equals_the_literal_order():
                     behind[shown[-1][:2]] = n
                 seen_by = visible(batch["sees"], batch["since"])[row, 0, : len(expected)]
                 assert [set(line.nonzero()[:, 0].tolist()) for line in seen_by] == sees
-                infill, certainty = extras(seed)
                 counts_for = [-1] * batch["input_ids"].shape[1]
                 for n, (token, position, label, _) in enumerate(expected):
-                    if certainty and token != MASK and label != IGNORED:
+                    is_join = n < len(fed) and fed[n][2] == "join"
+                    if certainty and token != MASK and label != IGNORED and not is_join:
                         slot = position - (position - len(example.prompt)) % drawn.slot_size
                         is_masked = fed[at[slot]][0] == MASK
                         counts_for[n] = at[slot] if is_masked else behind.get((MASK, slot), -1)
@@ -132,12 +138,36 @@ def test_collator_equals_the_literal_order():
                     "none masked": len(drawn.clean) == slots,
                     "one token": len(example.response) == 1,
                     "no prompt": not example.prompt,
+                    "joined": any(kind == "join" for _, _, kind, _ in fed),
                     "moved": list(drawn.clean) != sorted(drawn.clean),
                     f"slots of {drawn.slot_size}": True,
                 }.items()
                 if holds
             }
-    assert len(seen) == 6 + len(SLOT_SIZES), seen
+    assert len(seen) == 7 + len(SLOT_SIZES), seen
+
+
+@pytest.mark.parametrize(
+    "clean, labels",
+    [
+        # 0 1 2 3 | 4 5 6 7 | 8 9, behind a prompt of two; of the row of each clean token, its label
+        ((), [None, 0]),
+        ((0,), [None, 0, 1, 2, 3, 4]),
+        ((0, 1), [None, 0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ((0, 1, 2), [None, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, None]),
+        ((1, 2, 0), [None, None, 5, 6, 7, 8, 9, None, 1, 2, 3, None]),
+        ((1,), [None, None, 5, 6, 7, None]),  # a mask of slot 0 follows
+        ((2, 0), [None, None, 9, None, 1, 2, 3, 4]),
+    ],
+)
+@pytest.mark.parametrize("prompt", [2, 0])
+def test_labels_of_joined_slots(clean, labels, prompt):
+    example = Example([20, 21][:prompt], list(range(10)))
+    for infill in (False, True):
+        row = sequence(example, Draw(4, 0.5, clean), MASK, infill, joined=True)
+        masks = len(row.ar_labels) - len(labels[2 - prompt :])
+        expected = [IGNORED if label is None else label for label in labels[2 - prompt :]]
+        assert row.ar_labels == expected + [IGNORED] * masks
 
 
 def test_loss_and_gradients_equal_the_literal_ones():
@@ -337,6 +367,19 @@ def test_draws_in_blocks_are_what_decoding_leaves():
     assert abs(np.mean(first) - 3.5) < 0.4  # any slot of a block may come first
     half = [draw(62, (4,), generator, block_share=0.5) for _ in range(4000)]
     assert abs(np.mean([(16 * d.masking).is_integer() for d in half]) - 0.5) < 0.03
+
+
+def test_draws_in_order():
+    generator = np.random.default_rng(2)
+    drawn = [draw(62, (4,), generator, ordered_share=1) for _ in range(4000)]
+    counts = [len(d.clean) for d in drawn]
+    assert all(abs(counts.count(n) / 4000 - 1 / 17) < 0.02 for n in range(17))
+    assert all(d.clean == tuple(range(len(d.clean))) for d in drawn)
+    assert all(d.masking == (16 - n or 16) / 16 for d, n in zip(drawn, counts, strict=True))
+    both = [draw(62, (4,), generator, 0.5, 0.5) for _ in range(4000)]
+    assert all((16 * d.masking).is_integer() for d in both)
+    in_order = [d.clean == tuple(range(len(d.clean))) for d in both if len(d.clean) > 12]
+    assert abs(np.mean(in_order) - 0.69) < 0.06  # half of them, and blocks of one slot
 
 
 def test_autoregressive_labels():

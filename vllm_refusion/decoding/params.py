@@ -113,7 +113,9 @@ class DecodingParams:
             raise ParameterError(
                 "slot_start",
                 params.slot_start,
-                "only a checkpoint knows it; allowed is to leave it out",
+                f"a checkpoint trained for it says it, and this server's is {self.slot_start!r}; "
+                "allowed is to leave it out, or another server, started with "
+                "--override-generation-config '{\"slot_start\": ...}'",
             )
         for name in OF_PARALLEL if params.mode == "serial" else ():
             if name in (values or {}):

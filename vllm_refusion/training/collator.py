@@ -29,7 +29,8 @@ class Draw:
 
     Attributes:
         slot_size: tokens per slot; the last slot of the response may be shorter.
-        masking: the probability p with which each slot was masked.
+        masking: the probability p with which each slot was masked; where their number was drawn,
+            the masked share (1 if none is).
         clean: numbers of the slots left clean, in the order they are fed.
     """
 
@@ -43,19 +44,25 @@ def draw(
     slot_sizes: Sequence[int],
     generator: np.random.Generator,
     block_share: float = 0.0,
+    ordered_share: float = 0.0,
 ) -> Draw:
     """Draws slot size, masking and order for a response of ``length`` tokens.
 
     With probability ``block_share`` slots are clean as decoding leaves them: any number of them but
     all, in blocks from left to right, those of a block in any order. ``BLOCKS`` has the sizes.
+    With probability ``ordered_share`` the first slots are clean, in order: any number of them.
     """
     slot_size = slot_sizes[int(generator.integers(len(slot_sizes)))]
     slots = -(-length // slot_size)
-    if block_share and generator.random() < block_share:
+    shown = generator.random() if block_share or ordered_share else 1.0
+    if shown < block_share:
         block = np.arange(slots) // BLOCKS[generator.integers(len(BLOCKS))]
         order = np.argsort(block + generator.random(slots))
         clean = int(generator.integers(slots))
         return Draw(slot_size, 1 - clean / slots, tuple(order[:clean].tolist()))
+    if shown < block_share + ordered_share:
+        clean = int(generator.integers(slots + 1))
+        return Draw(slot_size, 1 - clean / slots if clean < slots else 1.0, tuple(range(clean)))
     masking = (1 - MIN_MASKING) * generator.random() + MIN_MASKING
     kept = generator.random(slots) >= masking
     return Draw(slot_size, masking, tuple(generator.permutation(np.flatnonzero(kept)).tolist()))
@@ -92,6 +99,7 @@ def sequence(
     mask_token_id: int,
     infill: bool = False,
     certainty: bool = False,
+    joined: bool = False,
 ) -> Sequenced:
     """The prompt, the clean slots in the order drawn, the masked slots in position order.
 
@@ -102,6 +110,9 @@ def sequence(
     ``certainty``: behind them the masked slots once more, clean, each seeing the prompt, the clean
     slots and itself, as when it is infilled. Their labels are next tokens of the slot too. How
     likely a slot's next tokens are together is what its first mask learns to be sure of.
+
+    ``joined``: where the slot behind a clean one, or behind the prompt, also follows it in
+    position, the last token before it has a label: the slot's first token.
     """
     start, size, response = len(example.prompt), drawn.slot_size, np.asarray(example.response)
     places = np.arange(len(response))
@@ -118,18 +129,26 @@ def sequence(
     ids = np.concatenate([np.asarray(example.prompt, response.dtype), response[at]])
     ids[masks] = ids[infills] = mask_token_id
     positions = np.concatenate([np.arange(start), start + at])
+    joins = places[:0]
+    if joined:  # the next one fed, a mask or not, is the next in position
+        steps = np.diff(positions[: ends[2]])[: ends[1]]
+        joins = np.flatnonzero(steps == 1)[max(start - 1, 0) :]
 
-    def labels(of: np.ndarray, *groups: tuple[slice, np.ndarray]) -> list[int]:
+    def labels(*groups: tuple[slice | np.ndarray, np.ndarray]) -> list[int]:
         column = np.full(len(ids), IGNORED)
-        for group, behind in groups:
-            column[group] = of[behind]
+        for group, values in groups:
+            column[group] = values
         return column.tolist()
 
     row = Sequenced(
         ids.tolist(),
         positions.tolist(),
-        labels(following, (cleans, clean), (copies, copied)),
-        labels(response, (masks, masked)),
+        labels(
+            (cleans, following[clean]),
+            (copies, following[copied]),
+            (joins, response[positions[joins] + 1 - start]),
+        ),
+        labels((masks, response[masked])),
         1 / (drawn.masking * len(response)),
     )
     if not (infill or certainty):
@@ -145,7 +164,7 @@ def sequence(
         certainty_of[cleans] = np.where(following[clean] == IGNORED, -1, ends[2] + first)
     return replace(
         row,
-        infill_labels=labels(response, (infills, again)),
+        infill_labels=labels((infills, response[again])),
         sees=sees.tolist(),
         since=since.tolist(),
         certainty_of=certainty_of.tolist() if certainty else None,

@@ -61,6 +61,7 @@ class HybridTask:
             recipe.batch_size,
             store.lengths,
             recipe.block_share,
+            ordered_share=recipe.ordered_share,
             **recipe.extras,
         )
 
@@ -81,7 +82,12 @@ class HybridTask:
         )
 
     def model(self) -> Any:
+        """Its generation config says whether joined slots are trained: ``slot_start``."""
         model = self._load()
+        if self._recipe.objective == "refusion":
+            vars(model.generation_config).pop("slot_start", None)
+            if self._recipe.joined_slots:
+                model.generation_config.slot_start = "next"
         attach(
             model,
             compiled=self._execution.compile,

@@ -52,14 +52,17 @@ class Course:
         block_share: float = 0.0,
         infill: bool = False,
         certainty: bool = False,
+        ordered_share: float = 0.0,
+        joined: bool = False,
     ) -> None:
         """Without ``mask_token_id`` items are those of an autoregressive twin.
 
         ``lengths`` of the examples, if given, sort what each step of ``batch_size`` sees.
 
-        ``block_share`` goes to ``draw``, ``infill`` and ``certainty`` to ``sequence``.
+        Both shares go to ``draw``; ``infill``, ``certainty`` and ``joined`` to ``sequence``.
         """
-        self._block_share, self._infill, self._certainty = block_share, infill, certainty
+        self._shares = block_share, ordered_share
+        self._infill, self._certainty, self._joined = infill, certainty, joined
         self._batch_size, self._lengths = batch_size, lengths
         self._examples, self._length, self._seed = examples, length, seed
         self._slot_sizes, self._mask = slot_sizes, mask_token_id
@@ -77,11 +80,11 @@ class Course:
         if self._mask is None:
             return autoregressive(example)
         drawn = self._drawn(number, example)
-        return sequence(example, drawn, self._mask, self._infill, self._certainty)
+        return sequence(example, drawn, self._mask, self._infill, self._certainty, self._joined)
 
     def _drawn(self, number: int, example: Example) -> Draw:
         chance = generator(self._seed, number)
-        return draw(len(example.response), self._slot_sizes, chance, self._block_share)
+        return draw(len(example.response), self._slot_sizes, chance, *self._shares)
 
     def example(self, index: int) -> Example:
         """What item ``index`` is made of."""

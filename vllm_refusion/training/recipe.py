@@ -14,7 +14,7 @@ SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 LABELS = ("response", "kl")
 # What --mask-adapter has no use for.
 HYBRID = (
-    *("objective", "from_scratch", "slot_sizes", "block_share"),
+    *("objective", "from_scratch", "slot_sizes", "block_share", "ordered_share", "joined_slots"),
     *("ar_weight", "mdm_weight", "infill_weight", "slot_certainty"),
 )
 
@@ -92,6 +92,9 @@ class Recipe:
         batch_size: examples per optimiser step, over all devices.
         from_scratch: random weights in the model's shape instead of its own.
         block_share: of the examples, shown as decoding in blocks leaves them, see ``draw``.
+        ordered_share: of the examples, shown as decoding in order leaves them, see ``draw``.
+        joined_slots: the last token before a slot predicts its first one, see ``sequence``; the
+            outcome's generation config says ``slot_start`` "next".
         infill_weight: of L_infill, see ``sequence``; the paper has none.
         slot_certainty: first masks learn how sure so many slots are, see ``hybrid_loss``; 0: how
             sure their own token is, as in the paper.
@@ -107,6 +110,8 @@ class Recipe:
     max_length: int = 4096
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
     block_share: float = 0.0
+    ordered_share: float = 0.0
+    joined_slots: bool = False
     ar_weight: float = 1.0
     mdm_weight: float = 1.0
     infill_weight: float = 0.0
@@ -126,7 +131,11 @@ class Recipe:
     @property
     def extras(self) -> dict[str, bool]:
         """What ``sequence`` feeds beside what the paper does."""
-        return {"infill": self.infill_weight > 0, "certainty": self.slot_certainty > 0}
+        return {
+            "infill": self.infill_weight > 0,
+            "certainty": self.slot_certainty > 0,
+            "joined": self.joined_slots,
+        }
 
     def __post_init__(self) -> None:
         weights = ("ar_weight", "mdm_weight", "infill_weight", "slot_certainty")
@@ -139,6 +148,10 @@ class Recipe:
             "batch_size": (self.batch_size > 0, "an integer above 0"),
             "slot_sizes": (self.slot_sizes and min(self.slot_sizes) > 0, "integers above 0"),
             "block_share": (0 <= self.block_share <= 1, "a number in [0, 1]"),
+            "ordered_share": (
+                self.ordered_share >= 0 and self.block_share + self.ordered_share <= 1,
+                "a number in [0, 1], with --block-share 1 at most",
+            ),
             "learning_rate": (self.learning_rate > 0, "a number above 0"),
             "adam_beta2": (0 <= self.adam_beta2 < 1, "a number in [0, 1)"),
             "seed": (0 <= self.seed < 2**63, "an integer in [0, 2**63)"),
@@ -148,7 +161,7 @@ class Recipe:
         if self.adapter:
             idle, why = HYBRID, "--mask-adapter"
         elif self.objective == "autoregressive":  # it has no masks
-            idle = ("slot_sizes", "block_share", "mdm_weight", "infill_weight", "slot_certainty")
+            idle = tuple(n for n in HYBRID if n not in ("objective", "from_scratch", "ar_weight"))
             why = "--objective autoregressive"
         for name in idle:
             is_default = getattr(self, name) == getattr(Recipe, name)

@@ -37,6 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--block-share", type=float, help="examples shown as decoded in blocks; default: 0"
     )
+    what.add_argument(
+        "--ordered-share", type=float, help="examples shown as decoded in order; default: 0"
+    )
+    what.add_argument(
+        "--joined-slots",
+        action="store_true",
+        default=None,
+        help="tokens before a slot predict its first one, for serial decoding with slot_start next",
+    )
     what.add_argument("--ar-weight", type=float, help="default: 1")
     what.add_argument("--mdm-weight", type=float, help="default: 1")
     what.add_argument(
