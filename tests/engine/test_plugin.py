@@ -233,7 +233,6 @@ def test_positions_past_the_rope_table(checkpoint):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative_config='ngram'",
         ),
-        ({"enable_lora": True}, "enable_lora=True"),
         ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8' \(allowed is float32"),
         ({"kv_cache_dtype": "bfloat16"}, r"kv_cache_dtype='bfloat16' \(allowed is float32"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
@@ -272,8 +271,8 @@ def test_the_same_type_for_the_kv_cache(checkpoint):
 
 
 def test_all_problems_at_once(checkpoint):
-    with pytest.raises(ValueError, match="kv_cache_dtype='fp8'.*enable_lora=True"):
-        vllm_config(checkpoint(), kv_cache_dtype="fp8", enable_lora=True)
+    with pytest.raises(ValueError, match="ubatch_size=2.*use_fp64_gumbel=True"):
+        vllm_config(checkpoint(), ubatch_size=2, use_fp64_gumbel=True)
 
 
 def test_model_runner_v1_is_refused(checkpoint, monkeypatch):

@@ -104,6 +104,7 @@ def install(hooks: Hooks) -> None:
     _replace_parts_of_the_runner()
     _return_drafts()
     _measure_passes_once_captured()
+    _map_loras_on_the_device()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter(hooks)
 
@@ -712,6 +713,126 @@ def _measure_passes_once_captured() -> None:
         if not profile_only and hasattr(self.model_state, "measure_passes"):
             self.model_state.measure_passes(self._dummy_run)
         return captured
+
+
+def _map_loras_on_the_device() -> None:
+    """Rows get the LoRA of the request that they were dealt to on the device.
+
+    vLLM repeats each request's by the host's layout of the step, and only where that is another
+    than in the step before. Its adapters are loaded as it does it.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    @_patch(GPUModelRunner, "_set_active_loras")
+    def set_active_loras(
+        original: Any, self: Any, of_request: Any, of_row: Any, adapters: Any, *args: Any, **kw: Any
+    ) -> None:
+        rows = getattr(self.model, "lora_rows", None)
+        if rows is None:
+            original(self, of_request, of_row, adapters, *args, **kw)
+            return
+        self.lora_manager.set_active_adapters(adapters, None)
+        starts = self.input_buffers.query_start_loc
+        rows.start_step(of_request, self.lora_state.lora_ids, starts)
+
+
+class LoraLayers:
+    """vLLM's LoRA layers of a model, told of each row which adapter acts on it.
+
+    Its own way computes the tables of their kernels on the host, or waits for the device to.
+
+    Args:
+        manager: the model's ``LoRAModelManager``.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        (self._wrapper,) = manager.punica_wrapper_mapping.values()
+        self._wrapper.is_prefill = False  # without kernels: row by row
+        if not hasattr(self._wrapper, "token_mapping_meta"):
+            _leave_plain_rows(self._wrapper)
+
+    def slots(self) -> dict[int, int]:
+        """Where each loaded adapter's weights are, by its id."""
+        held = enumerate(self._manager.lora_index_to_id)
+        return {adapter: slot for slot, adapter in held if adapter is not None}
+
+    @property
+    def most_active(self) -> int:
+        """Adapters that may act in one step."""
+        return self._manager.lora_slots
+
+    @property
+    def most_rows(self) -> int:
+        return len(self._wrapper._token_lora_indices)
+
+    def set_rows(self, slots: torch.Tensor, active: list[int], listed: torch.Tensor) -> None:
+        """The adapters of all rows of a step.
+
+        Args:
+            slots: [most_rows] int32, -1 for none.
+            active: those among them, ascending.
+            listed: [most_active + 1] int32, the same on the device, and then -1.
+        """
+        wrapper = self._wrapper
+        wrapper._token_lora_indices.copy_(slots)
+        wrapper._embeddings_indices.copy_(slots.clamp_min(0) * self._manager.vocab_size)
+        if hasattr(wrapper, "token_mapping_meta"):
+            fill_lora_tables(wrapper.token_mapping_meta, slots, active, listed)
+
+    def set_logit_rows(self, slots: torch.Tensor, active: list[int], listed: torch.Tensor) -> None:
+        """As ``set_rows``, of the rows that logits are computed of next."""
+        wrapper, rows = self._wrapper, len(slots)
+        wrapper._sampler_indices[:rows] = slots
+        wrapper.indices_len[1] = rows
+        if hasattr(wrapper, "prompt_mapping_meta"):
+            fill_lora_tables(wrapper.prompt_mapping_meta, slots, active, listed)
+
+
+def fill_lora_tables(
+    meta: Any, slots: torch.Tensor, active: list[int], listed: torch.Tensor
+) -> None:
+    """What ``LoRAKernelMeta.prepare_tensors`` fills, without waiting for ``slots``.
+
+    Rows without an adapter are sorted behind the others, and none is listed for them: vLLM lists
+    theirs, so that where it counts the adapters for its graphs, the last one may have no programs.
+    """
+    import torch
+
+    rows, most = len(slots), len(listed)
+    counts = [count for count in meta.captured_lora_counts if count >= len(active)]
+    meta.no_lora_flag_cpu[0] = not active
+    meta.num_active_loras_cpu[0] = min(counts, default=len(active)) if active else 0
+    meta.active_lora_ids.copy_(listed)
+    meta.token_lora_mapping[:rows] = slots
+    order = torch.where(slots < 0, most, slots).argsort(stable=True)
+    meta.token_indices_sorted_by_lora_ids[:rows] = order
+    is_of = slots == listed[:, None]
+    torch.sum(is_of & (slots >= 0), dim=1, dtype=torch.int32, out=meta.num_tokens_per_lora)
+    meta.lora_token_start_loc[1:] = meta.num_tokens_per_lora.cumsum(0)
+
+
+def _leave_plain_rows(wrapper: Any) -> None:
+    """In vLLM's PyTorch operations a row of no adapter, -1, is one of the last slot's.
+
+    They take as many rows as are listed: those of the tensors at hand.
+    """
+
+    def around(name: str, adapts: Callable[[int], Any]) -> None:
+        original = getattr(wrapper, name)
+
+        def on_adapted_rows(y: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(y, x * adapts(len(x))[:, None], *args, **kwargs)
+
+        setattr(wrapper, name, on_adapted_rows)
+
+    def rows(count: int) -> Any:
+        wrapper.indices_len[0] = count
+        return wrapper.token_lora_indices >= 0
+
+    for name in ("_shrink_decode", "_expand_decode", "_expand_slice_decode"):
+        around(name, rows)
+    around("add_lora_logits", lambda count: wrapper.sampler_indices >= 0)
 
 
 @contextlib.contextmanager

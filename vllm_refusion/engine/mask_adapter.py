@@ -114,6 +114,7 @@ def apply_adapter(
                     pairs.append((index, tensors.pop(key + "A"), tensors.pop(key + "B")))
             if pairs:
                 module = layer.get_submodule(name)
+                module = getattr(module, "base_layer", module)  # inside one of LoRA
                 masks.share_with(module)
                 _adapt(adapter, f"layers.{number}.{name}", module, pairs, like)
     if tensors:

@@ -19,9 +19,17 @@ from vllm_refusion.engine.attention import CanvasAttentionBackend
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_refusion.engine.lora_rows import LoraRows
+
 
 class ReFusionMixin:
-    """Put before a stock causal LM class; the backbone itself is left as it is."""
+    """Put before a stock causal LM class; the backbone itself is left as it is.
+
+    Attributes:
+        lora_rows: None where the engine has no LoRA.
+    """
+
+    lora_rows: LoraRows | None = None
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -88,8 +96,16 @@ class ReFusionMixin:
         """
         return hidden_states
 
-    def row_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, vocab] of hidden states [rows, hidden]."""
+    def row_logits(
+        self, hidden_states: torch.Tensor, requests: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [rows, vocab] of hidden states [rows, hidden].
+
+        Args:
+            requests: [rows], whose rows they are, by req, for their LoRA; None: nobody's.
+        """
+        if self.lora_rows is not None:
+            self.lora_rows.start_logits(requests, len(hidden_states))
         return super().compute_logits(hidden_states)
 
 

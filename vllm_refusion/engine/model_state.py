@@ -33,9 +33,11 @@ from vllm_refusion.decoding.sending import sent
 from vllm_refusion.decoding.speculation import NO_RIDERS
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder, parameters_of
+from vllm_refusion.engine import compat
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
 from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.grammar_masks import GrammarMasks
+from vllm_refusion.engine.lora_rows import LoraRows
 from vllm_refusion.engine.mask_adapter import apply_adapter
 from vllm_refusion.engine.pass_cost import ASSUMED_COST, PassCost, measure_passes
 from vllm_refusion.engine.prompt_scores import PromptScores
@@ -70,6 +72,8 @@ class ReFusionModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.operations = operations(device)
+        if vllm_config.lora_config is not None:
+            model.lora_rows = LoraRows(compat.LoraLayers(model.lora_manager), device)
         adapter = adapter_of(self.model_config)
         self.mask_rows = adapter and apply_adapter(model, adapter, vllm_config, device)
         self._chains = chains_of(adapter) if adapter else {}

@@ -100,7 +100,6 @@ def _model_options(vllm_config: VllmConfig) -> list[_Option]:
             backend in (None, "CUSTOM"),
             "canvases have an attention kernel of their own: allowed is to leave it out",
         ),
-        _unset("enable_lora", vllm_config.lora_config is not None),
         _unset("enable_prompt_embeds", model.enable_prompt_embeds),
         # the state of requests on the device would have to be saved and restored
         _unset("enable_sleep_mode", model.enable_sleep_mode),

@@ -7,6 +7,7 @@ is made up for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +49,7 @@ class PromptScores(PromptLogprobsWorker):
             return {}
         rows, batch = prompts
         return super().compute_prompt_logprobs(
-            self._model.row_logits, rows, batch, all_token_ids, num_computed_tokens, prompt_lens
+            self._logits_of(batch), rows, batch, all_token_ids, num_computed_tokens, prompt_lens
         )
 
     def compute_prompt_token_id_logprobs(
@@ -66,8 +67,17 @@ class PromptScores(PromptLogprobsWorker):
             return {}
         rows, batch = prompts
         return super().compute_prompt_token_id_logprobs(
-            self._model.row_logits, rows, batch, prompt_lens
+            self._logits_of(batch), rows, batch, prompt_lens
         )
+
+    def _logits_of(self, batch: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Logits of slices of the rows of ``batch``."""
+
+        def logits(rows: torch.Tensor) -> torch.Tensor:
+            start = rows.storage_offset() // rows.stride(0)
+            return self._model.row_logits(rows, batch.requests[start : start + len(rows)])
+
+        return logits
 
     def _prompts(
         self,
@@ -98,6 +108,7 @@ class PromptScores(PromptLogprobsWorker):
             req_ids=[input_batch.req_ids[i] for i in chosen],
             idx_mapping_np=input_batch.idx_mapping_np[chosen],
             idx_mapping=input_batch.idx_mapping[self._sent(chosen)],
+            requests=input_batch.idx_mapping[sent[0]],
             num_tokens=total,
             num_scheduled_tokens=fed,
             num_computed_prefill_tokens_np=computed[chosen],

@@ -76,8 +76,9 @@ class CanvasSampler:
         self.row_budget: RowBudget | None = None  # starts with the first request
         self.recorder: Recorder | None = None
         rows = state.max_requests * state.canvas_length
+        most_rows = min(rows, vllm_config.scheduler_config.max_num_batched_tokens)
         row_bytes = limits.vocab * vllm_config.model_config.dtype.itemsize
-        self.chunk_rows = max(1, min(rows, LOGITS_CHUNK_BYTES // row_bytes))
+        self.chunk_rows = max(1, min(most_rows, LOGITS_CHUNK_BYTES // row_bytes))
 
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=state.device)
@@ -258,7 +259,7 @@ class CanvasSampler:
         chunk = max(1, self.chunk_rows // 4) if penalties else self.chunk_rows
         for start in range(0, hidden_states.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden_states.shape[0]))
-            logits = scores = self.model.row_logits(hidden_states[rows])
+            logits = scores = self.model.row_logits(hidden_states[rows], requests[rows])
             if mask_row is not None:
                 self.grammar_masks.forbid(logits, mask_row[rows])
             if penalties:

@@ -1,0 +1,144 @@
+"""LoRA on the backbone: each request's rows get its adapter, wherever the device puts them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from loras import LAYERS, merge, write_lora
+from test_serial_mode import MODEL, serial
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams, TokensPrompt
+from vllm.lora.request import LoRARequest
+
+import conformance
+from engine import NARROW, assert_idle, engine, free_pages, sampling_params
+
+MASK = conformance.MODELS[MODEL].mask_token_id
+OPTIONS = {"enable_lora": True, "max_lora_rank": 8}
+
+
+class Adapted:
+    """A base, adapters of it by number, and for each a checkpoint with it merged (0: the base)."""
+
+    def __init__(self, folder) -> None:
+        self.base = conformance.build_model(MODEL, folder / "base")
+        layers = (LAYERS, ("q_proj", "v_proj"), (*LAYERS[:3], "down_proj"))
+        self.loras = [None]
+        self.merged = [self.base]
+        for i, names in enumerate(layers, 1):
+            self.loras.append(write_lora(folder / f"lora{i}", self.base, i, names))
+            self.merged.append(merge(folder / f"merged{i}", self.base, self.loras[i]))
+        self.stock = shutil.copytree(self.base, folder / "stock")
+        config = json.loads((self.stock / "config.json").read_text())
+        del config["mask_token_id"]
+        (self.stock / "config.json").write_text(json.dumps(config))
+
+    def request(self, number: int) -> LoRARequest | None:
+        return LoRARequest(f"lora{number}", number, str(self.loras[number])) if number else None
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    return Adapted(tmp_path_factory.mktemp("lora"))
+
+
+def ask(llm, adapted, prompts, params, numbers):
+    """Tokens and log-probabilities of each request, with the adapter of its number."""
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
+        params,
+        lora_request=[adapted.request(number) for number in numbers],
+        use_tqdm=False,
+    )
+    return [
+        (
+            list(output.outputs[0].token_ids),
+            [
+                {token: entry.logprob for token, entry in row.items()}
+                for row in output.outputs[0].logprobs or ()
+            ],
+            output.prompt_logprobs,
+        )
+        for output in outputs
+    ]
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """Prompts, their parameters under stock vLLM, and numbers of adapters."""
+    rng = random.Random(0)
+    words = [token for token in range(conformance.MODELS[MODEL].vocab_size) if token != MASK]
+    shared = rng.choices(words, k=48)  # of three pages: the prefix cache has them by adapter
+    numbers = [rng.choice((0, 1, 2, 2, 3)) for _ in range(24)]
+    prompts = [
+        (shared if i % 3 == 0 else []) + rng.choices(words, k=rng.randint(1, 60)) for i in range(24)
+    ]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=rng.randint(8, 40),
+            logprobs=(None, 2)[i % 2],
+            logit_bias={MASK: -100.0},
+            ignore_eos=i % 4 == 0,
+        )
+        for i in range(24)
+    ]
+    return prompts, params, numbers
+
+
+def test_answers_of_stock_vllm(adapted, questions, async_scheduling):
+    """Adapters and none, mixed in steps of which the device deals the rows out."""
+    prompts, params, numbers = questions
+    with engine(adapted.stock, max_loras=4, **OPTIONS) as llm:
+        expected = ask(llm, adapted, prompts, params, numbers)
+        plain = ask(llm, adapted, prompts, params, [0] * len(prompts))
+    changed = [a[0] != b[0] for a, b, number in zip(expected, plain, numbers) if number]
+    assert sum(changed) > len(changed) / 2
+    generation = {"mode": "serial", "slot_start": "next", "slot_size": 8, "block_length": 32}
+    options = OPTIONS | NARROW | {"override_generation_config": generation}
+    with engine(adapted.base, max_loras=3, max_num_batched_tokens=256, **options) as llm:
+        pages = free_pages(llm)
+        answers = ask(llm, adapted, prompts, params, numbers)
+        again = ask(llm, adapted, prompts, params, numbers[::-1])  # other adapters, same prompts
+        assert_idle(llm, pages)
+    for i, ((tokens, logprobs, _), (stock, stock_logprobs, _)) in enumerate(
+        zip(answers, expected, strict=True)
+    ):
+        assert tokens == stock, f"request {i}, adapter {numbers[i]}"
+        for entry, stock_entry in zip(logprobs, stock_logprobs, strict=True):
+            assert entry == pytest.approx(stock_entry, abs=1e-3), f"request {i}"
+    for i, number in enumerate(numbers):
+        if number == numbers[::-1][i]:
+            assert again[i][0] == answers[i][0], f"request {i}"
+
+
+def test_answers_of_merged_weights_in_both_modes(adapted):
+    """With fewer places for adapters than there are; masks are fed through the adapter as well."""
+    cases = [case for case in conformance.cases(MODEL) if case.params.block_length <= 32][::4]
+    cases += [replace(case, params=serial(case.params, "mask")) for case in cases[::2]]
+    numbers = [i % 4 for i in range(len(cases))]
+    expected = {}
+    for number in range(4):
+        chosen = [i for i in range(len(cases)) if numbers[i] == number]
+        answers = conformance.expected(adapted.merged[number], [cases[i] for i in chosen])
+        expected |= dict(zip(chosen, answers))
+    with engine(adapted.base, max_loras=2, max_cpu_loras=2, **OPTIONS, **NARROW) as llm:
+        prompts, params = [c.prompt_ids for c in cases], [sampling_params(c) for c in cases]
+        for one in params[::3]:
+            one.prompt_logprobs = 0
+        answers = ask(llm, adapted, prompts, params, numbers)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in adapted.merged]
+    for i, (tokens, _, scores) in enumerate(answers):
+        assert tokens == list(expected[i].tokens), f"{cases[i].label}, adapter {numbers[i]}"
+        if scores is not None and len(prompts[i]) > 1:
+            found = [row[token].logprob for row, token in zip(scores[1:], prompts[i][1:])]
+            ids = torch.tensor([prompts[i]])
+            with torch.inference_mode():
+                rows = models[numbers[i]](ids).logits[0, :-1].float().log_softmax(-1)
+            wanted = rows.gather(1, ids[0, 1:, None]).flatten()
+            assert found == pytest.approx(wanted.tolist(), abs=1e-3), cases[i].label
