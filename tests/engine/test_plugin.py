@@ -220,8 +220,18 @@ def test_positions_past_the_rope_table(checkpoint):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative_config='ngram'",
         ),
-        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8' \(allowed is float32"),
-        ({"kv_cache_dtype": "bfloat16"}, r"kv_cache_dtype='bfloat16' \(allowed is float32"),
+        (
+            {"kv_cache_dtype": "int8_per_token_head"},
+            r"kv_cache_dtype='int8_per_token_head' \(allowed are 'auto', 'float32', 'fp8', 'fp8_",
+        ),
+        (
+            {"kv_cache_dtype": "bfloat16"},
+            r"kv_cache_dtype='bfloat16' \(allowed are 'auto', 'float3",
+        ),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            r"kv_cache_dtype_skip_layers=\['0'\]",
+        ),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True"),
         (

@@ -71,19 +71,38 @@ def _parallel_options(vllm_config: VllmConfig) -> list[_Option]:
 def _cache_options(vllm_config: VllmConfig) -> list[_Option]:
     cache = vllm_config.cache_config
     transfer = vllm_config.kv_transfer_config
+    return [
+        *_kv_types(vllm_config),
+        _unset("sliding_window", cache.sliding_window),
+        _unset("kv_sharing_fast_prefill", cache.kv_sharing_fast_prefill),
+        _unset("kv_transfer_config", transfer is not None, transfer and transfer.kv_connector),
+        _unset("kv_offloading_size", cache.kv_offloading_size),
+    ]
+
+
+def _kv_types(vllm_config: VllmConfig) -> list[_Option]:
+    from vllm.platforms import current_platform
+
+    from vllm_refusion.engine.attention import FP8_KV_DTYPES
+
+    cache = vllm_config.cache_config
     same = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    fp8 = cache.cache_dtype in FP8_KV_DTYPES
+    old = current_platform.is_cuda_alike() and not current_platform.has_device_capability(89)
+    names = () if old else FP8_KV_DTYPES
+    types = ", ".join(f"{name!r}" for name in ("auto", same, *names))
+    without = ", and on GPUs of compute capability 8.9 or more FP8" if old else ""
+    skipped = cache.kv_cache_dtype_skip_layers
     return [
         # a checkpoint with quantised weights may ask for it too
         _Option(
             "kv_cache_dtype",
             cache.cache_dtype,
-            cache.cache_dtype in ("auto", same),
-            f"allowed is {same}, the model's dtype",
+            cache.cache_dtype in ("auto", same, *names),
+            f"allowed are {types}{without}",
         ),
-        _unset("sliding_window", cache.sliding_window),
-        _unset("kv_sharing_fast_prefill", cache.kv_sharing_fast_prefill),
-        _unset("kv_transfer_config", transfer is not None, transfer and transfer.kv_connector),
-        _unset("kv_offloading_size", cache.kv_offloading_size),
+        # pages of two sizes
+        _unset("kv_cache_dtype_skip_layers", fp8 and bool(skipped), skipped),
     ]
 
 
