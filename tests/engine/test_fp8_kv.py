@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from device import ON_GPU
 from test_serial_mode import MODEL, serial
+from vllm import SamplingParams
 
 import conformance
 from engine import NARROW, assert_idle, engine, free_pages, model_runner_of, run
@@ -47,3 +49,21 @@ def test_rows_read_what_was_written(path, cases, kv_cache_dtype, monkeypatch):
         assert run(llm, cases) == answers
     plain = conformance.expected(path, cases)
     assert [list(answer.tokens) for answer in plain] != answers
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["serial", "parallel"])
+def test_answers_of_a_trained_model(tiny_checkpoint, questions, mode):
+    """Rounded entries change some answers, not most of their beginnings."""
+    chats = [[{"role": "user", "content": question}] for question in questions[:24]]
+    extra = {"mode": mode, "slot_size": 8} | ({} if mode == "serial" else {"block_length": 32})
+    greedy = SamplingParams(temperature=0, max_tokens=100, extra_args=extra)
+    texts = {}
+    for kind in ("auto", "fp8", "fp8_e5m2"):
+        options = {"dtype": "bfloat16", "skip_tokenizer_init": False, "kv_cache_dtype": kind}
+        with engine(tiny_checkpoint, **options) as llm:
+            outputs = llm.chat(chats, greedy, use_tqdm=False)
+        texts[kind] = [output.outputs[0].text[:20] for output in outputs]
+    for kind in ("fp8", "fp8_e5m2"):
+        same = [text == plain for text, plain in zip(texts[kind], texts["auto"])]
+        assert sum(same) > len(same) / 2, kind

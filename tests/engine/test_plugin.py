@@ -208,7 +208,7 @@ def test_positions_past_the_rope_table(checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 \(allowed is 1\)"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 \(only the.*: allowed is 1\)"),
         (
             {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
             r"decode_context_parallel_size=2 \(allowed is 1\)",
@@ -232,11 +232,11 @@ def test_positions_past_the_rope_table(checkpoint):
             {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
             r"kv_cache_dtype_skip_layers=\['0'\]",
         ),
-        ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
+        ({"kv_offloading_size": 1.0}, r"kv_offloading_size=1.0 \(KV is saved by.*leave it out"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "kv_transfer_config='ExampleConnector'",
+            r"kv_transfer_config='ExampleConnector' \(KV is saved by",
         ),
         ({"attention_backend": "TRITON_ATTN"}, "attention_backend='TRITON_ATTN'"),
         ({"runner": "pooling"}, r"runner='pooling' \(allowed: generate\)"),

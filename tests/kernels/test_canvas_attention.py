@@ -444,9 +444,12 @@ def test_write_kv_in_fp8(page, heads, head_size, dtype, fp8):
     assert ((found - wanted).abs() <= half_step).all()
     compared = torch.ones_like(found, dtype=torch.bool)
     if not ON_GPU:
-        # its conversion loses what a rounding carries into the exponent, and is off below tiny
+        # the interpreter loses what a rounding carries into the exponent, rounds ties to the larger
+        # and is off below tiny
+        step = torch.finfo(fp8).eps * 2 ** found.abs().log2().floor()
         mantissa = 7 if fp8 == torch.float8_e4m3fn else 3
         compared = (codes[1] & mantissa != 0) & (found.abs() >= torch.finfo(fp8).tiny)
+        compared &= (found - wanted).abs() < step / 2
     assert compared.float().mean() > 0.5 and torch.equal(*(code[compared] for code in codes))
 
 
@@ -468,7 +471,9 @@ def test_attention_over_fp8_entries(case, fp8):
     query, cache, output, *rest = problem.arguments
     exact = case.dtype == torch.float32
     units = scales(0.3, 2.7) if exact else scales(0.5, 4.0)
-    entries = (cache.float() / 4).to(fp8)
+    values = cache.float() / 4
+    values[values.abs() < torch.finfo(fp8).tiny] = 0  # which the interpreter reads wrongly in fp16
+    entries = values.to(fp8)
     size = query.shape[-1]
     meant = torch.cat(
         (units[0] * entries[..., :size].float(), units[1] * entries[..., size:].float()), -1

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 NOT_SET = "allowed is to leave it out"
+KV_LEAVES = "KV is saved by what the host schedules, but the device decides what a step computes"
+LAST_STAGE = "only the last stage knows what the next canvas holds"
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,20 @@ def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
         )
 
 
-def _unset(name: str, value: Any, shown: Any = None) -> _Option:
+def _unset(name: str, value: Any, shown: Any = None, reason: str = "") -> _Option:
     """An option that must keep its default, which is false."""
-    return _Option(name, shown or value, not value, NOT_SET)
+    return _Option(name, shown or value, not value, f"{reason}: {NOT_SET}" if reason else NOT_SET)
 
 
 def _parallel_options(vllm_config: VllmConfig) -> list[_Option]:
     parallel = vllm_config.parallel_config
     alone = [
         _Option(name, getattr(parallel, name), getattr(parallel, name) == 1, "allowed is 1")
-        for name in (
-            "pipeline_parallel_size",
-            "decode_context_parallel_size",
-            "prefill_context_parallel_size",
-        )
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size")
     ]
+    stages = parallel.pipeline_parallel_size
     return [
+        _Option("pipeline_parallel_size", stages, stages == 1, f"{LAST_STAGE}: allowed is 1"),
         *alone,
         _unset("enable_dbo", parallel.enable_dbo),
         _Option("ubatch_size", parallel.ubatch_size, parallel.ubatch_size <= 1, "allowed is 0"),
@@ -75,8 +75,13 @@ def _cache_options(vllm_config: VllmConfig) -> list[_Option]:
         *_kv_types(vllm_config),
         _unset("sliding_window", cache.sliding_window),
         _unset("kv_sharing_fast_prefill", cache.kv_sharing_fast_prefill),
-        _unset("kv_transfer_config", transfer is not None, transfer and transfer.kv_connector),
-        _unset("kv_offloading_size", cache.kv_offloading_size),
+        _unset(
+            "kv_transfer_config",
+            transfer is not None,
+            transfer and transfer.kv_connector,
+            KV_LEAVES,
+        ),
+        _unset("kv_offloading_size", cache.kv_offloading_size, reason=KV_LEAVES),
     ]
 
 
