@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vllm_refusion.triton_kernels.checks import check_entries
 from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE, Tiling, choose_tiling
 
 _LOG2_E = 1.4426950408889634
@@ -115,6 +116,8 @@ def _attend_range(
             else:
                 k = tl.load(k_ptr)
                 v = tl.load(k_ptr + HEAD_SIZE)
+        k = k.to(query.dtype)
+        v = v.to(query.dtype)
 
         score = _dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), UPCAST)
         if MASKED:
@@ -139,13 +142,15 @@ def _canvas_attention_kernel(
     block_table_ptr, query_start_loc_ptr, seq_lens_ptr, visibility_ptr,
     # fp32 [N, Hq, splits, HEAD_SIZE] and [N, Hq, splits], int32 [N]; None without splits
     partial_output_ptr, partial_lse_ptr, parts_ptr,
+    k_scale_ptr, v_scale_ptr,  # fp32 [1]; None without FP8
     scale_log2, num_requests, num_splits, work_items, min_steps,
     query_stride_row, query_stride_head, kv_stride_block, kv_stride_head, kv_stride_entry,
     output_stride_row, output_stride_head, table_stride, visibility_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, PAGE: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, REQUESTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    UPCAST: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    UPCAST: tl.constexpr, FP8: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (split, tile of BLOCK_Q query rows x GROUP_PADDED query heads, KV head)."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
@@ -216,6 +221,8 @@ def _canvas_attention_kernel(
         other=0.0,
     )
 
+    if FP8:
+        scale_log2 *= tl.load(k_scale_ptr)
     acc = tl.zeros((BLOCK_M, HEAD_PADDED), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -239,6 +246,8 @@ def _canvas_attention_kernel(
     # fmt: on
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if FP8:
+        result *= tl.load(v_scale_ptr)
     if SPLIT:
         if (split == 0) & (kv_head == 0):
             tl.store(parts_ptr + token, tl.zeros_like(row) + parts, mask=is_row & (group_head == 0))
@@ -343,6 +352,8 @@ def canvas_attention(
     seq_lens: torch.Tensor,
     visibility: torch.Tensor,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     *,
     tiling: Tiling | None = None,
 ) -> None:
@@ -350,20 +361,22 @@ def canvas_attention(
 
     Args:
         query: [N, Hq, D] fp32, bf16 or fp16, last dim contiguous.
-        kv_cache: [blocks, Hkv, page, 2 * D], K in [..., :D], V in [..., D:], last dim contiguous.
+        kv_cache: [blocks, Hkv, page, 2 * D], K in [..., :D], V in [..., D:], last dim contiguous;
+            of the query's dtype or one of ``FP8_DTYPES``.
         output: [N, Hq, D].
         block_table: [R, max_pages] int32; a row's pages must cover what the request's rows see.
         query_start_loc: [R + 1] int32, non-decreasing from 0; a request may have no row.
         seq_lens: [R] int32, KV entries of each request, those of this pass included.
         visibility: [N, 4] int32 (context_end, run_start, run_end, own_start), absolute KV indices.
         scale: factor of the dot products.
+        k_scale, v_scale: [] or [1] fp32, what the entries of an FP8 cache are in units of.
         tiling: how to cut the work; by default what ``choose_tiling`` says.
     """
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, page = kv_cache.shape[1:3]
     num_requests = block_table.shape[0]
     assert query.dtype in (torch.float32, torch.bfloat16, torch.float16), query.dtype
-    assert kv_cache.dtype == query.dtype, (kv_cache.dtype, query.dtype)
+    check_entries(kv_cache, query.dtype, k_scale, v_scale)
     assert output.dtype == query.dtype, (output.dtype, query.dtype)
     assert output.shape == query.shape, (output.shape, query.shape)
     assert kv_cache.shape[3] == 2 * head_size, (kv_cache.shape, head_size)
@@ -413,7 +426,7 @@ def canvas_attention(
     grid = (num_kv_heads * works,)
     _canvas_attention_kernel[grid](
         query, kv_cache, kv_desc, output, block_table, query_start_loc, seq_lens, visibility,
-        partial_output, partial_lse, parts, scale * _LOG2_E, num_requests, splits,
+        partial_output, partial_lse, parts, k_scale, v_scale, scale * _LOG2_E, num_requests, splits,
         tiling.work_items, tiling.min_steps,
         *query.stride()[:2], *kv_cache.stride()[:3], *output.stride()[:2],
         block_table.stride(0), visibility.stride(0),
@@ -423,6 +436,7 @@ def canvas_attention(
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, SPLIT=splits > 1,
         # the interpreter's dot takes the bits of a bf16 for an integer
         UPCAST=device.type == "cpu" and query.dtype == torch.bfloat16,
+        FP8=k_scale is not None,
         TMA=tiling.tma, STAGES=tiling.num_stages,
         # most tiles of rows have one masked tile, so deeper pipelines only take longer to fill
         MASKED_STAGES=min(tiling.num_stages, 2),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_refusion.triton_kernels.checks import FP8_DTYPES, check_entries
+
 # bounds the scores held at once to Hq x this x seq_len
 _CHUNK_ROWS = 256
 
@@ -17,6 +19,8 @@ def canvas_attention_twin(
     seq_lens: torch.Tensor,
     visibility: torch.Tensor,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Writes the attention of every row below query_start_loc[-1] to ``output``; other rows stay.
 
@@ -25,14 +29,16 @@ def canvas_attention_twin(
 
     Args:
         query: [N, Hq, D] of any float dtype; the arithmetic is fp32.
-        kv_cache: [blocks, Hkv, page, 2 * D], K in [..., :D], V in [..., D:].
+        kv_cache: [blocks, Hkv, page, 2 * D] of any float dtype, K in [..., :D], V in [..., D:].
         output: [N, Hq, D].
         block_table: [R, max_pages] int32.
         query_start_loc: [R + 1] int32, non-decreasing from 0; a request may have no row.
         seq_lens: [R] int32, KV entries of each request, those of this pass included.
         visibility: [N, 4] int32 (context_end, run_start, run_end, own_start), absolute KV indices.
         scale: factor of the dot products.
+        k_scale, v_scale: [] or [1] fp32, what the entries of an FP8 cache are in units of.
     """
+    check_entries(kv_cache, query.dtype, k_scale, v_scale)
     page = kv_cache.shape[2]
     starts = query_start_loc.tolist()
     for request, seq_len in enumerate(seq_lens.tolist()):
@@ -52,11 +58,14 @@ def canvas_attention_twin(
         pages = block_table[request, : -(-kv_end // page)]
         # [pages, Hkv, page, 2 * D] -> [Hkv, kv_end, 2 * D]. Not index_select: it first makes the
         # whole cache contiguous, which another layout than [blocks, Hkv, page, 2 * D] is not.
-        kv = kv_cache[pages].transpose(0, 1).flatten(1, 2)[:, :kv_end].float()
+        kv = _as_bytes(kv_cache)[pages].view(kv_cache.dtype)
+        kv = kv.transpose(0, 1).flatten(1, 2)[:, :kv_end].float()
         if not seen.all():
             # an entry that no row sees may hold NaN from a freed page, and 0 * NaN is NaN
             kv = kv.masked_fill(~seen[:, None], 0.0)
         key, value = kv.chunk(2, dim=-1)
+        if k_scale is not None and v_scale is not None:
+            key, value = key * k_scale, value * v_scale
         for first in range(0, stop - start, _CHUNK_ROWS):
             last = min(first + _CHUNK_ROWS, stop - start)
             rows = slice(start + first, start + last)
@@ -92,7 +101,12 @@ def _attend(
 
 
 def write_kv_twin(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Stores each row's key and value in the entry ``slot_mapping`` names.
 
@@ -100,10 +114,21 @@ def write_kv_twin(
         key, value: [N, Hkv, D].
         kv_cache: [blocks, Hkv, page, 2 * D], any strides.
         slot_mapping: [N] int64, block * page + offset; -1 skips the row.
+        k_scale, v_scale: [] or [1] fp32, what the entries of an FP8 cache are in units of.
     """
+    check_entries(kv_cache, key.dtype, k_scale, v_scale)
     page = kv_cache.shape[2]
     kept = slot_mapping >= 0
     if not kept.all():
         key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
-    entries = torch.cat((key, value), dim=-1)  # [n, Hkv, 2 * D]
-    kv_cache[slot_mapping // page, :, slot_mapping % page] = entries
+    if k_scale is not None and v_scale is not None:
+        most = torch.finfo(kv_cache.dtype).max  # the conversion itself does not hold values to it
+        key = (key.float() / k_scale).clamp(-most, most).to(kv_cache.dtype)
+        value = (value.float() / v_scale).clamp(-most, most).to(kv_cache.dtype)
+    entries = torch.cat((_as_bytes(key), _as_bytes(value)), dim=-1)  # [n, Hkv, 2 * D]
+    _as_bytes(kv_cache)[slot_mapping // page, :, slot_mapping % page] = entries
+
+
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """FP8 as bytes: PyTorch does not index it."""
+    return values.view(torch.uint8) if values.dtype in FP8_DTYPES else values

@@ -47,3 +47,21 @@ def check_pass(
     for number in numbers:
         check(number, (requests,), torch.int32)
     check(sampled, (requests, state.canvas_length), torch.int32)
+
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def check_entries(
+    kv_cache: torch.Tensor,
+    dtype: torch.dtype,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Asserts that a KV cache is of ``dtype``, or of FP8 with what its entries are in units of."""
+    for scale in (k_scale, v_scale):
+        assert (scale is None) == (kv_cache.dtype == dtype), (kv_cache.dtype, dtype, scale)
+        if scale is not None:
+            assert kv_cache.dtype in FP8_DTYPES, kv_cache.dtype
+            assert scale.numel() == 1 and scale.dtype == torch.float32, (scale.shape, scale.dtype)
+            assert scale.device == kv_cache.device, (scale.device, kv_cache.device)

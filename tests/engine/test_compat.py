@@ -584,3 +584,34 @@ def test_grammars_still_do_not_say_what_they_force():
     assert "max_batch_size * (1 + max_num_spec_tokens)" in source
     bounds = inspect.signature(StructuredOutputManager._get_constraint_bounds)
     assert list(bounds.parameters)[:3] == ["self", "request", "spec_tokens"]
+
+
+def test_rows_still_get_their_lora_by_the_layout_of_the_host():
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    state = LoraState(3)
+    state.lora_ids[:] = (0, 7, 4)
+    of_request, of_row, _ = state.make_lora_inputs(["a", "b"], np.array([2, 1]), np.array([2, 1]))
+    assert (of_request, of_row) == ((4, 7), (4, 4, 7))
+    step = inspect.getsource(GPUModelRunner.execute_model)
+    dealt, mapped = (step.index(call) for call in ("self.prepare_inputs(", "_set_active_loras("))
+    assert dealt < mapped
+
+
+def test_rows_without_a_lora_are_still_the_last_slots_without_a_gpu():
+    from vllm.lora.ops.torch_ops import bgmv_expand
+
+    y, b = torch.zeros(1, 2), torch.ones(3, 2, 4)
+    bgmv_expand(torch.ones(1, 4), b, y, torch.tensor([-1]))
+    assert y.tolist() == [[4, 4]]
+
+
+def test_tables_of_lora_kernels_still_have_what_is_filled():
+    from dataclasses import fields
+
+    from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+
+    filled = inspect.getsource(compat.fill_lora_tables)
+    names = {field.name for field in fields(LoRAKernelMeta)}
+    assert {name for name in names if name not in filled} == {"default_num_active_loras_cpu"}

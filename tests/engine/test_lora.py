@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from loras import LAYERS, merge, write_lora
+from mask_adapters import write_adapter
 from test_serial_mode import MODEL, serial
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
@@ -91,14 +92,30 @@ def questions():
     return prompts, params, numbers
 
 
-def test_answers_of_stock_vllm(adapted, questions, async_scheduling):
-    """Adapters and none, mixed in steps of which the device deals the rows out."""
+@pytest.fixture(scope="module")
+def of_stock(adapted, questions):
+    """Stock vLLM's answers, of which most are not those without adapters."""
     prompts, params, numbers = questions
     with engine(adapted.stock, max_loras=4, **OPTIONS) as llm:
-        expected = ask(llm, adapted, prompts, params, numbers)
+        answers = ask(llm, adapted, prompts, params, numbers)
         plain = ask(llm, adapted, prompts, params, [0] * len(prompts))
-    changed = [a[0] != b[0] for a, b, number in zip(expected, plain, numbers) if number]
+    changed = [a[0] != b[0] for a, b, number in zip(answers, plain, numbers) if number]
     assert sum(changed) > len(changed) / 2
+    return answers
+
+
+def assert_same(answers, expected, numbers):
+    for i, ((tokens, logprobs, _), (stock, stock_logprobs, _)) in enumerate(
+        zip(answers, expected, strict=True)
+    ):
+        assert tokens == stock, f"request {i}, adapter {numbers[i]}"
+        for entry, stock_entry in zip(logprobs, stock_logprobs, strict=True):
+            assert entry == pytest.approx(stock_entry, abs=1e-3), f"request {i}"
+
+
+def test_answers_of_stock_vllm(adapted, questions, of_stock, async_scheduling):
+    """Adapters and none, mixed in steps of which the device deals the rows out."""
+    prompts, params, numbers = questions
     generation = {"mode": "serial", "slot_start": "next", "slot_size": 8, "block_length": 32}
     options = OPTIONS | NARROW | {"override_generation_config": generation}
     with engine(adapted.base, max_loras=3, max_num_batched_tokens=256, **options) as llm:
@@ -106,15 +123,19 @@ def test_answers_of_stock_vllm(adapted, questions, async_scheduling):
         answers = ask(llm, adapted, prompts, params, numbers)
         again = ask(llm, adapted, prompts, params, numbers[::-1])  # other adapters, same prompts
         assert_idle(llm, pages)
-    for i, ((tokens, logprobs, _), (stock, stock_logprobs, _)) in enumerate(
-        zip(answers, expected, strict=True)
-    ):
-        assert tokens == stock, f"request {i}, adapter {numbers[i]}"
-        for entry, stock_entry in zip(logprobs, stock_logprobs, strict=True):
-            assert entry == pytest.approx(stock_entry, abs=1e-3), f"request {i}"
+    assert_same(answers, of_stock, numbers)
     for i, number in enumerate(numbers):
         if number == numbers[::-1][i]:
             assert again[i][0] == answers[i][0], f"request {i}"
+
+
+def test_beside_a_mask_adapter(adapted, questions, of_stock, tmp_path):
+    """It acts on rows of masks, which the adapter of their request acts on too."""
+    prompts, params, numbers = questions
+    folder = write_adapter(tmp_path / "masks", adapted.stock)
+    options = OPTIONS | {"additional_config": {"refusion_adapter": str(folder)}}
+    with engine(adapted.stock, max_loras=3, **options) as llm:
+        assert_same(ask(llm, adapted, prompts, params, numbers), of_stock, numbers)
 
 
 def test_answers_of_merged_weights_in_both_modes(adapted):

@@ -221,7 +221,7 @@ def test_positions_past_the_rope_table(checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 \(allowed is 1\)"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 \(only the.*: allowed is 1\)"),
         (
             {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
             r"decode_context_parallel_size=2 \(allowed is 1\)",
@@ -233,13 +233,23 @@ def test_positions_past_the_rope_table(checkpoint):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative_config='ngram'",
         ),
-        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8' \(allowed is float32"),
-        ({"kv_cache_dtype": "bfloat16"}, r"kv_cache_dtype='bfloat16' \(allowed is float32"),
-        ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
+        (
+            {"kv_cache_dtype": "int8_per_token_head"},
+            r"kv_cache_dtype='int8_per_token_head' \(allowed are 'auto', 'float32', 'fp8', 'fp8_",
+        ),
+        (
+            {"kv_cache_dtype": "bfloat16"},
+            r"kv_cache_dtype='bfloat16' \(allowed are 'auto', 'float3",
+        ),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            r"kv_cache_dtype_skip_layers=\['0'\]",
+        ),
+        ({"kv_offloading_size": 1.0}, r"kv_offloading_size=1.0 \(KV is saved by.*leave it out"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "kv_transfer_config='ExampleConnector'",
+            r"kv_transfer_config='ExampleConnector' \(KV is saved by",
         ),
         ({"attention_backend": "TRITON_ATTN"}, "attention_backend='TRITON_ATTN'"),
         ({"runner": "pooling"}, r"runner='pooling' \(allowed: generate\)"),

@@ -409,6 +409,90 @@ def test_write_kv(write_kv, page, heads, head_size, layout):
     torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
 
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def scales(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor(value, device=DEVICE) for value in values]
+
+
+@pytest.mark.parametrize("fp8", FP8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page, heads, head_size", [(1, 1, 32), (3, 5, 80), (16, 2, 128)])
+def test_write_kv_in_fp8(page, heads, head_size, dtype, fp8):
+    """The nearest FP8 of value / scale, the largest of those past it; kernel and twin alike."""
+    key, value = 3 * torch.randn(2, 23, heads, head_size, device=DEVICE).to(dtype)
+    key[2], value[5] = 1e6, -1e6
+    units = scales(0.25, 3.0)
+    slots = torch.randperm(40 * page, device=DEVICE)[:23]
+    slots[[0, 7, 22]] = -1
+    caches = []
+    for write_kv in (write_kv_module.write_kv, twin.write_kv_twin):
+        cache = torch.full((40, heads, page, 2 * head_size), 7, dtype=torch.uint8, device=DEVICE)
+        write_kv(key, value, cache.view(fp8), slots, *units)
+        caches.append(cache)
+    kept = slots[slots >= 0]
+    codes = [cache[kept // page, :, kept % page] for cache in caches]
+    for cache in caches:
+        cache[kept // page, :, kept % page] = 7
+        assert (cache == 7).all()
+    found = codes[1].view(fp8).float()
+    most = torch.finfo(fp8).max
+    wanted = torch.cat([x[slots >= 0].float() / unit for x, unit in zip((key, value), units)], -1)
+    wanted = wanted.clamp(-most, most)
+    half_step = torch.finfo(fp8).eps / 2 * wanted.abs().clamp_min(torch.finfo(fp8).tiny)
+    assert ((found - wanted).abs() <= half_step).all()
+    compared = torch.ones_like(found, dtype=torch.bool)
+    if not ON_GPU:
+        # the interpreter loses what a rounding carries into the exponent, rounds ties to the larger
+        # and is off below tiny
+        step = torch.finfo(fp8).eps * 2 ** found.abs().log2().floor()
+        mantissa = 7 if fp8 == torch.float8_e4m3fn else 3
+        compared = (codes[1] & mantissa != 0) & (found.abs() >= torch.finfo(fp8).tiny)
+        compared &= (found - wanted).abs() < step / 2
+    assert compared.float().mean() > 0.5 and torch.equal(*(code[compared] for code in codes))
+
+
+FP8_CASES = [
+    Case("fp8-odd-page", page=3, view=isolated_slots),
+    Case("fp8-gqa-7-head-80", heads=7, kv_heads=1, head_size=80, view=drafts_and_branches),
+    Case("fp8-unused-rows-bf16", view=every_third_unused, dtype=torch.bfloat16),
+    Case("fp8-arbitrary-f16", ((21, 19), (0, 40)), arbitrary, dtype=torch.float16),
+    Case("fp8-splits", FEW_ROWS, tiling=replace(SMALL, num_splits=4)),
+    Case("fp8-nhd", layout="NHD", view=causal_without_context_end),
+]
+
+
+@pytest.mark.parametrize("case", **by_id(FP8_CASES))
+@pytest.mark.parametrize("fp8", FP8)
+def test_attention_over_fp8_entries(case, fp8):
+    """As over what the entries stand for: with units that are powers of two, in every bit."""
+    problem = build(case)
+    query, cache, output, *rest = problem.arguments
+    exact = case.dtype == torch.float32
+    units = scales(0.3, 2.7) if exact else scales(0.5, 4.0)
+    values = cache.float() / 4
+    values[values.abs() < torch.finfo(fp8).tiny] = 0  # which the interpreter reads wrongly in fp16
+    entries = values.to(fp8)
+    size = query.shape[-1]
+    meant = torch.cat(
+        (units[0] * entries[..., :size].float(), units[1] * entries[..., size:].float()), -1
+    )
+    plain = replace(problem, arguments=(query, meant.to(query.dtype), output, *rest))
+    coded = replace(problem, arguments=(query, entries, output, *rest, *units))
+    for attention, options in (
+        (twin.canvas_attention_twin, {}),
+        (kernels.canvas_attention, {"tiling": case.tiling}),
+    ):
+        actual = coded.run(attention, **options)
+        if exact:
+            wanted, measure = (plain_attention(plain, t) for t in (torch.float64, torch.float32))
+            assert_as_close(actual, wanted, measure)
+        else:
+            wanted = plain.run(attention, **options)
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_addresses_are_64_bit():
     """Blocks further apart than 2**31 elements, in memory that is reserved but hardly touched."""
     stride = 2**31 + 64

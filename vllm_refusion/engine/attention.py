@@ -28,7 +28,13 @@ from vllm_refusion.triton_kernels.dispatch import operations
 from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
-PLAIN_KV_DTYPES = ("auto", "float32", "bfloat16", "float16")  # a quantised checkpoint may ask else
+PLAIN_KV_DTYPES = ("auto", "float32", "bfloat16", "float16")
+FP8_KV_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+KV_DTYPES = (*PLAIN_KV_DTYPES, *FP8_KV_DTYPES)  # a quantised checkpoint may ask for another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +143,7 @@ class CanvasAttentionImpl(AttentionImpl):
             "logits_soft_cap": logits_soft_cap,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             "attn_type": attn_type if attn_type != AttentionType.DECODER else None,
-            "kv_cache_dtype": None if kv_cache_dtype in PLAIN_KV_DTYPES else kv_cache_dtype,
+            "kv_cache_dtype": None if kv_cache_dtype in KV_DTYPES else kv_cache_dtype,
         }
         present = {name: value for name, value in unsupported.items() if value is not None}
         if present:
@@ -147,7 +153,9 @@ class CanvasAttentionImpl(AttentionImpl):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self.flash_attention = compat.flash_attention_3(head_size)
+        self.fp8 = FP8_KV_DTYPES.get(kv_cache_dtype)
+        # with FP8 entries it wants queries in FP8 too
+        self.flash_attention = None if self.fp8 else compat.flash_attention_3(head_size)
 
     def do_kv_cache_update(
         self,
@@ -165,7 +173,20 @@ class CanvasAttentionImpl(AttentionImpl):
             slot_mapping: [<=N] int64; rows past its end are CUDA-graph padding.
         """
         rows = slot_mapping.shape[0]
-        operations(key.device).write_kv(key[:rows], value[:rows], kv_cache, slot_mapping)
+        operations(key.device).write_kv(
+            key[:rows],
+            value[:rows],
+            self._entries(kv_cache),
+            slot_mapping,
+            *self._scales(layer),
+        )
+
+    def _entries(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """vLLM allocates FP8 as bytes."""
+        return kv_cache if self.fp8 is None else kv_cache.view(self.fp8)
+
+    def _scales(self, layer: Any) -> tuple[torch.Tensor, ...]:
+        return () if self.fp8 is None else (layer._k_scale, layer._v_scale)
 
     def forward(
         self,
@@ -190,13 +211,14 @@ class CanvasAttentionImpl(AttentionImpl):
             rows, requests = tail.first_row, tail.first_request
         operations(query.device).canvas_attention(
             query[:rows],
-            kv_cache,
+            self._entries(kv_cache),
             output[:rows],
             attn_metadata.block_table[:requests],
             attn_metadata.query_start_loc[: requests + 1],
             attn_metadata.seq_lens[:requests],
             attn_metadata.visibility[:rows],
             self.scale,
+            *self._scales(layer),
         )
         return output
 
@@ -228,6 +250,7 @@ class CanvasAttentionImpl(AttentionImpl):
 
 class CanvasAttentionBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(KV_DTYPES)
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 NOT_SET = "allowed is to leave it out"
+KV_LEAVES = "KV is saved by what the host schedules, but the device decides what a step computes"
+LAST_STAGE = "only the last stage knows what the next canvas holds"
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,20 @@ def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
         )
 
 
-def _unset(name: str, value: Any, shown: Any = None) -> _Option:
+def _unset(name: str, value: Any, shown: Any = None, reason: str = "") -> _Option:
     """An option that must keep its default, which is false."""
-    return _Option(name, shown or value, not value, NOT_SET)
+    return _Option(name, shown or value, not value, f"{reason}: {NOT_SET}" if reason else NOT_SET)
 
 
 def _parallel_options(vllm_config: VllmConfig) -> list[_Option]:
     parallel = vllm_config.parallel_config
     alone = [
         _Option(name, getattr(parallel, name), getattr(parallel, name) == 1, "allowed is 1")
-        for name in (
-            "pipeline_parallel_size",
-            "decode_context_parallel_size",
-            "prefill_context_parallel_size",
-        )
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size")
     ]
+    stages = parallel.pipeline_parallel_size
     return [
+        _Option("pipeline_parallel_size", stages, stages == 1, f"{LAST_STAGE}: allowed is 1"),
         *alone,
         _unset("enable_dbo", parallel.enable_dbo),
         _Option("ubatch_size", parallel.ubatch_size, parallel.ubatch_size <= 1, "allowed is 0"),
@@ -71,19 +71,43 @@ def _parallel_options(vllm_config: VllmConfig) -> list[_Option]:
 def _cache_options(vllm_config: VllmConfig) -> list[_Option]:
     cache = vllm_config.cache_config
     transfer = vllm_config.kv_transfer_config
+    return [
+        *_kv_types(vllm_config),
+        _unset("sliding_window", cache.sliding_window),
+        _unset("kv_sharing_fast_prefill", cache.kv_sharing_fast_prefill),
+        _unset(
+            "kv_transfer_config",
+            transfer is not None,
+            transfer and transfer.kv_connector,
+            KV_LEAVES,
+        ),
+        _unset("kv_offloading_size", cache.kv_offloading_size, reason=KV_LEAVES),
+    ]
+
+
+def _kv_types(vllm_config: VllmConfig) -> list[_Option]:
+    from vllm.platforms import current_platform
+
+    from vllm_refusion.engine.attention import FP8_KV_DTYPES
+
+    cache = vllm_config.cache_config
     same = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    fp8 = cache.cache_dtype in FP8_KV_DTYPES
+    old = current_platform.is_cuda_alike() and not current_platform.has_device_capability(89)
+    names = () if old else FP8_KV_DTYPES
+    types = ", ".join(f"{name!r}" for name in ("auto", same, *names))
+    without = ", and on GPUs of compute capability 8.9 or more FP8" if old else ""
+    skipped = cache.kv_cache_dtype_skip_layers
     return [
         # a checkpoint with quantised weights may ask for it too
         _Option(
             "kv_cache_dtype",
             cache.cache_dtype,
-            cache.cache_dtype in ("auto", same),
-            f"allowed is {same}, the model's dtype",
+            cache.cache_dtype in ("auto", same, *names),
+            f"allowed are {types}{without}",
         ),
-        _unset("sliding_window", cache.sliding_window),
-        _unset("kv_sharing_fast_prefill", cache.kv_sharing_fast_prefill),
-        _unset("kv_transfer_config", transfer is not None, transfer and transfer.kv_connector),
-        _unset("kv_offloading_size", cache.kv_offloading_size),
+        # pages of two sizes
+        _unset("kv_cache_dtype_skip_layers", fp8 and bool(skipped), skipped),
     ]
 
 
