@@ -15,14 +15,22 @@ from triton.compiler import ASTSource, compile
 
 from vllm_refusion.triton_kernels import (
     allocation,
+    canvas_attention,
     grammar,
     layout,
     mask_lora,
     penalties,
     serial,
     transition,
+    write_kv,
 )
 
+HEADS = {"HEAD_SIZE": 128, "HEAD_PADDED": 128, "PAGE": 16}
+FP8 = HEADS | {"BLOCK_ROWS": 8, "LARGEST": 448.0}
+ATTENTION = HEADS | {"HEADS": 32, "GROUP": 4, "GROUP_PADDED": 4, "REQUESTS": 16, "BLOCK_M": 64}
+ATTENTION |= {"BLOCK_N": 64, "SPLIT": False, "UPCAST": False, "FP8": True, "TMA": False}
+ATTENTION |= {"STAGES": 3, "MASKED_STAGES": 2, "kv_desc": None, "partial_output_ptr": None}
+ATTENTION |= {"partial_lse_ptr": None, "parts_ptr": None}
 TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": True, "UPCAST": False}
 SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
 EXPAND = TILE | {"BLOCKS": 3, "SPLITS": 8, "BLOCK_N": 128, "TILES": 4}
@@ -40,12 +48,15 @@ kernel, constants = {
     "bad_words": (penalties._bad_words_kernel, {}),
     "shrink": (mask_lora._shrink_kernel, SHRINK),
     "expand": (mask_lora._expand_kernel, EXPAND),
+    "write_fp8": (write_kv._write_kv_kernel, FP8),
+    "attend_fp8": (canvas_attention._canvas_attention_kernel, ATTENTION),
 }[sys.argv[1]]
 FLOATS = {"floats", "picked_prob", "given_prob", "partial", "logits", "factors", "bias"}
-HALVES = {"x", "y", "a", "b", "embedding"}
+FLOATS |= {"k_scale", "v_scale"}
+HALVES = {"x", "y", "a", "b", "embedding", "key", "value", "query", "output"}
 LONGS = {
     *("canvas_token", "counters", "idx_mapping", "positions", "reqs", "row_request"),
-    "slot_mappings",
+    *("slot_mapping", "slot_mappings"),
 }
 
 
@@ -53,8 +64,10 @@ def type_of(name):
     if name in constants:
         return "constexpr"
     if not name.endswith("_ptr"):
-        return "fp32" if name == "scale" else "i32"
+        return "fp32" if name in ("scale", "scale_log2") else "i32"
     base = name.removesuffix("_ptr")
+    if base == "kv":
+        return "*fp8e4nv"
     if base in HALVES:
         return "*bf16"
     return "*fp32" if base in FLOATS else "*i64" if base in LONGS else "*i32"
@@ -74,6 +87,7 @@ assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
     [
         *("transition", "layout", "allocation", "give_drafts", "forbid", "penalties", "bad_words"),
         *("find_masks", "embed_masks", "shrink", "expand"),
+        *("write_fp8", "attend_fp8"),
     ],
 )
 def test_compiles(kernel, tmp_path):
