@@ -62,11 +62,9 @@ def options() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what cannot work; says what to change."""
     try:
-        version = importlib.metadata.version("lm-eval")
+        importlib.metadata.version("lm-eval")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError('this needs: pip install "vllm-refusion[reproduce]"') from error
-    if tuple(map(int, version.split(".")[:2])) < (0, 4):
-        raise ValueError(f"lm-eval {version}: allowed is 0.4.13 or newer")
     code = [preset for preset in args.benchmarks if BENCHMARKS[preset].runs_code]
     if code and not args.run_code:
         raise ValueError(
