@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +104,14 @@ def finished(args: argparse.Namespace, cell: Cell) -> dict[str, Any] | None:
     return result
 
 
+@cache
+def task_manager() -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def run(args: argparse.Namespace, cell: Cell, served: Served) -> dict[str, Any]:
     """Answers and scores the problems of a cell."""
     from lm_eval import simple_evaluate
@@ -118,6 +127,7 @@ def run(args: argparse.Namespace, cell: Cell, served: Served) -> dict[str, Any]:
             "max_gen_toks": RESPONSE_BUDGET,
         },
         tasks=[cell.task],
+        task_manager=task_manager(),
         limit=args.limit,
         apply_chat_template=True,
         gen_kwargs=request_fields(cell.variant, cell.preset),
