@@ -98,6 +98,7 @@ def stand_ins(tmp_path, monkeypatch):
     return tmp_path / "output"
 
 
+@pytest.mark.slow  # minutes, most of them in lm-eval
 def test_all_benchmarks_and_variants(stand_ins, capsys):
     """Each answer is right: all scores are 100%. Interrupted, and gone on with."""
     ours, stock = Answering(), Answering(is_stock=True)
