@@ -80,7 +80,7 @@ def right_answer(messages) -> str:
     if found := re.search(r"def f(\d+)", text):
         return f"    return {found[1]}\n```\n"
     if found := re.search(r"Write f(\d+)", text):
-        return f"def f{found[1]}():\n    return {found[1]}\n```\n"
+        return f"\ndef f{found[1]}():\n    return {found[1]}\n```\n"  # the task eats a first word
     if found := re.search(r"\((.)\) a fish", text):
         return f"It is ({found[1]})"
     return "the answer is (B)" if "Options" in text else " B"
