@@ -55,6 +55,8 @@ setup(
         "browser": ["axe-playwright-python>=0.1.8", "playwright>=1.50"],
         "train": ["accelerate>=1.10", "gguf>=0.17", "peft>=0.21"],
         "bench": ["matplotlib>=3.8"],
+        # The benchmarks of the paper: examples/reproduce_paper.
+        "reproduce": ["lm-eval[api,math]>=0.4.13"],
     },
     entry_points={
         "console_scripts": ["vllm-refusion = vllm_refusion.cli:main"],

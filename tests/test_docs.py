@@ -35,7 +35,11 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
 ]
 # What is said there is checked as well; its commands train for hours.
-PAGES = [*DOCUMENTS, ROOT / "examples/controlled_comparison/README.md"]
+PAGES = [
+    *DOCUMENTS,
+    ROOT / "examples/controlled_comparison/README.md",
+    ROOT / "examples/reproduce_paper/README.md",
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PUBLISHED = "GSAI-ML/ReFusion"  # tests put the bundled checkpoint in its place
 

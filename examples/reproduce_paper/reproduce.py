@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,11 +63,9 @@ def options() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what cannot work; says what to change."""
     try:
-        version = importlib.metadata.version("lm-eval")
+        importlib.metadata.version("lm-eval")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError('this needs: pip install "vllm-refusion[reproduce]"') from error
-    if tuple(map(int, version.split(".")[:2])) < (0, 4):
-        raise ValueError(f"lm-eval {version}: allowed is 0.4.13 or newer")
     code = [preset for preset in args.benchmarks if BENCHMARKS[preset].runs_code]
     if code and not args.run_code:
         raise ValueError(
@@ -105,6 +104,14 @@ def finished(args: argparse.Namespace, cell: Cell) -> dict[str, Any] | None:
     return result
 
 
+@cache
+def task_manager() -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def run(args: argparse.Namespace, cell: Cell, served: Served) -> dict[str, Any]:
     """Answers and scores the problems of a cell."""
     from lm_eval import simple_evaluate
@@ -120,6 +127,7 @@ def run(args: argparse.Namespace, cell: Cell, served: Served) -> dict[str, Any]:
             "max_gen_toks": RESPONSE_BUDGET,
         },
         tasks=[cell.task],
+        task_manager=task_manager(),
         limit=args.limit,
         apply_chat_template=True,
         gen_kwargs=request_fields(cell.variant, cell.preset),
