@@ -33,6 +33,7 @@ ROWS_APART = 64  # sizes of a step beyond those of the graphs
 # Riders are worth a few rows even where rows are all that counts: a saved pass saves its sampling.
 LEAST_PRICE = 4
 RIDERS_WORTH = 0.5  # of a pass of parallel decoding
+FEW_REQUESTS = 16
 STEPS_FOLLOWED = 4  # the size of a step of serial decoding is that of so many before
 
 
@@ -178,10 +179,16 @@ class RowBudget:
         self._recent.append(np.array((needed, wanted, worth)) / self._decoding)
 
     def _follow(self, decoding: int, scheduled: int) -> int:
-        """The size for what canvases hold of late: what they hold has been found worth its rows."""
-        needed, wanted, _ = np.mean(list(self._recent)[-STEPS_FOLLOWED:], axis=0)
-        each = needed if self.drafts.index is None else wanted
-        return min(int(self._size_of(np.array(decoding * max(each, 1.0)))), scheduled)
+        """The size for what canvases hold of late: what they hold has been found worth its rows.
+
+        A request that gets less than it needs waits, so that there is room for some more than on
+        average: where few requests run, or where nothing is drafted, rows that may need another.
+        """
+        drafts, few = self.drafts.index is not None, decoding <= FEW_REQUESTS
+        of_late = np.array(self._recent)[:, 1 if drafts else 0]
+        each = of_late[-STEPS_FOLLOWED:].mean() + (0 if drafts and not few else of_late.std())
+        rows = max(decoding * each, decoding + int(few))
+        return min(int(self._size_of(np.array(rows))), scheduled)
 
     def _size_of(self, rows: np.ndarray) -> np.ndarray:
         """The smallest sizes that hold ``rows``."""
