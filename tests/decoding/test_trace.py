@@ -297,6 +297,7 @@ def test_only_an_engine_that_records_has_a_recorder(enabled, monkeypatch):
         additional_config={"refusion_trace": True} if enabled else {},
         diffusion_config=SimpleNamespace(canvas_length=8),
         model_config=SimpleNamespace(dtype=torch.float32, logprobs_mode="raw_logprobs"),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
     )
     vars(made).update(
         vllm_config=config,

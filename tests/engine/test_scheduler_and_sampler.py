@@ -134,7 +134,7 @@ class Model:
     def __init__(self):
         self.rows = []
 
-    def row_logits(self, hidden_states):
+    def row_logits(self, hidden_states, requests=None):
         self.rows.append(hidden_states.shape[0])
         return torch.randn(hidden_states.shape[0], 50)
 
@@ -149,6 +149,7 @@ def sampler(max_requests=4, canvas=16, vocab_size=50):
         SimpleNamespace(
             additional_config={},
             model_config=SimpleNamespace(dtype=torch.float32, logprobs_mode="raw_logprobs"),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
         ),
         Model(),
         on_cpu,

@@ -725,15 +725,21 @@ def _map_loras_on_the_device() -> None:
 
     @_patch(GPUModelRunner, "_set_active_loras")
     def set_active_loras(
-        original: Any, self: Any, of_request: Any, of_row: Any, adapters: Any, *args: Any, **kw: Any
+        original: Any,
+        self: Any,
+        prompt_lora_mapping: Any,
+        token_lora_mapping: Any,
+        lora_requests: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         rows = getattr(self.model, "lora_rows", None)
         if rows is None:
-            original(self, of_request, of_row, adapters, *args, **kw)
+            original(self, prompt_lora_mapping, token_lora_mapping, lora_requests, *args, **kwargs)
             return
-        self.lora_manager.set_active_adapters(adapters, None)
+        self.lora_manager.set_active_adapters(lora_requests, None)
         starts = self.input_buffers.query_start_loc
-        rows.start_step(of_request, self.lora_state.lora_ids, starts)
+        rows.start_step(prompt_lora_mapping, self.lora_state.lora_ids, starts)
 
 
 class LoraLayers:
