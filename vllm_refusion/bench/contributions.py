@@ -21,6 +21,7 @@ from vllm_refusion.bench.simulate import (
     MASK,
     PROMPT,
     VOCAB,
+    drawn_statistics,
     starts_of,
     tokens_per_forward,
 )
@@ -35,10 +36,6 @@ from vllm_refusion.decoding.speculation import (
 )
 from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
 from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
-from vllm_refusion.triton_kernels.acceptance_twin import (
-    AcceptanceTables,
-    acceptance_stats_twin,
-)
 from vllm_refusion.triton_kernels.transition_twin import transition_twin
 
 PRESETS = ("32/128/0.9/0.4", "8/16/0.8/0.2")
@@ -99,7 +96,7 @@ def decode(
             starts_of(decode_rows),
             num_computed,
             prompts,
-            *_statistics(state, running, decode_rows, tables),
+            *drawn_statistics(state, running, decode_rows, tables),
             torch.full_like(fed, max_tokens),
             torch.zeros(len(running), max_tokens, dtype=torch.int32),
             num_sampled,
@@ -113,29 +110,6 @@ def decode(
     rows = counts[Counter.ROWS_FED] + requests * behind_prompts
     assert counts[Counter.IDLE] == 0 and counts[Counter.TOKENS] == requests * max_tokens
     return Counts(sum(counts[kind] for kind in kinds), rows, state.response[:, :max_tokens])
-
-
-def _statistics(
-    state: DecodeState, running: torch.Tensor, widths: torch.Tensor, tables: AcceptanceTables
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """picked, picked_prob, given_prob of all canvas rows of a pass."""
-    request = running.repeat_interleave(widths)
-    row = torch.cat([torch.arange(width) for width in widths.tolist()])
-    out = (torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row)), torch.zeros(len(row)))
-    acceptance_stats_twin(
-        request,
-        state.row_target[request, row],
-        state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
-        state.row_position[request, row] + 1,
-        state.row_draw[request, row],
-        seed=state.seed,
-        slot_size=state.ints[:, Field.SLOT_SIZE],
-        slot_threshold=state.slot_threshold,
-        serial=torch.zeros_like(state.min_tokens),
-        tables=tables,
-        out=out,
-    )
-    return out
 
 
 def table(max_tokens: int, requests: int, presets: Collection[str] = PRESETS) -> str:

@@ -13,13 +13,18 @@ from collections.abc import Collection
 
 import torch
 
-from vllm_refusion.bench.simulate import CANVAS, MASK, PROMPT, VOCAB, starts_of
+from vllm_refusion.bench.simulate import CANVAS, MASK, PROMPT, VOCAB, drawn_statistics, starts_of
 from vllm_refusion.decoding.draft_price import ACCEPTANCES, PRICES
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.speculation import ALL_DRAFTING, CERTAIN, LEVELS, Drafting, Speculation
+from vllm_refusion.decoding.speculation import (
+    ALL_DRAFTING,
+    CERTAIN,
+    Drafting,
+    Speculation,
+    prior_of,
+)
 from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
-from vllm_refusion.engine.acceptance import Profile, build_tables, replayed_draws, seed_of
-from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin
+from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
 from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 
 
@@ -47,31 +52,14 @@ def decode_serially(
             req, PROMPT, params, max_tokens, None,
             last_token=1, seed=seed_of(0, req), skips_known=skips_known,
         )  # fmt: skip
-    speculation = Speculation(
-        row_price=round(CERTAIN * price), prior=min(round(LEVELS * acceptance), LEVELS - 1)
-    )
+    speculation = Speculation(row_price=round(CERTAIN * price), prior=prior_of(acceptance))
     num_computed = torch.zeros(requests, dtype=torch.int32)
     prompts = torch.full_like(num_computed, PROMPT)
     phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
     while len(running := (phase != Phase.DONE).nonzero().flatten()):
         decode_rows = width[running].clone()
         fed = decode_rows + (phase[running] == Phase.PREFILL) * PROMPT
-        request = running.repeat_interleave(decode_rows)
-        row = torch.cat([torch.arange(rows) for rows in decode_rows.tolist()])
-        picked, prob = torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row))
-        acceptance_stats_twin(
-            request,
-            state.row_target[request, row],
-            state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
-            state.row_position[request, row] + 1,
-            replayed_draws(state, request, row, state.row_draw[request, row]),
-            seed=state.seed,
-            slot_size=state.ints[:, Field.SLOT_SIZE],
-            slot_threshold=state.slot_threshold,
-            serial=torch.ones(requests, dtype=torch.int32),
-            tables=tables,
-            out=(picked, prob, torch.zeros(len(row))),
-        )
+        picked, prob, _ = drawn_statistics(state, running, decode_rows, tables)
         num_sampled, num_rejected = torch.zeros_like(fed), torch.zeros_like(fed)
         serial_transition_twin(
             state,

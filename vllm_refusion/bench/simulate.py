@@ -13,7 +13,8 @@ import torch
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Pass
 from vllm_refusion.decoding.rules import accepted_run, choose_slots, committed_prefix
-from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
+from vllm_refusion.decoding.state import DecodeState, Field, Phase
+from vllm_refusion.engine.acceptance import Profile, build_tables, replayed_draws, seed_of
 from vllm_refusion.triton_kernels.acceptance_twin import (
     AcceptanceTables,
     acceptance_stats_twin,
@@ -27,6 +28,33 @@ PROMPT = 1  # tokens
 def starts_of(counts: torch.Tensor) -> torch.Tensor:
     """Where each of consecutive parts of so many rows starts, and where the last one ends."""
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def drawn_statistics(
+    state: DecodeState, running: torch.Tensor, widths: torch.Tensor, tables: AcceptanceTables
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """picked, picked_prob, given_prob of all canvas rows of a pass.
+
+    Args:
+        running: [R] int64, requests. widths: [R], their canvas rows.
+    """
+    request = running.repeat_interleave(widths)
+    row = torch.cat([torch.arange(width) for width in widths.tolist()])
+    out = (torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row)), torch.zeros(len(row)))
+    acceptance_stats_twin(
+        request,
+        state.row_target[request, row],
+        state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
+        state.row_position[request, row] + 1,
+        replayed_draws(state, request, row, state.row_draw[request, row]),
+        seed=state.seed,
+        slot_size=state.ints[:, Field.SLOT_SIZE],
+        slot_threshold=state.slot_threshold,
+        serial=(state.ints[:, Field.RESUME] == Phase.SERIAL).int(),
+        tables=tables,
+        out=out,
+    )
+    return out
 
 
 class Outcomes(Protocol):

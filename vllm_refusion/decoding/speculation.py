@@ -108,6 +108,11 @@ def cost_of(confidence: float) -> int:
     return cost_table()[min(max(int(level), 0), LEVELS) if level == level else 0]
 
 
+def prior_of(share: float) -> int:
+    """A share of tokens that pass as ``Speculation.prior``."""
+    return min(round(LEVELS * share), LEVELS - 1)
+
+
 def acceptance(passed: int, tested: int, prior: int = PRIOR) -> int:
     """Share of a request's tested tokens that passed, in LEVELS-ths, below LEVELS as ``prior``."""
     return (LEVELS * passed + PRIOR_TESTED * prior) // (tested + PRIOR_TESTED)

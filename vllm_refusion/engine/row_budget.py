@@ -17,10 +17,10 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_refusion.decoding.draft_price import DraftPrice
 from vllm_refusion.decoding.speculation import (
     CERTAIN,
-    LEVELS,
     MAX_PRICE,
     NO_RIDERS,
     Speculation,
+    prior_of,
 )
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.config_hook import CAPTURE_SIZES
@@ -69,6 +69,7 @@ class RowBudget:
         self.req_states = req_states
         self.query_start_loc = query_start_loc
         self.sizes = sizes or list(CAPTURE_SIZES)
+        self._sizes = np.array(self.sizes)
         self.cost = cost
         self.requests, self.serial = requests, serial
         self.riders = riders
@@ -193,11 +194,9 @@ class RowBudget:
     def _size_of(self, rows: np.ndarray) -> np.ndarray:
         """The smallest sizes that hold ``rows``."""
         largest = self.sizes[-1]
-        captured = np.array(self.sizes)[
-            np.searchsorted(self.sizes[:-1], np.minimum(rows, largest) - 1e-6)
-        ]
+        at = np.searchsorted(self._sizes[:-1], np.minimum(rows, largest) - 1e-6)
         beyond = largest + np.ceil((rows - largest) / ROWS_APART) * ROWS_APART
-        return np.where(rows > largest, beyond, captured).astype(np.int64)
+        return np.where(rows > largest, beyond, self._sizes[at]).astype(np.int64)
 
     def _choose(self, decoding: int, scheduled: int) -> int:
         """The size that would have served requests of late best for its time.
@@ -223,7 +222,7 @@ class RowBudget:
         if not self.serial:
             return Speculation(free, int(price))
         self._price_drafts(decoding)
-        prior = min(round(LEVELS * self.drafts.acceptance), LEVELS - 1)
+        prior = prior_of(self.drafts.acceptance)
         return Speculation(free, int(price), int(CERTAIN * self.drafts.price), prior)
 
     def _price_drafts(self, decoding: int) -> None:
