@@ -33,6 +33,7 @@ from vllm_refusion.training.trainer import SEAL, ReFusionTrainer
 
 pytest.importorskip("accelerate")
 GENERATION = {"eos_token_id": 0, **vars(DecodingParams(4, 8, 0.9, 0.4))}
+del GENERATION["slot_start"]  # only a checkpoint trained for "next" says it
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +147,7 @@ def test_joined_slots_decode_serially_without_masks(checkpoint, tmp_path):
     for folder in ("run", "on"):
         written = json.loads((tmp_path / folder / "model/generation_config.json").read_text())
         starts.append(written.pop("slot_start", None))
-        assert {name: written[name] for name in GENERATION if name != "slot_start"} == {
-            name: value for name, value in GENERATION.items() if name != "slot_start"
-        }
+        assert {name: written[name] for name in GENERATION} == GENERATION
     assert starts == ["next", None]  # without the option a checkpoint no longer says so
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
