@@ -20,7 +20,7 @@ from vllm_refusion.adapters import adapter_tensors, read_adapter
 from vllm_refusion.bench import contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
-from vllm_refusion.bench.load import Load, Trace, run_load, summarise
+from vllm_refusion.bench.load import Load, Trace, over_time, run_load, run_phases, summarise
 from vllm_refusion.bench.server import serve_command
 from vllm_refusion.bench.settings import Settings, read_prompts
 from vllm_refusion.bench.shapes import SHAPES, matrix_parameters, shape_config
@@ -75,7 +75,8 @@ def test_a_shape_makes_both_checkpoints_and_replays_acceptance(tmp_path):
 
 
 def test_settings_survive_the_way_to_the_child(tmp_path):
-    made = settings(tmp_path, "--shape", "qwen3-0.6b", "--presets", "8/16/0.8/0.2@0.5,0.7,2,1")
+    options = ["--presets", "8/16/0.8/0.2@0.5,0.7,2,1", "--moving-load", "1:3,64:0.5"]
+    made = settings(tmp_path, "--shape", "qwen3-0.6b", *options)
     assert Settings.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
@@ -98,6 +99,8 @@ def test_real_weights_are_not_replayed(tmp_path):
         (["--shape", "qwen3-8b", "--prompts", "x.jsonl"], "--prompts"),
         (["--model", "a", "--prompts", "x.jsonl"], "x.jsonl: No such file"),
         (["--model", "a", "--adapter", "random:8"], "with --shape random:RANK"),
+        (["--shape", "qwen3-8b", "--moving-load", "0:3"], "--moving-load: [1, 0]"),
+        (["--shape", "qwen3-8b", "--moving-load", "4:x"], "'4:x': allowed are phases"),
         (["--shape", "qwen3-8b", "--adapter", "x"], "allowed are serial/SLOT"),
         (["--shape", "qwen3-8b", "--engine-args", "[1]"], "--engine-args: allowed is a JSON obj"),
         (["--shape", "qwen3-8b", "--engine-args", "{"], "--engine-args: not JSON"),
@@ -232,6 +235,28 @@ def test_bursts_count_as_one_delivery():
     assert figures["step_ms"] is None
 
 
+PHASES = [[1, 3], [4, 4], [1, 2]]
+
+
+def moving_traces():
+    fake = FakeEngine({})
+    traces = run_phases(fake, lambda number: (None, 2), PHASES, "x", clock=lambda: fake.now)
+    assert fake.most == 4 and not fake.has_unfinished_requests()
+    return traces
+
+
+def test_a_moving_load_keeps_each_phase_at_its_number():
+    traces = moving_traces()
+    added = [trace.added for trace in traces]
+    # one after the other; three beside it; as they end others come; one again
+    assert added == [0, 2, 3, 3, 3, 4, 5, 5, 5, 6, 8]
+    bins = over_time(traces)
+    assert [at["at_s"] for at in bins][:3] == [0, 0.25, 0.5]
+    assert sum(at["tokens_per_s"] for at in bins) * 0.25 == 2 * len(traces)
+    assert bins[4]["running"] == 1 and bins[18]["running"] == 4
+    assert {at["gap_ms_p99"] for at in bins} == {None, 1000}
+
+
 def test_server_levels_ask_for_the_same_load(tmp_path):
     arguments = parse("--base-url", "http://x", "--served-model", "m", "--input-len", "9")
     preset = parse_preset("8/16/0.8/0.2/correct")
@@ -319,6 +344,18 @@ def test_table_compares_levels_and_marks_replayed_rows():
     assert "**refusion failed: exit status 1**" in report.table([result("exit status 1")])
 
 
+def test_serial_answers_are_compared_with_stock(tmp_path):
+    """Of the same prompts, where what is accepted is not drawn."""
+    mixed = result()
+    stock, ours = (side["levels"] for side in mixed["sides"])
+    for number, level in enumerate((*stock, *ours)):
+        level["answers"] = ["a", "b", "c", "d" if number < 2 else "e"]
+    assert "equal answers" not in report.table([mixed])
+    ours[0] |= {"preset": "serial/16", "acceptance": "real"}
+    rows = report.table([mixed]).splitlines()
+    assert "equal answers" in rows[2] and sum("| 75.0% |" in row for row in rows) == 1
+
+
 def test_report_command_writes_table_and_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "a.json").write_text(json.dumps(result()))
@@ -352,6 +389,19 @@ def test_page_has_every_figure_and_needs_nothing_else(tmp_path):
         if level["canvas"] is None:
             assert f"<td>{level['tokens_per_s']:.0f}</td>" in text
     assert "stock is faster from 2 on" in text and "replayed acceptance" in text
+
+
+def test_a_moving_load_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    moved = result()
+    moved["settings"]["phases"] = PHASES
+    for side in moved["sides"]:
+        run = {"side": side["side"], "preset": None, "acceptance": "-"}
+        side["moving"] = [run | {"bins": over_time(moving_traces())}]
+    text = html_of(tmp_path, moved)
+    assert text.count("<figure>") == 6 and "1 for 3 s, then 4 for 4 s" in text
+    report.write(tmp_path / "drawn", [moved])
+    assert (tmp_path / "drawn-moving.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_page_tells_acceptances_of_a_preset_apart(tmp_path):
@@ -555,6 +605,7 @@ def test_bench_runs_both_sides_end_to_end(tmp_path, tiny_checkpoint):
     command += ["--model", str(tiny_checkpoint), "--stock-model", str(stock), "--dtype", "float32"]
     command += ["--concurrency", "1,2", "--requests", "2", "--input-len", "8"]
     command += ["--output-len", "32", "--presets", "8/32/0.9/0.4", "--out", str(tmp_path / "out")]
+    command += ["--moving-load", "1:0.5,3:0.5"]
     if not ON_GPU:
         command += ["--engine-args", '{"enforce_eager": true}']
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -569,6 +620,9 @@ def test_bench_runs_both_sides_end_to_end(tmp_path, tiny_checkpoint):
         assert measured["step_ms"] > 0 and measured["ttft_ms"] > 0
     assert levels[0]["tokens_per_forward"] == 1.0
     assert levels[2]["counters"]["output_tokens"] == 64
+    for side in found["sides"]:
+        bins = side["moving"][0]["bins"]
+        assert max(at["running"] for at in bins) == 3 and max(at["tokens_per_s"] for at in bins) > 0
     assert (tmp_path / "out" / "run.md").exists()
 
 

@@ -7,15 +7,17 @@ The result is written after every level. Lines that start with ``bench:`` are fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_refusion.bench.environment import environment, gpu_memory_mib
-from vllm_refusion.bench.load import Load, run_load, summarise
+from vllm_refusion.bench.load import Load, over_time, run_load, run_phases, summarise
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import matrix_parameters
 from vllm_refusion.engine import compat
@@ -35,6 +37,11 @@ def say(text: str) -> None:
     print(f"bench: {text}", flush=True)
 
 
+def digest(token_ids: Sequence[int]) -> str:
+    """Tells answers apart."""
+    return hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:12]
+
+
 def engine_args(settings: Settings, side: str, context: int, token_budget: int) -> dict[str, Any]:
     """vLLM engine arguments of a side.
 
@@ -47,7 +54,7 @@ def engine_args(settings: Settings, side: str, context: int, token_budget: int) 
         "dtype": settings.dtype,
         "load_format": settings.load_format,
         "max_model_len": context,
-        "max_num_seqs": max(settings.levels),
+        "max_num_seqs": settings.most_requests,
         "max_num_batched_tokens": settings.max_num_batched_tokens or token_budget,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "quantization": settings.quantization,
@@ -91,7 +98,7 @@ class Side:
         from vllm import LLM, envs
 
         self.settings, self.side = settings, side
-        budget = max(8192, max(settings.levels) * settings.canvas_length)
+        budget = max(8192, settings.most_requests * settings.canvas_length)
         prompts = Prompts(settings, side)
         args = engine_args(settings, side, prompts.longest + settings.longest_output, budget)
         if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
@@ -128,6 +135,7 @@ class Side:
             "kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
             "gpu_memory_mib": gpu_memory_mib(),
             "levels": [],
+            "moving": [],
         }
 
     @property
@@ -183,6 +191,7 @@ class Side:
             "prompt_tokens": sum(map(len, (p["prompt_token_ids"] for p in prompts[:count]))),
             "max_tokens": length,
             **summarise(measured),
+            "answers": [digest(trace.token_ids) for trace in measured.traces],
             "counters": counters,
             "gpu_memory_mib": gpu_memory_mib(),
         }
@@ -197,6 +206,24 @@ class Side:
             f"{label}: {level['tokens_per_s']:.0f} tokens/s, {step} ms a step, "
             f"{level['tokens_per_forward']:.2f} tokens per forward, {level['wall_s']:.1f} s"
         )
+
+    def run_moving(self, preset: Preset | None) -> dict[str, Any]:
+        """What the engine does while the load moves, see ``run_phases``."""
+        settings = self.settings
+        prompts = self.prompts.take(settings.most_requests)
+        label = f"{self.side}{'' if preset is None else ' ' + preset.name} moving"
+
+        def request(number: int) -> tuple[Any, Any]:
+            params = self.sampling(number, preset, settings.output_len)
+            return prompts[number % len(prompts)], params
+
+        traces = run_phases(self.llm.llm_engine, request, settings.phases, label)
+        return {
+            "side": self.side,
+            "preset": self.speculation if preset is None else preset.name,
+            "acceptance": "-" if preset is None else preset.acceptance,
+            "bins": over_time(traces),
+        }
 
     def counters(self) -> dict[str, int]:
         """Counters of the engine that a level's figures are differences of."""
@@ -296,6 +323,12 @@ def main(side: str, settings_file: str, result_file: str) -> None:
         result["levels"].append(level)
         write_text(target, json.dumps(result, default=str))
         say(line)
+    if settings.phases:
+        presets = [p for p in settings.presets if not p.canvas]
+        for preset in [None] if side == "stock" else presets:
+            result["moving"].append(running.run_moving(preset))
+            write_text(target, json.dumps(result, default=str))
+            say(f"{side}: a moving load")
     compat.shut_down(running.llm)
 
 

@@ -79,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--canvas-concurrency", type=_integers, default=[1])
     add("--canvas-output-len", type=int, default=256)
     add("--requests", type=int, help="per level (default: one wave, at low concurrency four)")
+    add(
+        "--moving-load",
+        type=_phases,
+        default=[],
+        metavar="REQUESTS:SECONDS,...",
+        help="behind the levels: keep so many requests in flight for so long, then so many, ...",
+    )
     add("--input-len", type=int, default=128, help="tokens of a random prompt")
     add("--output-len", type=int, default=256)
     add("--warmup-tokens", type=int, default=32, help="output tokens of each level's warm-up")
@@ -164,6 +171,15 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def _phases(text: str) -> list[tuple[int, float]]:
+    try:
+        pairs = [phase.split(":") for phase in text.split(",")]
+        return [(int(requests), float(seconds)) for requests, seconds in pairs]
+    except ValueError as error:
+        message = f"{text!r}: allowed are phases REQUESTS:SECONDS, e.g. 1:3,64:4,1:3"
+        raise argparse.ArgumentTypeError(message) from error
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
@@ -216,6 +232,7 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         concurrency=arguments.concurrency,
         canvas_concurrency=arguments.canvas_concurrency if arguments.canvas else [1],
         requests=arguments.requests,
+        phases=arguments.moving_load,
         input_len=arguments.input_len,
         output_len=arguments.output_len,
         canvas_output_len=arguments.canvas_output_len,

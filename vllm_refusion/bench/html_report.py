@@ -35,6 +35,10 @@ CHARTS = (
     Chart("Time to first token", "ttft_ms", "ms", logarithmic=True),
     Chart("Tokens per forward pass", "tokens_per_forward", "tokens"),
 )
+MOVING_CHARTS = (
+    CHARTS[0],
+    Chart("Gap between deliveries, 99th percentile", "gap_ms_p99", "ms", logarithmic=True),
+)
 
 
 def page(results: Sequence[Result]) -> str:
@@ -91,6 +95,7 @@ def _section(result: Result, number: int) -> str:
 {_headline(levels, crossings)}{failed}
 {_legend(names) if charts else ""}<div class="charts">{charts}</div>
 {_table(levels, names)}
+{_moving(result)}
 {_settings(result)}
 </section>"""
 
@@ -171,12 +176,57 @@ def _legend(names: Sequence[str]) -> str:
 def _figure(
     chart: Chart, found: Series, names: Sequence[str], crossings: Mapping[str, float | None]
 ) -> str:
-    """An SVG of the series; the table below has its numbers."""
+    """An SVG of the series over concurrency; the table below has its numbers."""
     counts = sorted({count for series in found.values() for count in series})
     values = [value for series in found.values() for value in series.values()]
     if chart.one:
         values.append(1.0)
     x = _scale([float(c) for c in counts], LEFT, WIDTH - RIGHT, True)
+    parts, y = _axes(chart, values, x, counts, "concurrent requests")
+    if chart.one:
+        parts.append(f'<path class="one" d="M{LEFT} {y(1):.1f}H{WIDTH - RIGHT}"/>')
+    if chart.key in ("tokens_per_s", "speedup"):
+        parts += _marks(crossings, names, x)
+    for number, name in enumerate(names):
+        if name in found:
+            parts.append(_line(found[name], x, y, number, f"{name}: {{}} {chart.unit}"))
+    return _svg(chart, f"{chart.heading} over concurrency; the table has the numbers", parts)
+
+
+def _moving(result: Result) -> str:
+    """Figures over time of a load that moves."""
+    runs = report.moving_of(result)
+    if not runs:
+        return ""
+    figures = []
+    for chart in MOVING_CHARTS:
+        found: dict[str, dict[float, float]] = {
+            name: {at["at_s"]: value for at in bins if (value := at[chart.key])}
+            for name, bins in runs.items()
+        }
+        last = max(at for series in found.values() for at in series)
+        ticks = _ticks(0, last, False)
+        x = _scale([0.0, ticks[-1]], LEFT, WIDTH - RIGHT, False)
+        values = [value for series in found.values() for value in series.values()]
+        parts, y = _axes(chart, values, x, ticks, "seconds")
+        for number, series in enumerate(found.values()):
+            path = "M" + "L".join(f"{x(at):.1f} {y(value):.1f}" for at, value in series.items())
+            parts.append(f'<g class="c{number % COLOURS}"><path class="line" d="{path}"/></g>')
+        figures.append(_svg(chart, f"{chart.heading} over time", parts))
+    phases = ", then ".join(f"{count} for {s:g} s" for count, s in result["settings"]["phases"])
+    return f"""<h3>A load that moves</h3>
+<p class="note">Requests at once: {phases}.</p>
+{_legend(list(runs))}<div class="charts">{"".join(figures)}</div>"""
+
+
+def _axes(
+    chart: Chart,
+    values: Sequence[float],
+    x: Callable[[float], float],
+    x_ticks: Sequence[float],
+    x_label: str,
+) -> tuple[list[str], Callable[[float], float]]:
+    """Grid and labels, and the scale of values."""
     ticks = _ticks(min(values), max(values), chart.logarithmic)
     y = _scale([ticks[0], ticks[-1]], HEIGHT - BOTTOM, TOP, chart.logarithmic)
     parts = [
@@ -185,25 +235,22 @@ def _figure(
         for t in ticks
     ]
     parts += [
-        f'<text x="{x(c):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{c}</text>'
-        for c in counts
+        f'<text x="{x(t):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{t:g}</text>'
+        for t in x_ticks
     ]
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-        "concurrent requests</text>"
+        f"{x_label}</text>"
     )
-    if chart.one:
-        parts.append(f'<path class="one" d="M{LEFT} {y(1):.1f}H{WIDTH - RIGHT}"/>')
-    if chart.key in ("tokens_per_s", "speedup"):
-        parts += _marks(crossings, names, x)
-    for number, name in enumerate(names):
-        if name in found:
-            parts.append(_line(found[name], x, y, number, f"{name}: {{}} {chart.unit}"))
+    return parts, y
+
+
+def _svg(chart: Chart, label: str, parts: Sequence[str]) -> str:
     return (
         f"<figure><figcaption>{escape(chart.heading)} "
         f'<span class="note">{escape(chart.unit)}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.heading)} over '
-        f'concurrency; the table has the numbers">{"".join(parts)}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 
@@ -311,7 +358,7 @@ def _settings(result: Result) -> str:
     """All that the result says of how it was measured, as it stands there."""
     sides = "".join(
         f"<h3>{escape(side['side'])}</h3><pre>"
-        f"{escape(_pretty({k: v for k, v in side.items() if k != 'levels'}))}</pre>"
+        f"{escape(_pretty({k: v for k, v in side.items() if k not in ('levels', 'moving')}))}</pre>"
         for side in result["sides"]
     )
     about = {key: value for key, value in result.items() if key != "sides"}

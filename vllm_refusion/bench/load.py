@@ -10,15 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Clock = Callable[[], float]
+BIN_S = 0.25  # of what ``over_time`` tells
 SETTLED_STEPS = 3  # scheduled without a prompt: the step before, the one measured, the next
 
 
 @dataclass
 class Trace:
-    """When a request was added, and when how many of its tokens came, in seconds."""
+    """When a request was added, when how many of its tokens came, in seconds, and which."""
 
     added: float
     deliveries: list[tuple[float, int]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    def deliver(self, at: float, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            self.deliveries.append((at, len(token_ids)))
+            self.token_ids += token_ids
 
     @property
     def tokens(self) -> int:
@@ -89,11 +96,11 @@ def run_load(
         steps += 1
         delivered, finished, all_started = 0, False, not starting
         for output in outputs:
-            count = len(output.outputs[0].token_ids)
-            if count:
-                traces[output.request_id].deliveries.append((now, count))
+            token_ids = output.outputs[0].token_ids
+            traces[output.request_id].deliver(now, token_ids)
+            delivered += len(token_ids)
+            if token_ids:
                 starting.discard(output.request_id)
-                delivered += count
             if output.finished:
                 in_flight.discard(output.request_id)
                 starting.discard(output.request_id)
@@ -111,6 +118,76 @@ def run_load(
     while engine.has_unfinished_requests():
         engine.step()
     return Load(list(traces.values()), wall, steps, settled)
+
+
+def run_phases(
+    engine: Any,
+    request: Callable[[int], tuple[Any, Any]],
+    phases: Sequence[tuple[int, float]],
+    name: str,
+    clock: Clock = time.perf_counter,
+) -> list[Trace]:
+    """A load that moves: each phase keeps so many requests in flight for so many seconds.
+
+    Those above a phase's number are not cut off, and those of the last one end.
+
+    Args:
+        request: prompt and sampling parameters of the n-th request.
+    """
+    traces: dict[str, Trace] = {}
+    in_flight: set[str] = set()
+    begin = clock()
+    while True:
+        left, wanted = clock() - begin, 0
+        for concurrency, seconds in phases:
+            if left < seconds:
+                wanted = concurrency
+                break
+            left -= seconds
+        while len(in_flight) < wanted:
+            key = f"{name}-{len(traces)}"
+            prompt, params = request(len(traces))
+            traces[key] = Trace(clock())
+            engine.add_request(key, prompt, params)
+            in_flight.add(key)
+        if not in_flight:
+            break
+        for output in engine.step():
+            traces[output.request_id].deliver(clock(), output.outputs[0].token_ids)
+            if output.finished:
+                in_flight.discard(output.request_id)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return list(traces.values())
+
+
+def over_time(traces: Sequence[Trace]) -> list[dict[str, float | None]]:
+    """Throughput, requests in flight and gaps between deliveries, every ``BIN_S`` seconds."""
+    begin = traces[0].added
+    found = []
+    last = max(trace.deliveries[-1][0] for trace in traces) - begin
+    for number in range(int(last / BIN_S) + 1):
+        start, stop = begin + number * BIN_S, begin + (number + 1) * BIN_S
+        tokens, running, gaps = 0, 0, []
+        for trace in traces:
+            before = None
+            for at, count in trace.deliveries:
+                if start <= at < stop:
+                    tokens += count
+                    if before is not None:
+                        gaps.append(at - before)
+                before = at
+            running += trace.added < stop <= trace.deliveries[-1][0]
+        found.append(
+            {
+                "at_s": number * BIN_S,
+                "tokens_per_s": tokens / BIN_S,
+                "running": running,
+                "gap_ms_p50": percentile(gaps, 50),
+                "gap_ms_p99": percentile(gaps, 99),
+            }
+        )
+    return found
 
 
 def summarise(load: Load) -> dict[str, Any]:

@@ -25,6 +25,7 @@ COLUMNS = (
     ("tokens per forward", "tokens_per_forward", "{:.2f}"),
     ("fed per token", "fed_per_token", "{:.2f}"),
     ("run per token", "run_per_token", "{:.2f}"),
+    ("equal answers", "equal_answers", "{:.1%}"),
     ("GPU GiB", "gpu_memory_gib", "{:.1f}"),
 )
 
@@ -44,6 +45,10 @@ def levels_of(result: Result) -> Iterator[Level]:
         base = stock.get(level["concurrency"])
         if base is not None and level is not base:
             extra["speedup"] = level["tokens_per_s"] / base["tokens_per_s"]
+            if "replayed" not in level["acceptance"] and "serial/" in name_of(level):
+                pairs = list(zip(level.get("answers", ()), base.get("answers", ())))
+                if pairs:
+                    extra["equal_answers"] = sum(a == b for a, b in pairs) / len(pairs)
             if level.get("ttft_ms") and base.get("ttft_ms"):
                 extra["ttft_ratio"] = level["ttft_ms"] / base["ttft_ms"]
             if level.get("step_ms") and base.get("step_ms"):
@@ -93,6 +98,15 @@ def throughputs(result: Result) -> dict[str, dict[int, float]]:
         if level.get("canvas") is None:
             found.setdefault(name_of(level), {})[level["concurrency"]] = level["tokens_per_s"]
     return found
+
+
+def moving_of(result: Result) -> dict[str, list[dict[str, Any]]]:
+    """``load.over_time`` by engine, of runs with a load that moves."""
+    runs = [run for side in result["sides"] for run in side.get("moving", ())]
+    shared = len({(name_of(run), run["acceptance"]) for run in runs}) > len(set(map(name_of, runs)))
+    return {
+        name_of(run) + (f" ({run['acceptance']})" if shared else ""): run["bins"] for run in runs
+    }
 
 
 def crossovers(result: Result) -> dict[str, float | None]:
@@ -175,14 +189,16 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(target: Path, results: Sequence[Result]) -> None:
-    """``target``.md and, with matplotlib, ``target``.png."""
+    """``target``.md and, with matplotlib, ``target``.png and, of moving loads, -moving.png."""
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target.with_name(target.name + ".md"), table(results))
     drawn = [result for result in results if len(throughputs(result)) > 0]
-    if not drawn:
-        return
+    moving = [result for result in results if moving_of(result)]
     try:
-        plot(drawn, target.with_name(target.name + ".png"))
+        if drawn:
+            plot(drawn, target.with_name(target.name + ".png"))
+        if moving:
+            plot_moving(moving, target.with_name(target.name + "-moving.png"))
     except ImportError:
         print("no plot: install matplotlib, or vllm-refusion[bench]")
 
@@ -223,6 +239,36 @@ def plot(results: Sequence[Result], target: Path) -> None:
         panel.grid(True, which="major", alpha=0.3)
         replayed = any("replayed" in level["acceptance"] for level in levels_of(result))
         panel.legend(title="replayed acceptance" if replayed else None)
+    with writing(target, "wb") as file:
+        figure.savefig(file, dpi=110, format="png")
+    pyplot.close(figure)
+
+
+def plot_moving(results: Sequence[Result], target: Path) -> None:
+    """tokens/s and the longest gaps over time, one column per result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        2, len(results), figsize=(8 * len(results), 5), squeeze=False, sharex="col",
+        layout="constrained",
+    )  # fmt: skip
+    shown = {"tokens_per_s": "output tokens/s", "gap_ms_p99": "p99 gap of deliveries, ms"}
+    for column, result in enumerate(results):
+        for row, (key, label) in enumerate(shown.items()):
+            panel = panels[row][column]
+            for name, bins in moving_of(result).items():
+                known = [at for at in bins if at[key]]
+                panel.plot([at["at_s"] for at in known], [at[key] for at in known], label=name)
+            panel.set_yscale("log")
+            panel.set_ylabel(label)
+            panel.grid(True, which="major", alpha=0.3)
+        phases = ", ".join(f"{count} for {s:g} s" for count, s in result["settings"]["phases"])
+        panels[0][column].set_title(f"requests at once: {phases}", fontsize="small", wrap=True)
+        panels[0][column].legend()
+        panels[1][column].set_xlabel("seconds")
     with writing(target, "wb") as file:
         figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)

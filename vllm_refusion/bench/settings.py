@@ -61,6 +61,7 @@ class Settings:
         adapter: folder of a mask adapter, beside its base on the ReFusion sides.
         requests: requests per level; None takes ``requests_at``.
         prompts: data file with real prompts, see ``read_prompts``; None draws token ids.
+        phases: a load that moves, behind the levels: (concurrency, seconds) one after the other.
         stop_at_eos: otherwise every response has ``output_len`` tokens.
         engine_args: vLLM engine arguments by side, on top of what both get.
         profile: folder for a torch profile of a few steps at ``profile_level``.
@@ -74,6 +75,7 @@ class Settings:
     concurrency: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
     canvas_concurrency: list[int] = field(default_factory=lambda: [1])
     requests: int | None = None
+    phases: list[tuple[int, float]] = field(default_factory=list)
     input_len: int = 128
     output_len: int = 256
     canvas_output_len: int = 256
@@ -100,6 +102,7 @@ class Settings:
             "--requests": [self.requests] if self.requests is not None else [1],
             "--input-len": [self.input_len],
             "--output-len": [self.output_len, self.canvas_output_len],
+            "--moving-load": [1, *(concurrency for concurrency, _ in self.phases)],
         }
         for name, values in counts.items():
             if not values or min(values) < 1:
@@ -120,6 +123,11 @@ class Settings:
         return sorted({*self.concurrency, *self.canvas_concurrency})
 
     @property
+    def most_requests(self) -> int:
+        """At a time."""
+        return max(*self.levels, *(concurrency for concurrency, _ in self.phases), 1)
+
+    @property
     def longest_output(self) -> int:
         canvas = any(preset.canvas for preset in self.presets)
         return max(self.output_len, self.canvas_output_len if canvas else 1)
@@ -134,7 +142,9 @@ class Settings:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Settings:
         presets = [Preset(**preset) for preset in values["presets"]]
-        return Settings(**{**values, "presets": presets, "sides": tuple(values["sides"])})
+        phases = [(requests, seconds) for requests, seconds in values["phases"]]
+        exact = {"presets": presets, "phases": phases, "sides": tuple(values["sides"])}
+        return Settings(**{**values, **exact})
 
 
 def read_prompts(path: str) -> list[str]:
