@@ -51,6 +51,8 @@ def engine(model: Path | str, **options: Any) -> Iterator[LLM]:
         compat.shut_down(llm)
         del llm
         gc.collect()
+        # vLLM collects a dozen times as an engine starts and ends: not all that is imported
+        gc.freeze()
         if ON_GPU:
             torch.cuda.empty_cache()
 
