@@ -20,7 +20,15 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 import vllm_refusion
 from vllm_refusion.backbones import ARCHITECTURES
-from vllm_refusion.engine import attention, compat, model, model_state, sampler, scheduler
+from vllm_refusion.engine import (
+    attention,
+    compat,
+    cpu_step,
+    model,
+    model_state,
+    sampler,
+    scheduler,
+)
 from vllm_refusion.engine.config_hook import ReFusionConfig
 
 # Parameters of vLLM's that are passed by position, so that ours may have other names; that every
@@ -141,6 +149,7 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
             take_adapter=print,
             adapter_option="",
             short_names={},
+            cpu_step=cpu_step,
             endpoints="",
         )
     )

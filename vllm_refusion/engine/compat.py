@@ -43,6 +43,7 @@ class Hooks:
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
         adapter_option: what it then calls the adapter, among the overrides of the configuration.
         short_names: of published checkpoints, each with the one that the Hugging Face Hub knows.
+        cpu_step: twins of the runner's kernels, by their names.
         endpoints: "module:class" of our endpoint plugin, which servers load; it adds routes only
             where an option asks for them.
     """
@@ -56,6 +57,7 @@ class Hooks:
     take_adapter: Callable[[Any], None]
     adapter_option: str
     short_names: Mapping[str, str]
+    cpu_step: Any
     endpoints: str
 
 
@@ -107,6 +109,7 @@ def install(hooks: Hooks) -> None:
     _map_loras_on_the_device()
     if triton.knobs.runtime.interpret:
         _keep_stock_models_off_the_interpreter(hooks)
+        _keep_steps_off_the_interpreter(hooks.cpu_step)
 
 
 def _exchange_models(hooks: Hooks) -> None:
@@ -514,6 +517,91 @@ def _keep_stock_models_off_the_interpreter(hooks: Hooks) -> None:
         if ours or envs.VLLM_USE_V2_MODEL_RUNNER is not None:  # the user's choice
             return original(self)
         return False
+
+
+def _keep_steps_off_the_interpreter(twins: Any) -> None:
+    """On a CPU the runner's own kernels take most of a small model's step: PyTorch is faster.
+
+    What ReFusion models never ask of them stays with the kernels.
+    """
+    from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+
+    for twin in (
+        twins.prepare_prefill_inputs,
+        twins.prepare_pos_seq_lens,
+        twins.expand_idx_mapping,
+    ):
+        _patch(model_runner, twin.__name__)(
+            lambda original, *args, twin=twin, **named: twin(*args, **named)
+        )
+
+    @_patch(model_runner, "combine_sampled_and_draft_tokens")
+    def combine(original: Any, *args: Any, **named: Any) -> Any:
+        given = inspect.signature(original).bind(*args, **named).arguments
+        if given.pop("num_new_sampled_tokens", 1):
+            return original(*args, **named)
+        return twins.combine_sampled_and_draft_tokens(**given)
+
+    @_patch(model_runner, "post_update")
+    def post_update(original: Any, *args: Any, **named: Any) -> None:
+        given = inspect.signature(original).bind(*args, **named).arguments
+        drafts = (
+            given.pop("draft_tokens", None),
+            given.pop("draft_tokens_out", None),
+        )  # from 0.33 on
+        if given.pop("output_bin_counts") is None and drafts[0] is None:
+            twins.post_update(**given)
+        else:
+            original(*args, **named)
+
+    @_patch(StagedWriteTensor, "apply_write")
+    def apply_write(original: Any, self: Any) -> None:
+        twins.apply_write(
+            self.gpu,
+            self._staged_write_indices,
+            self._staged_write_starts,
+            self._staged_write_contents,
+            self._staged_write_cu_lens,
+        )
+        self.clear_staged_writes()
+
+    @_patch(BlockTables, "gather_block_tables")
+    def gather_block_tables(
+        original: Any, self: Any, idx_mapping: Any, num_reqs_padded: int, *args: Any, **more: Any
+    ) -> Any:
+        ours = not args and more.keys() <= {"num_computed_tokens"}  # of sliding windows
+        if not ours or getattr(self, "has_sliding_window_groups", False):
+            return original(self, idx_mapping, num_reqs_padded, *args, **more)
+        out = self.input_block_tables
+        twins.gather_block_tables(idx_mapping, [table.gpu for table in self.block_tables], out)
+        return tuple(table[:num_reqs_padded] for table in out)
+
+    @_patch(BlockTables, "compute_slot_mappings")
+    def compute_slot_mappings(
+        original: Any,
+        self: Any,
+        idx_mapping: Any,
+        query_start_loc: Any,
+        positions: Any,
+        num_tokens_padded: int,
+        out: Any = None,
+    ) -> Any:
+        if out is not None or self.cp_size > 1 or not all(self._slot_mapping_enabled):
+            more = (positions, num_tokens_padded, out)
+            return original(self, idx_mapping, query_start_loc, *more)
+        twins.compute_slot_mappings(
+            idx_mapping,
+            query_start_loc,
+            positions,
+            [table.gpu for table in self.block_tables],
+            self.block_sizes,
+            PAD_SLOT_ID,
+            self.slot_mappings,
+        )
+        return self.slot_mappings[:, :num_tokens_padded]
 
 
 def _tell_preempted_from_finished() -> None:

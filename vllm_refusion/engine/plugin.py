@@ -6,7 +6,7 @@ import logging
 import re
 
 from vllm_refusion.backbones import ARCHITECTURES, SHORT_NAMES, is_refusion
-from vllm_refusion.engine import compat, metrics
+from vllm_refusion.engine import compat, cpu_step, metrics
 from vllm_refusion.engine.adapter_option import take_adapter
 from vllm_refusion.engine.admission import admit
 from vllm_refusion.engine.config_hook import ReFusionConfig
@@ -38,6 +38,7 @@ def register() -> None:
             take_adapter=take_adapter,
             adapter_option=ADAPTER_OPTION,
             short_names=SHORT_NAMES,
+            cpu_step=cpu_step,
             endpoints="vllm_refusion.viewer.play:PlayEndpoints",
         )
     )
