@@ -121,6 +121,13 @@ def test_staged_writes():
     assert torch.equal(*found) and found[0][2].tolist() == [0, 5, 6, 8, 9, 10, 0, 0]
 
 
+def test_staged_numbers():
+    staged = StagedWriteTensor(4, torch.float32, torch.device("cpu"))
+    staged.stage_write_elem(2, 0.5)
+    staged.apply_write()
+    assert staged.gpu.tolist() == [0, 0, 0.5, 0]
+
+
 def test_block_tables(batch):
     """Of a batch that is smaller than the one before it, with a request that is padding."""
     pages, found = batch.draw(99, CAPACITY, LONGEST // PAGE), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import random
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from conformance import Case, build_model, cases, corrected_cases, expected
 from vllm_refusion.decoding.params import PRESET_NAMES, DecodingParams
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.worker import SIZES
+
+atexit.register(gc.unfreeze)  # see ``engine``
 
 # A canvas of 32 rows, and server defaults that fit it.
 NARROW = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_refusion.bench.environment import environment, gpu_memory_mib
-from vllm_refusion.bench.load import Load, over_time, run_load, run_phases, summarise
+from vllm_refusion.bench.load import Load, ask, over_time, run_load, run_phases, summarise
 from vllm_refusion.bench.settings import Preset, Settings, read_prompts
 from vllm_refusion.bench.shapes import matrix_parameters
 from vllm_refusion.engine import compat
@@ -31,6 +31,8 @@ FAST_START = {
     for side, mode in {"stock": "FULL_DECODE_ONLY", "refusion": "FULL", "plain": "FULL"}.items()
 }
 PROFILED_TOKENS = 32
+# what a second turn adds to the first and its answer; how long it is answered
+SECOND_PROMPT, SECOND_ANSWER = 32, 16
 
 
 def say(text: str) -> None:
@@ -58,7 +60,8 @@ def engine_args(settings: Settings, side: str, context: int, token_budget: int) 
         "max_num_batched_tokens": settings.max_num_batched_tokens or token_budget,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "quantization": settings.quantization,
-        "enable_prefix_caching": False,  # levels and presets share their prompts
+        # levels and presets share their prompts, conversations do not
+        "enable_prefix_caching": settings.conversations > 0,
         "seed": settings.seed,
         "disable_log_stats": True,
     }
@@ -100,7 +103,10 @@ class Side:
         self.settings, self.side = settings, side
         budget = max(8192, settings.most_requests * settings.canvas_length)
         prompts = Prompts(settings, side)
-        args = engine_args(settings, side, prompts.longest + settings.longest_output, budget)
+        longest = prompts.longest + settings.longest_output
+        if settings.conversations:
+            longest += SECOND_PROMPT + SECOND_ANSWER
+        args = engine_args(settings, side, longest, budget)
         if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
             self.in_process = True
         else:
@@ -136,6 +142,7 @@ class Side:
             "gpu_memory_mib": gpu_memory_mib(),
             "levels": [],
             "moving": [],
+            "turns": [],
         }
 
     @property
@@ -225,6 +232,38 @@ class Side:
             "bins": over_time(traces),
         }
 
+    def run_turns(self, preset: Preset | None) -> dict[str, Any]:
+        """First tokens of conversations, of which the first is not counted."""
+        settings, engine = self.settings, self.llm.llm_engine
+        found: dict[str, list[float]] = {"first_ttft_ms": [], "second_ttft_ms": [], "cached": []}
+        label = f"{self.side}{'' if preset is None else ' ' + preset.name} turns"
+        for number in range(settings.conversations + 1):
+            prompt = self.prompts.draw(settings.input_len)
+            first, _ = ask(
+                engine,
+                {"prompt_token_ids": prompt},
+                self.sampling(number, preset, settings.output_len),
+                f"{label} {number} first",
+            )
+            known = [*prompt, *first.token_ids, *self.prompts.draw(SECOND_PROMPT)]
+            second, cached = ask(
+                engine,
+                {"prompt_token_ids": known},
+                self.sampling(number, preset, SECOND_ANSWER),
+                f"{label} {number} second",
+            )
+            if number:
+                found["cached"].append(cached / len(known))
+                for turn, trace in (("first", first), ("second", second)):
+                    waited = trace.deliveries[0][0] - trace.added
+                    found[f"{turn}_ttft_ms"].append(1e3 * waited)
+        return {
+            "side": self.side,
+            "preset": self.speculation if preset is None else preset.name,
+            "acceptance": "-" if preset is None else preset.acceptance,
+            **found,
+        }
+
     def counters(self) -> dict[str, int]:
         """Counters of the engine that a level's figures are differences of."""
         if self.side != "stock":
@@ -268,6 +307,7 @@ class Prompts:
         self.texts: list[str] = []
         self.token_ids: list[list[int]] = []
         self.longest = settings.input_len
+        self._generator = random.Random(settings.seed)
         if settings.prompts is not None:
             self.texts = read_prompts(settings.prompts)
 
@@ -287,13 +327,16 @@ class Prompts:
                 self.token_ids.append(list(ids))
             return
         config = llm.llm_engine.model_config.hf_text_config
-        special = {getattr(config, name, None) for name in ("mask_token_id", "eos_token_id")}
-        generator = random.Random(settings.seed)
+        self._special = {getattr(config, name, None) for name in ("mask_token_id", "eos_token_id")}
         vocab = llm.llm_engine.model_config.get_vocab_size()
-        ordinary = vocab - len(special) - 1
+        self._ordinary = vocab - len(self._special) - 1
         for _ in range(max(settings.requests_at(c) for c in settings.levels)):
-            ids = [generator.randrange(ordinary) for _ in range(settings.input_len)]
-            self.token_ids.append([ordinary if token in special else token for token in ids])
+            self.token_ids.append(self.draw(settings.input_len))
+
+    def draw(self, length: int) -> list[int]:
+        """Random token ids, none of them special."""
+        ids = [self._generator.randrange(self._ordinary) for _ in range(length)]
+        return [self._ordinary if token in self._special else token for token in ids]
 
     def take(self, count: int) -> list[dict[str, list[int]]]:
         chosen = (self.token_ids[i % len(self.token_ids)] for i in range(count))
@@ -302,6 +345,8 @@ class Prompts:
 
 def levels_of(settings: Settings, side: str) -> list[tuple[Preset | None, int]]:
     """What a side runs, in order."""
+    if settings.conversations:
+        return []
     if side == "stock":
         return [(None, concurrency) for concurrency in settings.levels]
     return [
@@ -323,12 +368,14 @@ def main(side: str, settings_file: str, result_file: str) -> None:
         result["levels"].append(level)
         write_text(target, json.dumps(result, default=str))
         say(line)
-    if settings.phases:
-        presets = [p for p in settings.presets if not p.canvas]
-        for preset in [None] if side == "stock" else presets:
-            result["moving"].append(running.run_moving(preset))
+    presets = [None] if side == "stock" else [p for p in settings.presets if not p.canvas]
+    more = {"moving": running.run_moving, "turns": running.run_turns}
+    asked = {"moving": bool(settings.phases), "turns": settings.conversations > 0}
+    for kind in (kind for kind, wanted in asked.items() if wanted):
+        for preset in presets:
+            result[kind].append(more[kind](preset))
             write_text(target, json.dumps(result, default=str))
-            say(f"{side}: a moving load")
+            say(f"{side}: {kind}")
     compat.shut_down(running.llm)
 
 

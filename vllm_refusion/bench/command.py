@@ -86,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REQUESTS:SECONDS,...",
         help="behind the levels: keep so many requests in flight for so long, then so many, ...",
     )
+    add(
+        "--second-turn",
+        type=int,
+        default=0,
+        metavar="CONVERSATIONS",
+        help="measure first tokens of conversations of two turns instead, one after the other",
+    )
     add("--input-len", type=int, default=128, help="tokens of a random prompt")
     add("--output-len", type=int, default=256)
     add("--warmup-tokens", type=int, default=32, help="output tokens of each level's warm-up")
@@ -233,6 +240,7 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         canvas_concurrency=arguments.canvas_concurrency if arguments.canvas else [1],
         requests=arguments.requests,
         phases=arguments.moving_load,
+        conversations=arguments.second_turn,
         input_len=arguments.input_len,
         output_len=arguments.output_len,
         canvas_output_len=arguments.canvas_output_len,

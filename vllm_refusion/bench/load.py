@@ -161,6 +161,19 @@ def run_phases(
     return list(traces.values())
 
 
+def ask(
+    engine: Any, prompt: Any, params: Any, name: str, clock: Clock = time.perf_counter
+) -> tuple[Trace, int]:
+    """One request alone, and how many of its prompt's tokens were in the prefix cache."""
+    trace, cached = Trace(clock()), 0
+    engine.add_request(name, prompt, params)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            trace.deliver(clock(), output.outputs[0].token_ids)
+            cached = output.num_cached_tokens or cached
+    return trace, cached
+
+
 def over_time(traces: Sequence[Trace]) -> list[dict[str, float | None]]:
     """Throughput, requests in flight and gaps between deliveries, every ``BIN_S`` seconds."""
     begin = traces[0].added

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from vllm_refusion.files import write_text, writing
@@ -28,6 +29,12 @@ COLUMNS = (
     ("equal answers", "equal_answers", "{:.1%}"),
     ("GPU GiB", "gpu_memory_gib", "{:.1f}"),
 )
+# heading; key and factor
+TURN_COLUMNS = {
+    "first turn's TTFT ms": ("first_ttft_ms", 1),
+    "second turn's TTFT ms": ("second_ttft_ms", 1),
+    "of it cached, %": ("cached", 100),
+}
 
 
 def name_of(level: Level) -> str:
@@ -132,7 +139,7 @@ def _one_table(result: Result) -> str:
     for level in sorted(swept, key=lambda level: (level["concurrency"], order[name_of(level)])):
         cells = [_cell(level.get(key), text) for _, key, text in used]
         rows.append([str(level["concurrency"]), name_of(level), level["acceptance"], *cells])
-    parts = [heading(result), _markdown(rows)]
+    parts = [heading(result), *([_markdown(rows)] if swept else [])]
     for name, at in crossovers(result).items():
         parts.append(f"{name}: {_crossover_text(at)}.")
     if canvas := [level for level in levels if level.get("canvas") is not None]:
@@ -149,6 +156,12 @@ def _one_table(result: Result) -> str:
                 ]
             )
         parts.append("Steps that feed one whole canvas a request:\n\n" + _markdown(rows))
+    if turns := [run for side in result["sides"] for run in side.get("turns", ())]:
+        rows = [["engine", "acceptance", *TURN_COLUMNS]]
+        for run in turns:
+            means = (fmean(run[key]) * scale for key, scale in TURN_COLUMNS.values())
+            rows.append([name_of(run), run["acceptance"], *(f"{mean:.1f}" for mean in means)])
+        parts.append("Conversations of two turns:\n\n" + _markdown(rows))
     for side in result["sides"]:
         if side.get("error"):
             parts.append(f"**{side['side']} failed: {side['error']}**")

@@ -62,6 +62,7 @@ class Settings:
         requests: requests per level; None takes ``requests_at``.
         prompts: data file with real prompts, see ``read_prompts``; None draws token ids.
         phases: a load that moves, behind the levels: (concurrency, seconds) one after the other.
+        conversations: of two turns, instead of all other measurements; 0: none.
         stop_at_eos: otherwise every response has ``output_len`` tokens.
         engine_args: vLLM engine arguments by side, on top of what both get.
         profile: folder for a torch profile of a few steps at ``profile_level``.
@@ -76,6 +77,7 @@ class Settings:
     canvas_concurrency: list[int] = field(default_factory=lambda: [1])
     requests: int | None = None
     phases: list[tuple[int, float]] = field(default_factory=list)
+    conversations: int = 0
     input_len: int = 128
     output_len: int = 256
     canvas_output_len: int = 256
@@ -110,6 +112,11 @@ class Settings:
         unknown = set(self.sides) - set(SIDES)
         if unknown or not self.sides:
             raise ValueError(f"--sides: {self.sides}, known are {', '.join(SIDES)}.")
+        if self.conversations < 0 or (self.conversations and self.prompts is not None):
+            raise ValueError(
+                f"--second-turn: {self.conversations}, allowed is a number of conversations, "
+                "without --prompts."
+            )
         if set(self.sides) != {"stock"} and not self.presets:
             raise ValueError("--presets: the ReFusion side needs one, or --canvas.")
 

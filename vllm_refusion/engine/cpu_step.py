@@ -30,9 +30,10 @@ def apply_write(
 ) -> None:
     """The n-th write: what comes before ``ends[n]`` of ``contents``, into a row from a start on."""
     content = torch.tensor(contents, dtype=tensor.dtype)
+    table = tensor.view(tensor.shape[0], -1)  # a row may be a single number
     begin = 0
     for row, start, end in zip(rows, starts, ends, strict=True):
-        tensor[row, start : start + end - begin] = content[begin:end]
+        table[row, start : start + end - begin] = content[begin:end]
         begin = end
 
 
