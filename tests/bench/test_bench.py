@@ -20,7 +20,7 @@ from vllm_refusion.adapters import adapter_tensors, read_adapter
 from vllm_refusion.bench import contributions, report
 from vllm_refusion.bench.child import engine_args, levels_of
 from vllm_refusion.bench.command import CALIBRATED, child_environment, parse_preset, settings_from
-from vllm_refusion.bench.load import Load, Trace, over_time, run_load, run_phases, summarise
+from vllm_refusion.bench.load import Load, Trace, ask, over_time, run_load, run_phases, summarise
 from vllm_refusion.bench.server import serve_command
 from vllm_refusion.bench.settings import Settings, read_prompts
 from vllm_refusion.bench.shapes import SHAPES, matrix_parameters, shape_config
@@ -99,6 +99,7 @@ def test_real_weights_are_not_replayed(tmp_path):
         (["--shape", "qwen3-8b", "--prompts", "x.jsonl"], "--prompts"),
         (["--model", "a", "--prompts", "x.jsonl"], "x.jsonl: No such file"),
         (["--model", "a", "--adapter", "random:8"], "with --shape random:RANK"),
+        (["--shape", "qwen3-8b", "--second-turn", "-1"], "--second-turn: -1"),
         (["--shape", "qwen3-8b", "--moving-load", "0:3"], "--moving-load: [1, 0]"),
         (["--shape", "qwen3-8b", "--moving-load", "4:x"], "'4:x': allowed are phases"),
         (["--shape", "qwen3-8b", "--adapter", "x"], "allowed are serial/SLOT"),
@@ -211,7 +212,11 @@ class FakeEngine:
             if finished:
                 del self.left[name]
             token = SimpleNamespace(token_ids=[0])
-            outputs.append(SimpleNamespace(request_id=name, outputs=[token], finished=finished))
+            outputs.append(
+                SimpleNamespace(
+                    request_id=name, outputs=[token], finished=finished, num_cached_tokens=16
+                )
+            )
         return outputs
 
 
@@ -255,6 +260,17 @@ def test_a_moving_load_keeps_each_phase_at_its_number():
     assert sum(at["tokens_per_s"] for at in bins) * 0.25 == 2 * len(traces)
     assert bins[4]["running"] == 1 and bins[18]["running"] == 4
     assert {at["gap_ms_p99"] for at in bins} == {None, 1000}
+
+
+def test_second_turns_are_asked_alone():
+    fake = FakeEngine({})
+    trace, cached = ask(fake, None, 3, "x", clock=lambda: fake.now)
+    assert [at for at, _ in trace.deliveries] == [1, 2, 3] and trace.token_ids == [0] * 3
+    assert cached == 16
+    found = result()
+    run = {"side": "stock", "preset": None, "acceptance": "-", "first_ttft_ms": [30, 32]}
+    found["sides"][0]["turns"] = [run | {"second_ttft_ms": [8, 9], "cached": [0.9, 1]}]
+    assert "| stock | - | 31.0 | 8.5 | 95.0 |" in report.table([found])
 
 
 def test_server_levels_ask_for_the_same_load(tmp_path):
@@ -624,6 +640,14 @@ def test_bench_runs_both_sides_end_to_end(tmp_path, tiny_checkpoint):
         bins = side["moving"][0]["bins"]
         assert max(at["running"] for at in bins) == 3 and max(at["tokens_per_s"] for at in bins) > 0
     assert (tmp_path / "out" / "run.md").exists()
+
+    turns = [*command, "--name", "turns", "--second-turn", "1", "--output-len", "192"]
+    turns += ["--presets", "serial/8"]
+    ended = subprocess.run(turns, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for side in json.loads((tmp_path / "out" / "turns.json").read_text())["sides"]:
+        (run,) = side["turns"]
+        assert not side["levels"] and run["second_ttft_ms"][0] > 0 and run["cached"][0] > 0.3
 
 
 def test_a_failing_side_is_reported(tmp_path):
