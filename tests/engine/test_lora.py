@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from loras import MODEL, OPTIONS, Adapted, Mixed, ask
+from lora_requests import MODEL, OPTIONS, Adapted, Mixed, ask
 from mask_adapters import write_adapter
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams

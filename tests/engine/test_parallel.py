@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from device import ON_GPU
-from loras import OPTIONS as LORA
-from loras import Adapted, Mixed
+from lora_requests import OPTIONS as LORA
+from lora_requests import Adapted, Mixed
 from mask_adapters import write_adapter
 from server import DEFAULTS, MODEL_NAME, extras, serve
 from vllm import SamplingParams, TokensPrompt

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from loras import Adapted, Mixed
+from lora_requests import Adapted, Mixed
 from server import MODEL_NAME, serve
 
 from engine import options_of
