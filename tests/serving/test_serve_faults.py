@@ -6,6 +6,8 @@ import itertools
 import json
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 
@@ -393,8 +395,7 @@ def failed(response) -> bool:
 )
 def test_fuzz(server, chat, reference, questions, examples, capsys):
     """No body whatever gives a 5xx, and requests beside it do not notice."""
-    statuses: dict[int, int] = {}
-    failures = []
+    fuzzed = []
 
     @settings(
         max_examples=examples,
@@ -420,17 +421,21 @@ def test_fuzz(server, chat, reference, questions, examples, capsys):
         if to_chat:
             body = CHAT | body
         path = "/v1/chat/completions" if to_chat else "/v1/completions"
-        response = post(server, path, {"prompt": prompt} | body)
-        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-        if failed(response):
-            failures.append((body, prompt, response.text[:300]))
+        fuzzed.append((path, {"prompt": prompt} | body))
 
-    with healthy_requests(chat, reference, questions) as answered:
-        fuzz()
+    fuzz()
+    with healthy_requests(chat, reference, questions) as answered, ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda one: post(server, *one), fuzzed))
+    statuses = Counter(response.status_code for response in responses)
     with capsys.disabled():
         print(f"\nfuzzed bodies by status: {statuses}; right answers meanwhile: {len(answered)}")
+    failures = [
+        (*one, response.text[-300:])
+        for one, response in zip(fuzzed, responses, strict=True)
+        if failed(response)
+    ]
     assert not failures, failures[:5]
-    assert statuses.get(200) and statuses.get(400)
+    assert statuses[200] and statuses[400]
 
 
 def test_logs_hold_no_prompts_and_no_answers(server, chat, reference, questions):
