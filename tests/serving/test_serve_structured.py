@@ -124,13 +124,12 @@ def test_every_kind(send, kind):
 @pytest.mark.parametrize("streamed", [False, True], ids=["at once", "streamed"])
 def test_limits_that_leave_nothing(send, path, streamed):
     """The response ends: complete if the grammar may end there, else cut, down to nothing."""
-    asked = {"messages": QUESTION} if path == CHAT else {"prompt": "2 + 3 ="}
-    asked |= {"stream": streamed, "max_tokens": 60}
-    asked |= (
-        {"logprobs": True, "top_logprobs": 1} if path == CHAT else {"logprobs": 1, "echo": True}
-    )
+    asked = {
+        CHAT: {"messages": QUESTION, "logprobs": True, "top_logprobs": 1},
+        COMPLETIONS: {"prompt": "2 + 3 =", "logprobs": 1, "echo": True},
+    }[path] | {"stream": streamed, "max_tokens": 60}
     choices = KINDS["choice"]["choice"]
-    before = "" if path == CHAT else asked["prompt"]
+    before = asked.get("prompt", "")
     for more, reason, texts in (
         ({"structured_outputs": KINDS["choice"], "min_tokens": 40}, "stop", choices),
         ({"structured_outputs": KINDS["regex"], "allowed_token_ids": [0, 5]}, "abort", [""]),
