@@ -106,7 +106,7 @@ def asked(questions) -> list[Ask]:
 
 
 def without(tokenizer, letters: str) -> list[int]:
-    """Tokens that have none of the letters; no special ones."""
+    """Tokens that have none of the letters, and are not EOS."""
     texts = {token: tokenizer.decode([token]) for token in range(3, len(tokenizer))}
     return [token for token, text in texts.items() if not set(letters) & set(text)]
 
@@ -117,7 +117,7 @@ def contradictions(tokenizer) -> list[tuple[Ask, str, str]]:
     sampled = {"temperature": 1.0, "n": 2, "seed": 3}
     choice, regex = KINDS["choice"], KINDS["regex"]
     words = "|".join(choice["choice"])
-    a_child = "A (boy|girl) "  # has
+    a_child = "T|A (boy|girl) ?"  # The, has
     return [
         (Ask("Is it?", choice, {"min_tokens": 40}), words, "stop"),
         (Ask("Is it?", choice, {"min_tokens": 40, "logprobs": 2} | sampled), words, "stop"),
