@@ -123,6 +123,7 @@ def server(tiny_checkpoint, tmp_path_factory):
     options = ["--enable-per-request-metrics", "--enable-prompt-tokens-details"]
     options += ["--enable-scale-out"]  # an endpoint for token ids
     options += ["--block-size", "16"]  # prompts of tests fill some pages
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with serve(tiny_checkpoint, tmp_path_factory.mktemp("server"), *options) as server:
         yield server
 

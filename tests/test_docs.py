@@ -522,7 +522,7 @@ def test_client(command, copy, bundled):
 URL_OPTION = {"chat": " --url {}/v1", "complete": " --url {}/v1"}
 # in what a client prints or writes
 EXPECTED = {"chat": "####", "complete": "", "bench": "Failed requests:                         0"}
-EXPECTED |= {"run-batch": "", "run": "|word_problems|"}
+EXPECTED |= {"run-batch": "", "run": "|word_problems"}
 
 
 @pytest.mark.slow

@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
-from dataclasses import replace
 
 import pytest
 import torch
-from loras import LAYERS, merge, write_lora
+from lora_requests import MODEL, OPTIONS, Adapted, Mixed, ask
 from mask_adapters import write_adapter
-from test_serial_mode import MODEL, serial
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams, TokensPrompt
-from vllm.lora.request import LoRARequest
+from vllm import SamplingParams
 
 import conformance
 from engine import NARROW, assert_idle, engine, free_pages, sampling_params
 
 MASK = conformance.MODELS[MODEL].mask_token_id
-OPTIONS = {"enable_lora": True, "max_lora_rank": 8}
-
-
-class Adapted:
-    """A base, adapters of it by number, and for each a checkpoint with it merged (0: the base)."""
-
-    def __init__(self, folder) -> None:
-        self.base = conformance.build_model(MODEL, folder / "base")
-        layers = (LAYERS, ("q_proj", "v_proj"), (*LAYERS[:3], "down_proj"))
-        self.loras = [None]
-        self.merged = [self.base]
-        for i, names in enumerate(layers, 1):
-            self.loras.append(write_lora(folder / f"lora{i}", self.base, i, names))
-            self.merged.append(merge(folder / f"merged{i}", self.base, self.loras[i]))
-        self.stock = shutil.copytree(self.base, folder / "stock")
-        config = json.loads((self.stock / "config.json").read_text())
-        del config["mask_token_id"]
-        (self.stock / "config.json").write_text(json.dumps(config))
-
-    def request(self, number: int) -> LoRARequest | None:
-        return LoRARequest(f"lora{number}", number, str(self.loras[number])) if number else None
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
     return Adapted(tmp_path_factory.mktemp("lora"))
-
-
-def ask(llm, adapted, prompts, params, numbers):
-    """Tokens and log-probabilities of each request, with the adapter of its number."""
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
-        params,
-        lora_request=[adapted.request(number) for number in numbers],
-        use_tqdm=False,
-    )
-    return [
-        (
-            list(output.outputs[0].token_ids),
-            [
-                {token: entry.logprob for token, entry in row.items()}
-                for row in output.outputs[0].logprobs or ()
-            ],
-            output.prompt_logprobs,
-        )
-        for output in outputs
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -140,26 +93,35 @@ def test_beside_a_mask_adapter(adapted, questions, of_stock, tmp_path):
 
 def test_answers_of_merged_weights_in_both_modes(adapted):
     """With fewer places for adapters than there are; masks are fed through the adapter as well."""
-    cases = [case for case in conformance.cases(MODEL) if case.params.block_length <= 32][::4]
-    cases += [replace(case, params=serial(case.params, "mask")) for case in cases[::2]]
-    numbers = [i % 4 for i in range(len(cases))]
-    expected = {}
-    for number in range(4):
-        chosen = [i for i in range(len(cases)) if numbers[i] == number]
-        answers = conformance.expected(adapted.merged[number], [cases[i] for i in chosen])
-        expected |= dict(zip(chosen, answers))
+    mixed = Mixed.of(adapted)
     with engine(adapted.base, max_loras=2, max_cpu_loras=2, **OPTIONS, **NARROW) as llm:
-        prompts, params = [c.prompt_ids for c in cases], [sampling_params(c) for c in cases]
+        prompts = [c.prompt_ids for c in mixed.cases]
+        params = [sampling_params(c) for c in mixed.cases]
         for one in params[::3]:
             one.prompt_logprobs = 0
-        answers = ask(llm, adapted, prompts, params, numbers)
+        answers = ask(llm, adapted, prompts, params, mixed.numbers)
+    mixed.check([tokens for tokens, _, _ in answers])
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in adapted.merged]
-    for i, (tokens, _, scores) in enumerate(answers):
-        assert tokens == list(expected[i].tokens), f"{cases[i].label}, adapter {numbers[i]}"
+    for i, (_, _, scores) in enumerate(answers):
         if scores is not None and len(prompts[i]) > 1:
             found = [row[token].logprob for row, token in zip(scores[1:], prompts[i][1:])]
             ids = torch.tensor([prompts[i]])
             with torch.inference_mode():
-                rows = models[numbers[i]](ids).logits[0, :-1].float().log_softmax(-1)
+                rows = models[mixed.numbers[i]](ids).logits[0, :-1].float().log_softmax(-1)
             wanted = rows.gather(1, ids[0, 1:, None]).flatten()
-            assert found == pytest.approx(wanted.tolist(), abs=1e-3), cases[i].label
+            assert found == pytest.approx(wanted.tolist(), abs=1e-3), mixed.cases[i].label
+
+
+@pytest.mark.slow
+def test_preempted(adapted, async_scheduling, preemptions):
+    """Computed again, or replayed in commit order, through the request's own adapter."""
+    mixed = Mixed.of(adapted, longest=160)
+    small = {"max_model_len": 160, "num_gpu_blocks_override": 28, "block_size": 16}
+    with engine(adapted.base, max_loras=2, **OPTIONS, **NARROW, **small) as llm:
+        pages = free_pages(llm)
+        mixed.run(llm, adapted)
+        assert_idle(llm, pages)
+    # vLLM's names begin with the number of the request
+    emitted = {int(name.split("-")[0]) for name, tokens in preemptions if tokens}
+    modes = {mixed.cases[i].params.mode for i in emitted if mixed.numbers[i]}
+    assert modes == {"parallel", "serial"}

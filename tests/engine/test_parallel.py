@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from device import ON_GPU
+from lora_requests import OPTIONS as LORA
+from lora_requests import Adapted, Mixed
 from mask_adapters import write_adapter
 from server import DEFAULTS, MODEL_NAME, extras, serve
 from vllm import SamplingParams, TokensPrompt
 
 from conformance import build_model
-from engine import engine
+from engine import NARROW, engine
 
 if not ON_GPU:
     pytestmark = pytest.mark.slow
@@ -78,6 +80,16 @@ def test_tensor_parallel_mask_adapter(name, tmp_path):
     parallel_tokens, counters = answers(adapter, **TWO_RANKS)
     assert parallel_tokens == tokens
     assert counters == [alone, alone]
+
+
+def test_tensor_parallel_lora(tmp_path):
+    """Both ranks map the rows to adapters alike, in both modes."""
+    adapted = Adapted(tmp_path)
+    mixed = Mixed.of(adapted)
+    with engine(adapted.base, max_loras=2, **TWO_RANKS, **LORA, **NARROW) as llm:
+        mixed.run(llm, adapted)
+        counters, _ = figures(llm)
+    assert counters[0] == counters[1]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="vLLM does not support Ray on CPUs")

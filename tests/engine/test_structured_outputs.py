@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,30 @@ def asked(questions) -> list[Ask]:
     return asks + [Ask(questions[i], None, {"logprobs": 1}) for i in range(4)]
 
 
+def without(tokenizer, letters: str) -> list[int]:
+    """Tokens that have none of the letters, and are not EOS."""
+    texts = {token: tokenizer.decode([token]) for token in range(3, len(tokenizer))}
+    return [token for token, text in texts.items() if not set(letters) & set(text)]
+
+
+def contradictions(tokenizer) -> list[tuple[Ask, str, str]]:
+    """Requests that limits leave nothing to pick for; their answers' pattern and end."""
+    no_h = {"allowed_token_ids": without(tokenizer, "h")}
+    sampled = {"temperature": 1.0, "n": 2, "seed": 3}
+    choice, regex = KINDS["choice"], KINDS["regex"]
+    words = "|".join(choice["choice"])
+    a_child = "T|A (boy|girl) ?"  # The, has
+    return [
+        (Ask("Is it?", choice, {"min_tokens": 40}), words, "stop"),
+        (Ask("Is it?", choice, {"min_tokens": 40, "logprobs": 2} | sampled), words, "stop"),
+        (Ask("Is it?", {"choice": ["yes", "no"]}, no_h), "yes|no", "stop"),
+        (Ask("Who?", regex, no_h), a_child, "abort"),
+        (Ask("Who?", regex, no_h | sampled | {"logprobs": 1, "min_p": 0.1}), a_child, "abort"),
+        (Ask("Who?", regex, {"allowed_token_ids": [0, 5], "prompt_logprobs": 0}), "", "abort"),
+        (Ask("Who?", regex, {"allowed_token_ids": [0], "logprobs": 1}), "", "abort"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def stock(examples, asked):
     """Stock vLLM's answers by backend."""
@@ -122,6 +147,9 @@ def stock(examples, asked):
 def assert_same(answers, expected, asked) -> None:
     for one, mine, theirs in zip(asked, answers, expected, strict=True):
         for got, wanted in zip(mine, theirs, strict=True):
+            if wanted.reason == "error":  # nothing was left to pick
+                assert (got.tokens, got.reason) == (wanted.tokens[:-1], "abort"), one
+                continue
             assert (got.tokens, got.text) == (wanted.tokens, wanted.text), one
             assert got.reason == wanted.reason, one
             assert (got.logprobs is None) == (wanted.logprobs is None)
@@ -130,14 +158,27 @@ def assert_same(answers, expected, asked) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_answers_of_stock_vllm(examples, asked, stock, backend):
-    """Tokens, ends and log-probabilities; the neighbours' too. Drafts pass, forced ones as well."""
+def test_answers_of_stock_vllm(examples, asked, stock, tokenizer, backend):
+    """Tokens, ends and log-probabilities; the neighbours' too. Drafts pass, forced ones as well.
+
+    Stock vLLM answers nothing where limits leave nothing that a grammar allows.
+    """
+    nothing_left = contradictions(tokenizer)
     with engine(examples / "stock-tiny-adapter", **options(backend)) as llm:
         pages = free_pages(llm)
         assert_same(ask(llm, asked), stock(backend), asked)
         counts = model_state_of(llm).decode_state.counters.tolist()
+        beside = asked[-6:]
+        answers = ask(llm, [*beside, *(one for one, _, _ in nothing_left)])
         assert_idle(llm, pages)
     assert counts[Counter.SERIAL] < 0.8 * counts[Counter.TOKENS]
+    assert_same(answers, stock(backend)[-6:], beside)
+    for (one, pattern, reason), choices in zip(nothing_left, answers[6:], strict=True):
+        for answer in choices:
+            assert re.fullmatch(pattern, answer.text), (one, answer)
+            assert answer.reason == reason, (one, answer)
+            assert EOS not in answer.tokens
+            assert len(answer.logprobs or ()) == ("logprobs" in one.options) * len(answer.tokens)
 
 
 def test_ahead_of_the_device_with_little_memory(
@@ -171,10 +212,11 @@ def test_answers_of_the_reference(examples, questions, tokenizer, slot_size):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "n": 2}
     kinds = ("json", "regex", "grammar")
+    longer, no_h = {"min_tokens": 60}, {"allowed_token_ids": without(tokenizer, "h")}
     asked = [
         Ask(questions[i], KINDS[kind], more | {"extra_args": SERIAL | {"slot_size": slot_size}})
         for i, kind in enumerate(kinds)
-        for more in ({}, sampled)
+        for more in ({}, sampled, longer, no_h | sampled)
     ]
     with engine(path, **options()) as llm:
         answers = ask(llm, asked)
@@ -191,6 +233,8 @@ def test_answers_of_the_reference(examples, questions, tokenizer, slot_size):
                 temperature=one.options.get("temperature", 0),
                 top_p=one.options.get("top_p", 1.0),
                 seed=one.options.get("seed", 1) + index,
+                min_tokens=one.options.get("min_tokens", 0),
+                allowed_token_ids=one.options.get("allowed_token_ids"),
                 allowed=allowed_by(path, kind, model.config.vocab_size, [EOS]),
             )
             assert choice.tokens == expected.tokens, (kind, one.options)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 
@@ -27,6 +30,7 @@ from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateReque
 from vllm_refusion.decoding.params import DecodingParams
 
 SMALL = DecodingParams(8, 32)
+SERIAL = DecodingParams(8, mode="serial")
 INF, NAN, HUGE = float("inf"), float("nan"), 10**30
 CHAT = {"messages": [{"role": "user", "content": "What is 2 + 3?"}]}
 
@@ -45,15 +49,17 @@ def xargs(**values):
 
 @contextmanager
 def healthy_requests(chat, reference, questions):
-    """Streams an answer again and again meanwhile; each must be the reference's."""
+    """Streams answers of both modes meanwhile, in turn; each must be the reference's."""
     stop, wrong, right = threading.Event(), [], []
-    expected = reference.text(questions[1], SMALL)
+    expected = {params: reference.text(questions[1], params) for params in (SMALL, SERIAL)}
 
     def stream():
-        while not stop.is_set():
-            chunks = chat(questions[1], SMALL, stream=True)
+        for params in itertools.cycle(expected):
+            if stop.is_set():
+                break
+            chunks = chat(questions[1], params, stream=True)
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-            (right if text == expected else wrong).append(text)
+            (right if text == expected[params] else wrong).append(text)
 
     thread = threading.Thread(target=stream)
     thread.start()
@@ -304,13 +310,14 @@ XARGS = st.dictionaries(
     VALUES,
     max_size=3,
 )
-# serial mode has penalties
-SERIAL = st.just({"mode": "serial"})
+# serial mode has penalties, and structured outputs
+IN_SERIAL = st.just({"mode": "serial"})
 DECODING = (
-    st.none() | XARGS | SERIAL | st.builds(lambda *parts: {**parts[0], **parts[1]}, XARGS, SERIAL)
+    st.none()
+    | XARGS
+    | IN_SERIAL
+    | st.builds(lambda *parts: {**parts[0], **parts[1]}, XARGS, IN_SERIAL)
 )
-# What may contradict a grammar: where nothing is left to pick, vLLM ends with an error of its own.
-LIMITS = {"min_tokens", "allowed_token_ids", "bad_words"}
 CONSTRAINTS = st.sampled_from(
     [
         {"regex": "[ab]{2,9}c"},
@@ -326,17 +333,69 @@ CONSTRAINTS = st.sampled_from(
         {"structural_tag": "{}"},
     ]
 )
-BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
+TOKENS = st.integers(0, 3327)
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("f", "g")
+]
+# what most requests say, in whatever combination: limits may contradict each other and grammars
+PLAUSIBLE = {
+    "temperature": st.sampled_from([0, 0.7, 1.5]),
+    "top_p": st.floats(0.1, 1),
+    "top_k": st.integers(0, 50),
+    "min_p": st.floats(0, 1),
+    "seed": st.integers(0, 2**40),
+    "n": st.integers(1, 3),
+    "stop": st.sampled_from(["a", ["e", "."]]),
+    "stop_token_ids": st.lists(TOKENS, max_size=4),
+    "max_tokens": st.integers(1, 24),
+    "min_tokens": st.integers(0, 24),
+    "logit_bias": st.dictionaries(TOKENS.map(str), st.floats(-100, 100), max_size=3),
+    "allowed_token_ids": st.lists(TOKENS, min_size=1, max_size=40),
+    "bad_words": st.lists(st.sampled_from(["a", "the", "yes", "is the", "{", '"']), max_size=3),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.5, 2),
+    "logprobs": st.sampled_from([True, 0, 1, 5]),
+    "top_logprobs": st.integers(0, 5),
+    "logprob_token_ids": st.lists(TOKENS, max_size=4),
+    "prompt_logprobs": st.integers(0, 3),
+    "echo": st.booleans(),
+    "stream": st.booleans(),
+    "ignore_eos": st.booleans(),
+    "tools": st.just(TOOLS),
+    "tool_choice": st.sampled_from(
+        ["auto", "none", "required", {"type": "function", "function": {"name": "g"}}]
+    ),
+}
+
+
+@st.composite
+def plausible_bodies(draw):
+    names = draw(st.lists(st.sampled_from(sorted(PLAUSIBLE)), unique=True, max_size=6))
+    return {name: draw(PLAUSIBLE[name]) for name in names}
+
+
+BODIES = plausible_bodies() | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
 PROMPTS = st.one_of(st.just([5, 6, 7]), st.text(max_size=20), VALUES)
 
 
+def failed(response) -> bool:
+    """Whether a response is a 5xx, or a stream that ends in one."""
+    if response.status_code >= 500:
+        return True
+    if not response.headers.get("content-type", "").startswith("text/event-stream"):
+        return False
+    events = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+    return any("error" in json.loads(event) for event in events)
+
+
 @pytest.mark.parametrize(
-    "examples", [60, pytest.param(500, marks=pytest.mark.slow)], ids=["few", "many"]
+    "examples", [60, pytest.param(5000, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_fuzz(server, chat, reference, questions, examples, capsys):
     """No body whatever gives a 5xx, and requests beside it do not notice."""
-    statuses: dict[int, int] = {}
-    failures = []
+    fuzzed = []
 
     @settings(
         max_examples=examples,
@@ -355,25 +414,28 @@ def test_fuzz(server, chat, reference, questions, examples, capsys):
     )
     def fuzz(body, decoding, constraint, prompt, to_chat):
         if constraint is not None:
-            body = {name: value for name, value in body.items() if name not in LIMITS}
-            body |= {"structured_outputs": constraint}
+            body = body | {"structured_outputs": constraint}
             decoding = (decoding or {}) | {"mode": "serial"}
         if decoding is not None:
             body = body | {"vllm_xargs": decoding}
         if to_chat:
             body = CHAT | body
         path = "/v1/chat/completions" if to_chat else "/v1/completions"
-        response = post(server, path, {"prompt": prompt} | body)
-        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-        if response.status_code >= 500:
-            failures.append((body, prompt, response.text[:300]))
+        fuzzed.append((path, {"prompt": prompt} | body))
 
-    with healthy_requests(chat, reference, questions) as answered:
-        fuzz()
+    fuzz()
+    with healthy_requests(chat, reference, questions) as answered, ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda one: post(server, *one), fuzzed))
+    statuses = Counter(response.status_code for response in responses)
     with capsys.disabled():
         print(f"\nfuzzed bodies by status: {statuses}; right answers meanwhile: {len(answered)}")
+    failures = [
+        (*one, response.text[-300:])
+        for one, response in zip(fuzzed, responses, strict=True)
+        if failed(response)
+    ]
     assert not failures, failures[:5]
-    assert statuses.get(200) and statuses.get(400)
+    assert statuses[200] and statuses[400]
 
 
 def test_logs_hold_no_prompts_and_no_answers(server, chat, reference, questions):

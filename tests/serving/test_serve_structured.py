@@ -120,6 +120,28 @@ def test_every_kind(send, kind):
         assert set(alone[:2]) <= set(KINDS[kind]["choice"])
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("streamed", [False, True], ids=["at once", "streamed"])
+def test_limits_that_leave_nothing(send, path, streamed):
+    """The response ends: complete if the grammar may end there, else cut, down to nothing."""
+    asked = {
+        CHAT: {"messages": QUESTION, "logprobs": True, "top_logprobs": 1},
+        COMPLETIONS: {"prompt": "2 + 3 =", "logprobs": 1, "echo": True},
+    }[path] | {"stream": streamed, "max_tokens": 60}
+    choices = KINDS["choice"]["choice"]
+    before = asked.get("prompt", "")
+    for more, reason, texts in (
+        ({"structured_outputs": KINDS["choice"], "min_tokens": 40}, "stop", choices),
+        ({"structured_outputs": KINDS["regex"], "allowed_token_ids": [0, 5]}, "abort", [""]),
+    ):
+        response = send(path, asked | more)
+        text = (streamed_text if streamed else text_of)(path, response)
+        assert text.removeprefix(before) in texts
+        chunks = events(response) if streamed else [response.json()]
+        reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+        assert reasons[-1] == reason
+
+
 def test_any_json(send):
     body = {"messages": QUESTION, "max_tokens": 40, "response_format": {"type": "json_object"}}
     assert text_of(CHAT, send(CHAT, body)).startswith("{")

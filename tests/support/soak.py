@@ -3,7 +3,8 @@
     python tests/support/soak.py --minutes 5
 
 Starts ``python -m vllm.entrypoints.openai.api_server`` in a temporary folder and needs nothing but
-what vLLM installs. First each distinct request is sent alone and its answer kept. Then, until the
+what vLLM installs. Requests of both modes, some with penalties, limits, grammars or one of two LoRA
+adapters, are mixed. First each distinct request is sent alone and its answer kept. Then, until the
 time is up, bursts of them arrive, streamed and not; some clients hang up in mid-answer. Everything
 that finishes must equal the answer kept, token for token (start it in float32; on a GPU set
 TRITON_F32_DEFAULT=ieee). The time is cut into windows; at the end of each the server is idle, no
@@ -34,6 +35,7 @@ from typing import Any
 
 import httpx
 import psutil
+from loras import write_lora
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 START_SECONDS = 600
@@ -50,6 +52,7 @@ DECODING = [
     {"slot_size": 16, "block_length": 128, "token_threshold": 0.2},
     {"slot_size": 32, "block_length": 128, "slot_threshold": 0.8, "infill": "correct"},
     {"slot_size": 8, "mode": "serial"},
+    {"slot_size": 32, "mode": "serial"},
 ]
 PENALTIES: list[dict[str, Any]] = [  # of serial mode
     {},
@@ -57,6 +60,7 @@ PENALTIES: list[dict[str, Any]] = [  # of serial mode
     {"frequency_penalty": 0.5, "presence_penalty": -0.3, "prompt_logprobs": 1},
     {"bad_words": ["the", "of the", "will be a"], "presence_penalty": 0.5},
 ]
+LORAS = ("first", "second")  # random adapters, the models of a third of the requests
 # of requests in serial mode
 CONSTRAINTS: list[dict[str, Any]] = [
     {"regex": r"(The|A) (boy|girl) has [0-9]{1,3} apples(, [a-z ]{2,30}){0,4}\."},
@@ -103,8 +107,8 @@ def make_requests(count: int, draw: random.Random) -> list[dict[str, Any]]:
             body |= PENALTIES[i // len(DECODING) % len(PENALTIES)]
             if draw.random() < 0.5:
                 body["structured_outputs"] = draw.choice(CONSTRAINTS)
-                body["min_tokens"] = 0  # past a grammar's end nothing would be left
-                body.pop("bad_words", None)  # nor where they are all that it allows
+        if draw.random() < 1 / 3:
+            body["model"] = draw.choice(LORAS)
         body["min_tokens"] = min(body.get("min_tokens", 0), body["max_tokens"])
         bodies.append(body)
     return bodies
@@ -319,6 +323,7 @@ async def soak(url: str, process: subprocess.Popen, options: argparse.Namespace)
                 "seconds": round(seconds, 1),
                 "windows": len(readings) - 1,
                 "distinct_requests": len(made.bodies),
+                "kinds": kinds(made.bodies),
                 "clients": options.clients,
                 "output_tokens_per_s": round(made.figures.output_tokens / seconds, 1),
                 "tokens_per_forward": round(tokens_per_forward(grown), 2),
@@ -354,15 +359,33 @@ async def ready(client: httpx.AsyncClient, process: subprocess.Popen) -> None:
     raise TimeoutError(f"the server was not ready after {START_SECONDS} s")
 
 
+def kinds(bodies: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many requests are of each kind; one may be of several."""
+    serial = ["mode" in body["vllm_xargs"] for body in bodies]
+    penalties = {name for some in PENALTIES for name in some} - {"prompt_logprobs"}
+    return {
+        "serial": sum(serial),
+        "parallel": len(bodies) - sum(serial),
+        "with a grammar": sum("structured_outputs" in body for body in bodies),
+        "with penalties": sum(bool(penalties & body.keys()) for body in bodies),
+        "with LoRA": sum("model" in body for body in bodies),
+    }
+
+
 def start(options: argparse.Namespace, folder: str) -> tuple[subprocess.Popen, str]:
+    model = Path(options.model).resolve()
+    loras = [
+        f"{name}={write_lora(Path(folder) / name, model, seed)}" for seed, name in enumerate(LORAS)
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(Path(options.model).resolve()), "--dtype", "float32"),
+        *("--model", str(model), "--dtype", "float32"),
         *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"),
         *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
+        *("--enable-lora", "--max-lora-rank", "8", "--lora-modules", *loras),
         *options.server_args,
     ]
     environment = dict(os.environ)

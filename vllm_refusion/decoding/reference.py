@@ -331,6 +331,9 @@ class _Request:
             before = [self.tokens[p] for p in range(position)]
             rules = replace(self.rules, draw=0)
             ((token, probability, lead),) = rules.pick(row, [position], before)
+            if allowed is not None and math.isnan(lead):  # nothing is left to pick
+                self.end = position
+                break
             self.picks.append((position, token, probability))
             self.rounds.append(Round(position, math.inf, lead))
             self._note(position, token, row[0])

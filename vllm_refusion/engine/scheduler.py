@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -56,6 +57,8 @@ class _CanvasScheduling:
         # by request: log-probabilities of prompts that nothing is delivered behind yet
         self._prompt_scores: dict[str, Any] = {}
         self._prompt_token_scores: dict[str, Any] = {}
+        # by request: [1 + drafts, words] int32, what its grammar allows in the step under way
+        self._allowed: dict[str, np.ndarray] = {}
         self.grammar_drafts = GrammarDrafts(self.structured_output_manager, self.serial_rows - 2)
         compat.adapt_scheduler(
             self, position_slack(self.vllm_config), self._lookahead, self._cacheable
@@ -179,8 +182,12 @@ class _CanvasScheduling:
             for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
             if request_id in self.requests and _constrained(self.requests[request_id])
         }
-        manager = self.structured_output_manager
-        return compat.grammar_output(manager, self.requests, drafts) if drafts else None
+        if not drafts:
+            return None
+        output = compat.grammar_output(self.structured_output_manager, self.requests, drafts)
+        ends = np.cumsum([1 + len(tokens) for tokens in drafts.values()])
+        self._allowed |= zip(drafts, np.split(output.grammar_bitmask, ends[:-1]))
+        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -190,6 +197,7 @@ class _CanvasScheduling:
         proposed = compat.take_drafts(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id in scheduler_output.scheduled_spec_decode_tokens:
+            self._allowed.pop(request_id, None)
             request = self.requests.get(request_id)
             if request is None or not _constrained(request):
                 continue
@@ -199,6 +207,29 @@ class _CanvasScheduling:
                 drafts = self.grammar_drafts.fit(request, proposed.get(request_id, []), running)
                 request.spec_token_ids = [*drafts, *[-1] * (width - len(drafts))]
         return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """Ends a request whose limits leave nothing that its grammar allows: algorithm section 7.
+
+        The device picks a token that the grammar refuses then. It is dropped; the response is
+        complete if the grammar could end there.
+        """
+        update = super()._update_request_with_output
+        allowed = self._allowed.get(request.request_id)
+        row = None if allowed is None else allowed[len(new_token_ids) - 1]
+        if row is None or _in_mask(row, new_token_ids[-1]):
+            return update(request, new_token_ids, *args, **kwargs)
+        tokens, stopped = new_token_ids[:-1], False
+        if tokens:
+            tokens, stopped = update(request, tokens, *args, **kwargs)
+        if not stopped:
+            complete = any(_in_mask(row, end) for end in request.sampling_params.all_stop_token_ids)
+            request.status = (
+                RequestStatus.FINISHED_STOPPED if complete else RequestStatus.FINISHED_ABORTED
+            )
+        return tokens, True
 
     def _deliver_prompt_scores(self, output: ModelRunnerOutput) -> None:
         """Holds log-probabilities of prompts back until tokens come: vLLM delivers them together.
@@ -223,6 +254,11 @@ class _CanvasScheduling:
     def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
         """Canvas rows are no speculated tokens: vLLM's acceptance figures would mislead."""
         return spec_decoding_stats
+
+
+def _in_mask(row: np.ndarray, token: int) -> bool:
+    """Whether a row [words] int32 of a grammar's mask has the token."""
+    return bool(row[token // 32] >> (token % 32) & 1)
 
 
 def _tokens_of(output: ModelRunnerOutput, name: str) -> list[int]:
