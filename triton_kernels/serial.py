@@ -156,7 +156,7 @@ def _cost_of(chance, table):
     """The lowest cost [LANES] whose chance is at most that."""
     low = tl.zeros_like(chance).to(tl.int32)
     high = low + _LARGEST_COST
-    for _ in tl.static_range(_SEARCH_STEPS):
+    for _ in range(_SEARCH_STEPS):
         middle = (low + high) // 2
         above = chance_of(middle, table).to(tl.int64) > chance
         high = tl.where((low < high) & (above == 0), middle, high)

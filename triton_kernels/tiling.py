@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -59,7 +60,7 @@ def choose_tiling(
 
     Args:
         num_rows, num_kv_heads, head_size, dtype: the shape of the call.
-        num_requests: at least the number of requests; only the interpreter's tiles depend on it.
+        num_requests: at least the number of requests.
         group: query heads per KV head.
         processors: multiprocessors of the device.
         tma: the cache can be read through descriptors.
@@ -71,6 +72,8 @@ def choose_tiling(
         rows_per_request = -(-num_rows // max(num_requests, 1))
         wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
         return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
+    # some requests may have no row: as if each had one, there are fewer kinds of launches
+    num_rows = max(num_rows, num_requests)
     wanted_m = triton.next_power_of_2(num_rows * group_padded)
 
     def programs(block_m: int) -> int:
@@ -97,3 +100,31 @@ def choose_tiling(
     splits = max(1, min(work_items // fewest_tiles, _MAX_SPLITS))
     # two or three parts gain little: only a long range is worth the second kernel
     return Tiling(block_m, block_n, splits, num_warps, num_stages, 4, tma, work_items)
+
+
+def requests_padded(num_requests: int) -> int:
+    """The requests that a kernel is compiled for: of few kinds, as batches come in all sizes."""
+    if num_requests <= 32:
+        return 32  # a warp's lanes
+    return max(256, triton.next_power_of_2(num_requests))
+
+
+def launches_of_all_kinds(
+    most_rows: int, most_requests: int, *shape: Any, tma: bool
+) -> list[tuple[int, int]]:
+    """(rows, requests) of launches of which each needs kernels of its own, and no other does.
+
+    Args:
+        most_rows, most_requests: of any launch.
+        shape, tma: other arguments of ``choose_tiling``.
+    """
+    kinds = {}
+    first = 1  # request of those that the kernel is compiled for alike
+    while first <= most_requests:
+        for rows in range(first, max(first, most_rows) + 1):
+            tiling = choose_tiling(rows, first, *shape, tma=tma)
+            splits = triton.next_power_of_2(tiling.num_splits)
+            kind = (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages, splits)
+            kinds.setdefault((requests_padded(first), kind), (rows, first))
+        first = requests_padded(first) + 1
+    return list(kinds.values())

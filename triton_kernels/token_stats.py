@@ -20,6 +20,7 @@ import triton.language as tl
 
 from vllm_refusion.decoding.noise import LARGEST_UNIFORM, NOISE_BOUND
 from vllm_refusion.decoding.picking import PickLimits
+from vllm_refusion.triton_kernels.checks import check, check_rows
 from vllm_refusion.triton_kernels.lowest_kept import lowest_kept
 from vllm_refusion.triton_kernels.token_stats_twin import FLOOR, Stats, allocate_stats
 
@@ -251,18 +252,18 @@ def token_stats(
         logits: [N, V] float32, bfloat16 or float16, any row stride, V contiguous. -inf is
             probability 0; every row needs a finite logit. A row with NaN or +inf gets NaN
             probabilities; ``picked`` is a token of [0, V) all the same.
-        row_request: [N] int64, request index of the row, an index of the per-request tensors.
-        row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
+        row_request: [>= N] int64, request index of the row, an index of the per-request tensors.
+        row_position: [>= N] int32, response position; -1 for an unused row, whose outputs are left
             alone (0 when allocated here).
-        row_given: [N] int32, the token of ``given_prob``; -1 for none.
-        row_draw: [N] int32, how many draws the request has made before that of the row.
+        row_given: [>= N] int32, the token of ``given_prob``; -1 for none.
+        row_draw: [>= N] int32, how many draws the request has made before that of the row.
         temperature: [max_reqs] float32; 0 picks the argmax.
         seed: [max_reqs] int64, all 64 bits count.
         min_tokens: [max_reqs] int32.
         stop_ids: [max_reqs, F] int32, padded with -1; not picked at positions < min_tokens.
         mask_token_id: never picked.
         limits: of requests that limit or bias what is picked; None reads nothing.
-        out: results to write into, three contiguous [N] tensors; allocated when absent.
+        out: results to write into, three contiguous [>= N] tensors; allocated when absent.
 
     Returns:
         picked [N] int32: the lowest allowed id of the largest value. Allowed tokens with -inf
@@ -275,14 +276,14 @@ def token_stats(
     out = allocate_stats(logits) if out is None else out
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), logits.dtype
     assert vocab == 1 or (vocab and logits.stride(1) == 1), "a row of logits must be contiguous"
-    _check_vector(rows, row_request, torch.int64)
+    check_rows(row_request, rows, torch.int64)
     for tensor in (row_position, row_given, row_draw):
-        _check_vector(rows, tensor, torch.int32)
+        check_rows(tensor, rows, torch.int32)
     for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.float32), strict=True):
-        _check_vector(rows, tensor, dtype)
-    _check_vector(requests, temperature, torch.float32)
-    _check_vector(requests, seed, torch.int64)
-    _check_vector(requests, min_tokens, torch.int32)
+        check_rows(tensor, rows, dtype)
+    check(temperature, (requests,), torch.float32)
+    check(seed, (requests,), torch.int64)
+    check(min_tokens, (requests,), torch.int32)
     assert stop_ids.dtype == torch.int32 and stop_ids.is_contiguous()
     if rows == 0:
         return out
@@ -327,9 +328,3 @@ def token_stats(
         TILES_PADDED=triton.next_power_of_2(tiles), ROWS=rows_at_once, num_warps=1,
     )  # fmt: skip
     return out
-
-
-def _check_vector(length: int, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    assert tensor.shape == (length,) and tensor.dtype == dtype and tensor.is_contiguous(), (
-        f"expected a contiguous [{length}] {dtype}, got {list(tensor.shape)} {tensor.dtype}"
-    )

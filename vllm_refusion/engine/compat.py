@@ -858,6 +858,12 @@ def attention_backend(backend: type) -> Iterator[None]:
         attention.get_attn_backend = original
 
 
+def attention_layers(vllm_config: Any, implementation: type) -> list[Any]:
+    """vLLM's attention layers that have such an ``impl``; their ``kv_cache`` is bound."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer for layer in layers if isinstance(getattr(layer, "impl", None), implementation)]
+
+
 def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable: Any) -> None:
     """Adapts a stock scheduler object to a device whose KV is in commit order.
 
