@@ -44,6 +44,7 @@ from vllm_refusion.triton_kernels.acceptance_twin import (
     AcceptanceTables,
 )
 from vllm_refusion.triton_kernels.checks import check, check_rows
+from vllm_refusion.triton_kernels.sizes import cdiv
 from vllm_refusion.triton_kernels.state_codes import (
     F_RESUME,
     F_SKIPS_KNOWN,
@@ -210,7 +211,7 @@ def acceptance_stats(
     if rows == 0:
         return
     block = GPU_ROWS if row_request.is_cuda else CPU_ROWS
-    _acceptance_kernel[(triton.cdiv(rows, block),)](
+    _acceptance_kernel[(cdiv(rows, block),)](
         row_request,
         row_position,
         row_given,
@@ -287,7 +288,7 @@ def replayed_rows(
     if rows == 0:
         return
     block = GPU_ROWS if row_request.is_cuda else CPU_ROWS
-    _replayed_rows_kernel[(triton.cdiv(rows, block),)](
+    _replayed_rows_kernel[(cdiv(rows, block),)](
         state.ints,
         state.by_row,
         state.canvas_token,

@@ -18,6 +18,7 @@ import triton.language as tl
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.allocation_twin import TOTALS
 from vllm_refusion.triton_kernels.checks import check
+from vllm_refusion.triton_kernels.sizes import next_power_of_2
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
@@ -144,7 +145,7 @@ def allocate(
     check(totals, (TOTALS,), torch.int32)
     assert query_start_loc.is_contiguous() and requests < starts
     assert 0 <= first < max(num_decoding, 1) and num_decoding <= requests <= len(scheduled)
-    lanes = max(16, triton.next_power_of_2(state.max_requests))
+    lanes = max(16, next_power_of_2(state.max_requests))
     assert starts <= lanes + 1, (starts, lanes)
     _allocate_kernel[(1,)](
         state.ints,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
+
+from vllm_refusion.triton_kernels.sizes import next_power_of_2
 
 # entries of a KV page, or a divisor of them, with which canvas_attention is fastest on Hopper
 HOPPER_PAGE = 64
@@ -66,15 +67,15 @@ def choose_tiling(
         tma: the cache can be read through descriptors.
         interpreted: Triton's interpreter runs the kernel: a program costs more than its arithmetic.
     """
-    group_padded = triton.next_power_of_2(group)
-    head_padded = max(16, triton.next_power_of_2(head_size))
+    group_padded = next_power_of_2(group)
+    head_padded = max(16, next_power_of_2(head_size))
     if interpreted:
         rows_per_request = -(-num_rows // max(num_requests, 1))
-        wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
+        wanted_m = next_power_of_2(rows_per_request * group_padded)
         return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
     # some requests may have no row: as if each had one, there are fewer kinds of launches
     num_rows = max(num_rows, num_requests)
-    wanted_m = triton.next_power_of_2(num_rows * group_padded)
+    wanted_m = next_power_of_2(num_rows * group_padded)
 
     def programs(block_m: int) -> int:
         return -(-num_rows * group_padded // block_m) * num_kv_heads
@@ -106,7 +107,7 @@ def requests_padded(num_requests: int) -> int:
     """The requests that a kernel is compiled for: of few kinds, as batches come in all sizes."""
     if num_requests <= 32:
         return 32  # a warp's lanes
-    return max(256, triton.next_power_of_2(num_requests))
+    return max(256, next_power_of_2(num_requests))
 
 
 def launches_of_all_kinds(
@@ -123,7 +124,7 @@ def launches_of_all_kinds(
     while first <= most_requests:
         for rows in range(first, max(first, most_rows) + 1):
             tiling = choose_tiling(rows, first, *shape, tma=tma)
-            splits = triton.next_power_of_2(tiling.num_splits)
+            splits = next_power_of_2(tiling.num_splits)
             kind = (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages, splits)
             kinds.setdefault((requests_padded(first), kind), (rows, first))
         first = requests_padded(first) + 1

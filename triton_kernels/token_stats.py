@@ -22,6 +22,7 @@ from vllm_refusion.decoding.noise import LARGEST_UNIFORM, NOISE_BOUND
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.triton_kernels.checks import check, check_rows
 from vllm_refusion.triton_kernels.lowest_kept import lowest_kept
+from vllm_refusion.triton_kernels.sizes import cdiv, next_power_of_2
 from vllm_refusion.triton_kernels.token_stats_twin import FLOOR, Stats, allocate_stats
 
 _FLOOR = tl.constexpr(FLOOR)
@@ -47,17 +48,24 @@ def gumbel(seed, draw, position, token):
     return -tl.log(-tl.log(tl.minimum(uniform, _LARGEST_UNIFORM)))
 
 
+@triton.jit
+def _parts_of(workspace_ptr, num_rows, tiles, parts):
+    """Maxima and sums of tiles, both [N, tiles] float32; of parts, both [N, parts], the best values
+    float32 and their tokens int32.
+    """
+    tile_sum_ptr = workspace_ptr + num_rows * tiles
+    part_best_ptr = tile_sum_ptr + num_rows * tiles
+    part_picked_ptr = (part_best_ptr + num_rows * parts).to(tl.pointer_type(tl.int32), bitcast=True)
+    return workspace_ptr, tile_sum_ptr, part_best_ptr, part_picked_ptr
+
+
 # Chunks of rows may start anywhere: no compilation per alignment of the per-row vectors.
 @triton.jit(
-    do_not_specialize=["tiles", "parts", "tiles_per_part"],
+    do_not_specialize=["num_rows", "tiles", "parts", "tiles_per_part"],
     do_not_specialize_on_alignment=[
         "row_request_ptr",
         "row_position_ptr",
         "row_draw_ptr",
-        "tile_maximum_ptr",
-        "tile_sum_ptr",
-        "part_best_ptr",
-        "part_picked_ptr",
         "lowest_ptr",
     ],
 )
@@ -70,10 +78,7 @@ def _token_stats_kernel(
     row_draw_ptr,  # [N] int32
     min_tokens_ptr,  # [max_reqs] int32
     stop_ids_ptr,  # [max_reqs, F] int32
-    tile_maximum_ptr,  # [N, tiles] float32
-    tile_sum_ptr,  # [N, tiles] float32
-    part_best_ptr,  # [N, parts] float32
-    part_picked_ptr,  # [N, parts] int32
+    workspace_ptr,  # see _parts_of
     bias_index_ptr,  # [max_reqs] int32, read if BIASED
     bias_ptr,  # [1 + B, V] float32, read if BIASED
     lowest_ptr,  # [N] float32, read if CUT
@@ -81,6 +86,7 @@ def _token_stats_kernel(
     vocab,
     num_stop_ids,
     mask_token_id,
+    num_rows,
     tiles,
     parts,
     tiles_per_part,
@@ -89,6 +95,9 @@ def _token_stats_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per (row, part): each tile's maximum and sum, the best value of the part."""
+    tile_maximum_ptr, tile_sum_ptr, part_best_ptr, part_picked_ptr = _parts_of(
+        workspace_ptr, num_rows, tiles, parts
+    )
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     position = tl.load(row_position_ptr + row)
@@ -171,10 +180,6 @@ def _token_stats_kernel(
         "picked_ptr",
         "picked_prob_ptr",
         "given_prob_ptr",
-        "tile_maximum_ptr",
-        "tile_sum_ptr",
-        "part_best_ptr",
-        "part_picked_ptr",
     ],
 )
 def _combine_tiles_kernel(
@@ -184,10 +189,7 @@ def _combine_tiles_kernel(
     picked_ptr,  # [N] int32
     picked_prob_ptr,  # [N] float32
     given_prob_ptr,  # [N] float32
-    tile_maximum_ptr,  # [N, tiles] float32
-    tile_sum_ptr,  # [N, tiles] float32
-    part_best_ptr,  # [N, parts] float32
-    part_picked_ptr,  # [N, parts] int32
+    workspace_ptr,  # see _parts_of
     logits_stride,
     vocab,
     num_rows,
@@ -197,6 +199,9 @@ def _combine_tiles_kernel(
     ROWS: tl.constexpr,
 ):
     """One program per ROWS rows. A sum's order depends on the tiles alone, not on the parts."""
+    tile_maximum_ptr, tile_sum_ptr, part_best_ptr, part_picked_ptr = _parts_of(
+        workspace_ptr, num_rows, tiles, parts
+    )
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     used = tl.load(row_position_ptr + row, mask=row < num_rows, other=-1) >= 0
     tile = tl.arange(0, TILES_PADDED)[None, :]
@@ -289,7 +294,7 @@ def token_stats(
         return out
 
     widest = GPU_TILE if logits.is_cuda else CPU_TILE
-    block = min(widest, triton.next_power_of_2(vocab))
+    block = min(widest, next_power_of_2(vocab))
     num_warps = max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD))
     biased = limits if limits is not None and limits.biased else None
     cut = limits if limits is not None and limits.cuts else None
@@ -307,24 +312,22 @@ def token_stats(
             block=block,
             num_warps=num_warps,
         )
-    tiles = triton.cdiv(vocab, block)
+    tiles = cdiv(vocab, block)
     programs = GPU_PROGRAMS if logits.is_cuda else CPU_PROGRAMS
     tiles_per_part = min(tiles, max(1, rows * tiles // programs))
-    parts = triton.cdiv(tiles, tiles_per_part)
+    parts = cdiv(tiles, tiles_per_part)
     workspace = torch.empty(2 * rows * (tiles + parts), dtype=torch.float32, device=logits.device)
-    maximum, total, best, token = workspace.split((rows * tiles,) * 2 + (rows * parts,) * 2)
-    token = token.view(torch.int32)
     _token_stats_kernel[(rows * parts,)](
         logits, row_request, row_position, temperature, seed, row_draw, min_tokens, stop_ids,
-        maximum, total, best, token,
+        workspace,
         biased.bias_index if biased else None, biased.bias if biased else None, lowest,
-        logits.stride(0), vocab, num_stop_ids, mask_token_id, tiles, parts, tiles_per_part,
+        logits.stride(0), vocab, num_stop_ids, mask_token_id, rows, tiles, parts, tiles_per_part,
         BIASED=biased is not None, CUT=cut is not None, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
-    rows_at_once = 1 if logits.is_cuda else triton.next_power_of_2(rows)
-    _combine_tiles_kernel[(triton.cdiv(rows, rows_at_once),)](
-        logits, row_position, row_given, *out, maximum, total, best, token,
+    rows_at_once = 1 if logits.is_cuda else next_power_of_2(rows)
+    _combine_tiles_kernel[(cdiv(rows, rows_at_once),)](
+        logits, row_position, row_given, *out, workspace,
         logits.stride(0), vocab, rows, tiles, parts,
-        TILES_PADDED=triton.next_power_of_2(tiles), ROWS=rows_at_once, num_warps=1,
+        TILES_PADDED=next_power_of_2(tiles), ROWS=rows_at_once, num_warps=1,
     )  # fmt: skip
     return out

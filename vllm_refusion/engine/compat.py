@@ -590,9 +590,9 @@ class RowManager:
         self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]
     ) -> int:
         """Rows of the step in all: those of prompts, and the decode rows."""
-        scheduled = [len(tokens) for tokens in draft_tokens.values()]
-        rows = self._budget.settle(len(scheduled), sum(scheduled))
-        return sum(num_tokens_per_req.values()) - sum(scheduled) + rows
+        scheduled = sum(map(len, draft_tokens.values()))
+        rows = self._budget.settle(len(draft_tokens), scheduled)
+        return sum(num_tokens_per_req.values()) - scheduled + rows
 
     def compact_batch(
         self,
