@@ -86,10 +86,10 @@ def layout_twin(
 
     for index, req in enumerate(idx_mapping.tolist()):
         first, end = logits_start[index : index + 2].tolist()
-        row = torch.arange(end - first)
-        asked[0, first:end] = state.row_target[req, row]
-        asked[1, first:end] = state.canvas_token[req, (row + 1).clamp_max(state.canvas_length - 1)]
-        asked[2, first:end] = state.row_draw[req, row]
+        following = torch.arange(1, end - first + 1).clamp_max(state.canvas_length - 1)
+        asked[0, first:end] = state.row_target[req, : end - first]
+        asked[1, first:end] = state.canvas_token[req, following]
+        asked[2, first:end] = state.row_draw[req, : end - first]
 
 
 def _sees(state: DecodeState, req: int) -> torch.Tensor:

@@ -119,13 +119,13 @@ def launches_of_all_kinds(
         most_rows, most_requests: of any launch.
         shape, tma: other arguments of ``choose_tiling``.
     """
-    kinds = {}
+    kinds: dict[tuple[int, ...], tuple[int, int]] = {}
     first = 1  # request of those that the kernel is compiled for alike
     while first <= most_requests:
         for rows in range(first, max(first, most_rows) + 1):
             tiling = choose_tiling(rows, first, *shape, tma=tma)
             splits = next_power_of_2(tiling.num_splits)
             kind = (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages, splits)
-            kinds.setdefault((requests_padded(first), kind), (rows, first))
+            kinds.setdefault((requests_padded(first), *kind), (rows, first))
         first = requests_padded(first) + 1
     return list(kinds.values())

@@ -172,8 +172,9 @@ class CanvasSampler:
                 output.num_sampled,
             )
         if input_batch.num_draft_tokens:
-            # the runner makes Python lists of them: no wider than what can be in them
-            most = int(input_batch.num_draft_tokens_per_req.max())
+            # the runner makes Python lists of them: hardly wider than what can be in them, but of
+            # few widths, as kernels are compiled for widths of whole sixteens and for others
+            most = -(-int(input_batch.num_draft_tokens_per_req.max()) // 16) * 16
             if most < self.state.canvas_length:
                 output.sampled_token_ids = output.sampled_token_ids[:, :most].contiguous()
         if budget is not None:
