@@ -24,7 +24,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.settings import position_slack
-from vllm_refusion.triton_kernels import canvas_attention
 from vllm_refusion.triton_kernels.dispatch import operations
 from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE
 
@@ -185,8 +184,10 @@ class CanvasAttentionImpl(AttentionImpl):
     def compile_for(
         self, layer: Any, dtype: torch.dtype, most_rows: int, most_requests: int
     ) -> None:
-        """Compiles what any step of so many rows and requests needs; see ``canvas_attention``."""
-        canvas_attention.compile_for(
+        """Compiles what any step of at most so many rows and requests needs."""
+        from vllm_refusion.triton_kernels.canvas_attention import compile_for
+
+        compile_for(
             self._entries(layer.kv_cache),
             self.num_heads,
             dtype,
