@@ -399,6 +399,8 @@ class ReFusionModelState(ModelState):
         """
         requests = input_batch.idx_mapping_np
         is_prompt = input_batch.is_prefilling_np & ~self._repeats_tokens[requests]
+        if not is_prompt.any():
+            return None
         if input_batch.num_draft_tokens_per_req is not None:
             plain = input_batch.num_draft_tokens_per_req == 0
             starts_serial = np.isin(requests, list(self.serial)) if self.serial else plain
