@@ -115,13 +115,15 @@ def _allocate_kernel(
 
     # in the order of the batch: decoding requests, then prompts
     given = tl.load(logits_start_ptr + lane, mask=exists, other=0)
-    length = given + tl.load(prompt_rows_ptr + lane, mask=lane < num_requests, other=0)
+    prompt_rows = tl.load(prompt_rows_ptr + lane, mask=lane < num_requests, other=0)
     tl.debug_barrier()
     tl.store(logits_start_ptr, 0)
     tl.store(query_start_loc_ptr, 0)
     tl.store(logits_start_ptr + 1 + lane, tl.cumsum(given, axis=0), mask=lane < num_requests)
+    ends = tl.cumsum(given + prompt_rows, axis=0)
     # all rows come before the requests that are not there
-    tl.store(query_start_loc_ptr + 1 + lane, tl.cumsum(length, axis=0), mask=lane + 1 < num_starts)
+    ends = tl.where(lane < num_requests, ends, tl.sum(prompt_rows, axis=0) + rows)
+    tl.store(query_start_loc_ptr + 1 + lane, ends, mask=lane + 1 < num_starts)
 
 
 def allocate(

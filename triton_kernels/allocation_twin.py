@@ -32,7 +32,7 @@ def allocate_twin(
         scheduled: [>= R] int32, the most decode rows of each request.
         prompt_rows: [>= R] int32, rows of a request that feed its prompt, before the others.
         query_start_loc: [>= R+1] int32, out: where each request's query rows start; from R on,
-            where the last one's end.
+            that of the requests that are not there: behind all rows.
         logits_start: [R+1] int32, out: the same for decode rows.
         totals: [TOTALS] int32, out: rows needed by all phases, and with riders; requests past their
             prompt in serial mode, if they need rows, and the tokens of their last passes.
@@ -85,8 +85,8 @@ def allocate_twin(
 
     decode_lengths = given + [0] * (len(reqs) - num_decoding)
     lengths = [a + b for a, b in zip(decode_lengths, prompt_rows.tolist())]
-    lengths += [0] * (len(query_start_loc) - 1 - len(lengths))
     for starts, values in ((query_start_loc, lengths), (logits_start, decode_lengths)):
         starts[0] = 0
         starts[1 : len(values) + 1] = torch.tensor(values).cumsum(0)
+    query_start_loc[len(reqs) + 1 :] = int(prompt_rows[: len(reqs)].sum()) + rows
     totals.copy_(torch.tensor([sum(needed), sum(canvas), serial, tokens]))

@@ -61,7 +61,7 @@ def choose_tiling(
 
     Args:
         num_rows, num_kv_heads, head_size, dtype: the shape of the call.
-        num_requests: at least the number of requests.
+        num_requests: at least the number of requests; only the interpreter's tiles depend on it.
         group: query heads per KV head.
         processors: multiprocessors of the device.
         tma: the cache can be read through descriptors.
@@ -73,8 +73,6 @@ def choose_tiling(
         rows_per_request = -(-num_rows // max(num_requests, 1))
         wanted_m = next_power_of_2(rows_per_request * group_padded)
         return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
-    # some requests may have no row: as if each had one, there are fewer kinds of launches
-    num_rows = max(num_rows, num_requests)
     wanted_m = next_power_of_2(num_rows * group_padded)
 
     def programs(block_m: int) -> int:
