@@ -31,8 +31,8 @@ def allocate_twin(
         idx_mapping: [R] int64, request index of each batch row.
         scheduled: [>= R] int32, the most decode rows of each request.
         prompt_rows: [>= R] int32, rows of a request that feed its prompt, before the others.
-        query_start_loc: [>= R+1] int32, out: where each request's query rows start; from R on,
-            that of the requests that are not there: behind all rows.
+        query_start_loc: [>= R+1] int32, out: where each request's query rows start; those of
+            requests that are not there behind all rows.
         logits_start: [R+1] int32, out: the same for decode rows.
         totals: [TOTALS] int32, out: rows needed by all phases, and with riders; requests past their
             prompt in serial mode, if they need rows, and the tokens of their last passes.

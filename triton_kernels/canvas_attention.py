@@ -409,8 +409,8 @@ def canvas_attention(
     device = query.device
     # some requests may have no row: as if each had one, there are fewer kinds of launches
     tiling = tiling or choose_tiling(
-        max(num_rows, num_requests), num_requests, num_kv_heads, group, head_size, query.dtype, _processors(device),
-        tma=_takes_descriptors(kv_cache), interpreted=not query.is_cuda,
+        max(num_rows, num_requests), num_requests, num_kv_heads, group, head_size, query.dtype,
+        _processors(device), tma=_takes_descriptors(kv_cache), interpreted=not query.is_cuda,
     )  # fmt: skip
     group_padded = triton.next_power_of_2(group)
     assert tiling.block_m % group_padded == 0, (tiling, group)
