@@ -35,6 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.acceptance_twin import (
     OUTCOME,
     PICK,
@@ -42,7 +43,19 @@ from vllm_refusion.triton_kernels.acceptance_twin import (
     QUANTILES,
     AcceptanceTables,
 )
-from vllm_refusion.triton_kernels.checks import check
+from vllm_refusion.triton_kernels.checks import check, check_rows
+from vllm_refusion.triton_kernels.sizes import cdiv
+from vllm_refusion.triton_kernels.state_codes import (
+    F_RESUME,
+    F_SKIPS_KNOWN,
+    IDLE,
+    NUM_FIELDS,
+    NUM_ROW_FIELDS,
+    R_OWN_START,
+    R_POSITION,
+    R_TARGET,
+    SERIAL,
+)
 
 _PICK = tl.constexpr(PICK)
 _OUTCOME = tl.constexpr(OUTCOME)
@@ -101,7 +114,7 @@ def _acceptance_kernel(
     seed_ptr,  # [max_reqs] int64
     slot_size_ptr,  # [max_reqs] int32, strided
     slot_threshold_ptr,  # [max_reqs] float32, strided
-    serial_ptr,  # [max_reqs] int32
+    resume_ptr,  # [max_reqs] int32, strided
     quantiles_ptr,  # [F, QUANTILES] float32
     slot_chance_ptr,  # [F] float32
     first_chance_ptr,  # [F] float32
@@ -111,6 +124,7 @@ def _acceptance_kernel(
     rows,
     slot_size_stride,
     slot_threshold_stride,
+    resume_stride,
     num_profiles,
     ordinary,
     excluded_low,
@@ -134,7 +148,7 @@ def _acceptance_kernel(
     zero = tl.zeros_like(position)
     token = _pick(seed, position, draw, ordinary, excluded_low, excluded_high)
     probability, right, word2, word3 = _outcome(quantiles_ptr, profile, seed, token, position, used)
-    serial = tl.load(serial_ptr + request, mask=used, other=0) > 0
+    serial = tl.load(resume_ptr + request * resume_stride, mask=used, other=IDLE) == SERIAL
     in_order = _pick(seed, position, zero, ordinary, excluded_low, excluded_high)
     token = tl.where(serial & (draw > 0) & right, in_order, token)
     slot_chance = tl.load(slot_chance_ptr + profile, mask=used, other=0.0)
@@ -160,7 +174,7 @@ def acceptance_stats(
     seed: torch.Tensor,
     slot_size: torch.Tensor,
     slot_threshold: torch.Tensor,
-    serial: torch.Tensor,
+    resume: torch.Tensor,
     tables: AcceptanceTables,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
@@ -168,27 +182,27 @@ def acceptance_stats(
 
     Args:
         row_request: [N] int64, request index of the row, an index of the per-request tensors.
-        row_position: [N] int32, the response position that the row's token is picked for; -1 for an
-            unused row, whose outputs are left alone.
-        row_given: [N] int32, the token of ``given_prob``; -1 for none.
-        row_given_at: [N] int32, its response position.
-        row_draw: [N] int32, the draw that the row's token is picked for.
+        row_position: [>= N] int32, the response position that the row's token is picked for; -1 for
+            an unused row, whose outputs are left alone.
+        row_given: [>= N] int32, the token of ``given_prob``; -1 for none.
+        row_given_at: [>= N] int32, its response position.
+        row_draw: [>= N] int32, the draw that the row's token is picked for.
         seed: [max_reqs] int64. slot_size: [max_reqs] int32, any stride.
         slot_threshold: [max_reqs] float32, any stride; below 1, else no slot is ever certain.
-        serial: [max_reqs] int32, 1 for requests in serial mode.
+        resume: [max_reqs] int32, any stride; SERIAL for requests in serial mode.
         tables: on the same device.
-        out: picked [N] int32, picked_prob and given_prob [N] float32.
+        out: picked [>= N] int32, picked_prob and given_prob [>= N] float32.
     """
     rows, requests, profiles = len(row_request), len(seed), len(tables.slot_chance)
     check(row_request, (rows,), torch.int64)
     for tensor in (row_position, row_given, row_given_at, row_draw):
-        check(tensor, (rows,), torch.int32)
+        check_rows(tensor, rows, torch.int32)
     for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.float32), strict=True):
-        check(tensor, (rows,), dtype)
+        check_rows(tensor, rows, dtype)
     check(seed, (requests,), torch.int64)
     assert slot_size.shape == (requests,) and slot_size.dtype == torch.int32
     assert slot_threshold.shape == (requests,) and slot_threshold.dtype == torch.float32
-    check(serial, (requests,), torch.int32)
+    assert resume.shape == (requests,) and resume.dtype == torch.int32
     check(tables.quantiles, (profiles, QUANTILES), torch.float32)
     check(tables.slot_chance, (profiles,), torch.float32)
     check(tables.first_chance, (profiles,), torch.float32)
@@ -197,7 +211,7 @@ def acceptance_stats(
     if rows == 0:
         return
     block = GPU_ROWS if row_request.is_cuda else CPU_ROWS
-    _acceptance_kernel[(triton.cdiv(rows, block),)](
+    _acceptance_kernel[(cdiv(rows, block),)](
         row_request,
         row_position,
         row_given,
@@ -206,7 +220,7 @@ def acceptance_stats(
         seed,
         slot_size,
         slot_threshold,
-        serial,
+        resume,
         tables.quantiles,
         tables.slot_chance,
         tables.first_chance,
@@ -214,9 +228,77 @@ def acceptance_stats(
         rows,
         slot_size.stride(0),
         slot_threshold.stride(0),
+        resume.stride(0),
         profiles,
         tables.vocab - (low < tables.vocab) - (high < tables.vocab),
         low,
         high,
+        BLOCK=block,
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _replayed_rows_kernel(
+    ints_ptr,  # [max_reqs, NUM_FIELDS] int32
+    by_row_ptr,  # [max_reqs, NUM_ROW_FIELDS, W] int32
+    canvas_token_ptr,  # [max_reqs, W] int64
+    row_request_ptr,  # [N] int64
+    canvas_row_ptr,  # [N] int32
+    row_draw_ptr,  # [>= N] int32
+    replayed_ptr,  # [2, M] int32
+    rows,
+    replayed_stride,
+    canvas_length,
+    mask_token_id,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < rows
+    request = tl.load(row_request_ptr + index, mask=exists, other=0)
+    row = tl.load(canvas_row_ptr + index, mask=exists, other=0)
+    ints = ints_ptr + request * NUM_FIELDS
+    at = by_row_ptr + request * NUM_ROW_FIELDS * canvas_length + row
+    position = tl.load(at + R_POSITION * canvas_length, mask=exists, other=0)
+    behind = row - tl.load(at + R_OWN_START * canvas_length, mask=exists, other=0)
+    lead = 1 - tl.load(ints + F_SKIPS_KNOWN, mask=exists, other=0)
+    token = tl.load(canvas_token_ptr + request * canvas_length + row, mask=exists, other=0)
+    serial = tl.load(ints + F_RESUME, mask=exists, other=IDLE) == SERIAL
+    is_draft = serial & (behind >= lead) & (token == mask_token_id)
+    target = tl.load(at + R_TARGET * canvas_length, mask=exists, other=0)
+    draw = tl.load(row_draw_ptr + index, mask=exists, other=0)
+    draw = tl.where(is_draft, target - behind + 1, draw)
+    tl.store(replayed_ptr + index, position + 1, mask=exists)
+    tl.store(replayed_ptr + replayed_stride + index, draw, mask=exists)
+
+
+def replayed_rows(
+    state: DecodeState,
+    row_request: torch.Tensor,
+    canvas_row: torch.Tensor,
+    row_draw: torch.Tensor,
+    replayed: torch.Tensor,
+) -> None:
+    """Same arguments and effects as ``replayed_rows_twin``, as one kernel."""
+    rows = len(row_request)
+    check(row_request, (rows,), torch.int64)
+    check(canvas_row, (rows,), torch.int32)
+    check_rows(row_draw, rows, torch.int32)
+    check(replayed, (2, replayed.shape[1]), torch.int32)
+    assert rows <= replayed.shape[1]
+    if rows == 0:
+        return
+    block = GPU_ROWS if row_request.is_cuda else CPU_ROWS
+    _replayed_rows_kernel[(cdiv(rows, block),)](
+        state.ints,
+        state.by_row,
+        state.canvas_token,
+        row_request,
+        canvas_row,
+        row_draw,
+        replayed,
+        rows,
+        replayed.stride(0),
+        state.canvas_length,
+        state.mask_token_id,
         BLOCK=block,
     )

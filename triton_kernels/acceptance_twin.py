@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_refusion.decoding.noise import philox_4x32
+from vllm_refusion.decoding.state import DecodeState, Field, Phase
 
 PICK, OUTCOME = 1, 2  # last word of the Philox counter; sampling noise uses 0
 QUANTILES = 1024
@@ -46,20 +47,20 @@ def acceptance_stats_twin(
     seed: torch.Tensor,
     slot_size: torch.Tensor,
     slot_threshold: torch.Tensor,
-    serial: torch.Tensor,
+    resume: torch.Tensor,
     tables: AcceptanceTables,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """The results of ``acceptance.acceptance_stats``: same arguments, same values, bit for bit."""
     picked, picked_prob, given_prob = out
-    used = (row_position >= 0).nonzero().flatten()
+    used = (row_position[: len(row_request)] >= 0).nonzero().flatten()
     request = row_request[used]
     position = row_position[used].to(torch.int64)
     keys = seed[request]
     draw = row_draw[used].to(torch.int64)
     token = pick_tokens(keys, position, draw, tables)
     passing, right, chosen, level = outcomes(keys, token, position, tables)
-    in_order = serial[request] > 0
+    in_order = resume[request] == Phase.SERIAL
     right = right & in_order & (draw > 0)
     token = torch.where(right, pick_tokens(keys, position, 0 * draw, tables), token)
     threshold = slot_threshold[request]
@@ -71,6 +72,33 @@ def acceptance_stats_twin(
     given_at = row_given_at[used].to(torch.int64)
     _, passes, _, _ = outcomes(keys, given.clamp_min(0), given_at, tables)
     given_prob[used] = (passes & (given >= 0)).to(torch.float32)
+
+
+def replayed_rows_twin(
+    state: DecodeState,
+    row_request: torch.Tensor,
+    canvas_row: torch.Tensor,
+    row_draw: torch.Tensor,
+    replayed: torch.Tensor,
+) -> None:
+    """What ``acceptance_stats`` is asked about canvas rows.
+
+    The draw of a serial draft says where its chain began: made anew, it is right or wrong anew.
+
+    Args:
+        row_request: [N] int64. canvas_row: [N] int32, of its canvas. row_draw: [>= N] int32.
+        replayed: [2, >= N] int32, out: where the token after the row stands, and its draw.
+    """
+    rows = len(row_request)
+    behind = canvas_row - state.row_own_start[row_request, canvas_row]
+    lead = 1 - state.ints[:, Field.SKIPS_KNOWN]
+    is_draft = (state.ints[:, Field.RESUME] == Phase.SERIAL)[row_request]
+    is_draft &= (behind >= lead[row_request]) & (
+        state.canvas_token[row_request, canvas_row] == state.mask_token_id
+    )
+    target = state.row_target[row_request, canvas_row]
+    replayed[0, :rows] = state.row_position[row_request, canvas_row] + 1
+    replayed[1, :rows] = torch.where(is_draft, target - behind + 1, row_draw[:rows])
 
 
 def pick_tokens(

@@ -18,6 +18,7 @@ import triton.language as tl
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.allocation_twin import TOTALS
 from vllm_refusion.triton_kernels.checks import check
+from vllm_refusion.triton_kernels.sizes import next_power_of_2
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
@@ -48,19 +49,20 @@ def _deal(wanted, left):
 
 # Compiled once: batches come in all sizes, and their parts begin anywhere.
 @triton.jit(
-    do_not_specialize=["num_requests", "num_decoding", "rows", "first"],
+    do_not_specialize=["num_requests", "num_starts", "num_decoding", "rows", "first"],
     do_not_specialize_on_alignment=["idx_mapping_ptr", "scheduled_ptr", "prompt_rows_ptr"],
 )
 def _allocate_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     num_computed_ptr,  # [max_reqs] int32
     idx_mapping_ptr,  # [R] int64
-    scheduled_ptr,  # [R] int32
-    prompt_rows_ptr,  # [R] int32
-    query_start_loc_ptr,  # [>=R+1] int32
+    scheduled_ptr,  # [>= R] int32
+    prompt_rows_ptr,  # [>= R] int32
+    query_start_loc_ptr,  # [S] int32
     logits_start_ptr,  # [R+1] int32
     totals_ptr,  # [TOTALS] int32
     num_requests,
+    num_starts,
     num_decoding,
     rows,
     first,
@@ -113,12 +115,15 @@ def _allocate_kernel(
 
     # in the order of the batch: decoding requests, then prompts
     given = tl.load(logits_start_ptr + lane, mask=exists, other=0)
-    length = given + tl.load(prompt_rows_ptr + lane, mask=lane < num_requests, other=0)
+    prompt_rows = tl.load(prompt_rows_ptr + lane, mask=lane < num_requests, other=0)
     tl.debug_barrier()
     tl.store(logits_start_ptr, 0)
     tl.store(query_start_loc_ptr, 0)
     tl.store(logits_start_ptr + 1 + lane, tl.cumsum(given, axis=0), mask=lane < num_requests)
-    tl.store(query_start_loc_ptr + 1 + lane, tl.cumsum(length, axis=0), mask=lane < num_requests)
+    ends = tl.cumsum(given + prompt_rows, axis=0)
+    # all rows come before the requests that are not there
+    ends = tl.where(lane < num_requests, ends, tl.sum(prompt_rows, axis=0) + rows)
+    tl.store(query_start_loc_ptr + 1 + lane, ends, mask=lane + 1 < num_starts)
 
 
 def allocate(
@@ -135,14 +140,15 @@ def allocate(
     first: int,
 ) -> None:
     """Same arguments and effects as ``allocate_twin``, as one kernel."""
-    requests = len(idx_mapping)
+    requests, starts = len(idx_mapping), len(query_start_loc)
     for per_request in (scheduled, prompt_rows):
-        check(per_request, (requests,), torch.int32)
+        check(per_request, (len(scheduled),), torch.int32)
     check(logits_start, (requests + 1,), torch.int32)
     check(totals, (TOTALS,), torch.int32)
-    assert query_start_loc.is_contiguous() and len(query_start_loc) > requests
-    assert 0 <= first < max(num_decoding, 1) and num_decoding <= requests
-    lanes = max(16, triton.next_power_of_2(state.max_requests))
+    assert query_start_loc.is_contiguous() and requests < starts
+    assert 0 <= first < max(num_decoding, 1) and num_decoding <= requests <= len(scheduled)
+    lanes = max(16, next_power_of_2(state.max_requests))
+    assert starts <= lanes + 1, (starts, lanes)
     _allocate_kernel[(1,)](
         state.ints,
         num_computed,
@@ -153,6 +159,7 @@ def allocate(
         logits_start,
         totals,
         requests,
+        starts,
         num_decoding,
         rows,
         first,

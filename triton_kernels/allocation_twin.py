@@ -29,9 +29,10 @@ def allocate_twin(
     Args:
         num_computed: [max_requests] int32, KV entries of each request before this pass.
         idx_mapping: [R] int64, request index of each batch row.
-        scheduled: [R] int32, the most decode rows of each request.
-        prompt_rows: [R] int32, rows of a request that feed its prompt, before the others.
-        query_start_loc: [>= R+1] int32, out: where each request's query rows start.
+        scheduled: [>= R] int32, the most decode rows of each request.
+        prompt_rows: [>= R] int32, rows of a request that feed its prompt, before the others.
+        query_start_loc: [>= R+1] int32, out: where each request's query rows start; those of
+            requests that are not there behind all rows.
         logits_start: [R+1] int32, out: the same for decode rows.
         totals: [TOTALS] int32, out: rows needed by all phases, and with riders; requests past their
             prompt in serial mode, if they need rows, and the tokens of their last passes.
@@ -87,4 +88,5 @@ def allocate_twin(
     for starts, values in ((query_start_loc, lengths), (logits_start, decode_lengths)):
         starts[0] = 0
         starts[1 : len(values) + 1] = torch.tensor(values).cumsum(0)
+    query_start_loc[len(reqs) + 1 :] = int(prompt_rows[: len(reqs)].sum()) + rows
     totals.copy_(torch.tensor([sum(needed), sum(canvas), serial, tokens]))

@@ -17,7 +17,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_refusion.triton_kernels.checks import check_entries
-from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE, Tiling, choose_tiling
+from vllm_refusion.triton_kernels.tiling import (
+    HOPPER_PAGE,
+    Tiling,
+    choose_tiling,
+    launches_of_all_kinds,
+    requests_padded,
+)
 
 _LOG2_E = 1.4426950408889634
 
@@ -136,7 +142,11 @@ def _attend_range(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits", "work_items", "min_steps"])
+# Compiled once for a tiling: batches come in all sizes, and their parts begin anywhere.
+@triton.jit(
+    do_not_specialize=["num_requests", "num_splits", "work_items", "min_steps", "table_stride"],
+    do_not_specialize_on_alignment=["partial_lse_ptr", "parts_ptr"],
+)
 def _canvas_attention_kernel(
     query_ptr, kv_ptr, kv_desc, output_ptr,
     block_table_ptr, query_start_loc_ptr, seq_lens_ptr, visibility_ptr,
@@ -271,7 +281,10 @@ def _canvas_attention_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_requests", "num_splits"],
+    do_not_specialize_on_alignment=["partial_lse_ptr", "parts_ptr"],
+)
 def _combine_splits_kernel(
     partial_output_ptr, partial_lse_ptr, parts_ptr, output_ptr, query_start_loc_ptr,
     num_requests, num_splits, output_stride_row, output_stride_head,
@@ -394,9 +407,10 @@ def canvas_attention(
 
     group = num_heads // num_kv_heads
     device = query.device
+    # some requests may have no row: as if each had one, there are fewer kinds of launches
     tiling = tiling or choose_tiling(
-        num_rows, num_requests, num_kv_heads, group, head_size, query.dtype, _processors(device),
-        tma=_takes_descriptors(kv_cache), interpreted=device.type == "cpu",
+        max(num_rows, num_requests), num_requests, num_kv_heads, group, head_size, query.dtype,
+        _processors(device), tma=_takes_descriptors(kv_cache), interpreted=not query.is_cuda,
     )  # fmt: skip
     group_padded = triton.next_power_of_2(group)
     assert tiling.block_m % group_padded == 0, (tiling, group)
@@ -432,10 +446,10 @@ def canvas_attention(
         block_table.stride(0), visibility.stride(0),
         HEADS=num_heads, GROUP=group, GROUP_PADDED=group_padded, PAGE=page,
         HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
-        REQUESTS=max(16, triton.next_power_of_2(num_requests)),
+        REQUESTS=requests_padded(num_requests),
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, SPLIT=splits > 1,
         # the interpreter's dot takes the bits of a bf16 for an integer
-        UPCAST=device.type == "cpu" and query.dtype == torch.bfloat16,
+        UPCAST=not query.is_cuda and query.dtype == torch.bfloat16,
         FP8=k_scale is not None,
         TMA=tiling.tma, STAGES=tiling.num_stages,
         # most tiles of rows have one masked tile, so deeper pipelines only take longer to fill
@@ -448,4 +462,33 @@ def canvas_attention(
             *output.stride()[:2],
             HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, HEAD_PADDED=head_padded,
             SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=1,
+        )  # fmt: skip
+
+
+def compile_for(
+    kv_cache: torch.Tensor,
+    num_heads: int,
+    dtype: torch.dtype,
+    most_rows: int,
+    most_requests: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Compiles what launches of at most so many rows and requests need, by such without rows.
+
+    Args:
+        kv_cache, k_scale, v_scale: see ``canvas_attention``. num_heads, dtype: of the query.
+    """
+    device = kv_cache.device
+    num_kv_heads, head_size = kv_cache.shape[1], kv_cache.shape[3] // 2
+    launches = launches_of_all_kinds(
+        most_rows, most_requests, num_kv_heads, num_heads // num_kv_heads, head_size, dtype,
+        _processors(device), tma=_takes_descriptors(kv_cache),
+    )  # fmt: skip
+    for rows, requests in launches:
+        query = torch.empty(rows, num_heads, head_size, dtype=dtype, device=device)
+        starts = torch.zeros(requests + 1, dtype=torch.int32, device=device)
+        canvas_attention(
+            query, kv_cache, query, starts.new_zeros(requests, 1), starts, starts[:requests],
+            starts.new_zeros(rows, 4), 1.0, k_scale, v_scale,
         )  # fmt: skip

@@ -19,6 +19,14 @@ def check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> N
     )
 
 
+def check_rows(tensor: torch.Tensor, rows: int, dtype: torch.dtype) -> None:
+    """Asserts a contiguous vector of ``dtype`` with room for so many rows at least."""
+    assert tensor.ndim == 1 and tensor.shape[0] >= rows and tensor.dtype == dtype, (
+        f"expected a [>= {rows}] {dtype}, got {list(tensor.shape)} {tensor.dtype}"
+    )
+    assert tensor.is_contiguous(), tensor.stride()
+
+
 def check_pass(
     state: DecodeState,
     idx_mapping: torch.Tensor,

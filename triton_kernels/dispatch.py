@@ -33,6 +33,7 @@ class Operations:
     forbid: Callable[..., None]
     allocate: Callable[..., None]
     acceptance_stats: Callable[..., None]
+    replayed_rows: Callable[..., None]
     find_masks: Callable[..., None]
     embed_masks: Callable[..., None]
     mask_lora: Callable[..., None]
@@ -78,6 +79,7 @@ def _load(twins: bool) -> Operations:
             forbid=grammar_twin.forbid_twin,
             allocate=allocation_twin.allocate_twin,
             acceptance_stats=acceptance_twin.acceptance_stats_twin,
+            replayed_rows=acceptance_twin.replayed_rows_twin,
             find_masks=mask_lora_twin.find_masks_twin,
             embed_masks=mask_lora_twin.embed_masks_twin,
             mask_lora=mask_lora_twin.mask_lora_twin,
@@ -108,6 +110,7 @@ def _load(twins: bool) -> Operations:
         forbid=grammar.forbid,
         allocate=allocation.allocate,
         acceptance_stats=acceptance.acceptance_stats,
+        replayed_rows=acceptance.replayed_rows,
         find_masks=mask_lora.find_masks,
         embed_masks=mask_lora.embed_masks,
         mask_lora=mask_lora.mask_lora,

@@ -1,4 +1,5 @@
-"""Places the rows of a pass on the device: positions, visibility, KV writes, replayed tokens.
+"""Places the rows of a pass on the device: positions, visibility, KV writes, replayed tokens; and
+says what decode rows are asked.
 
 What a pass feeds is described in ``vllm_refusion.decoding.state``, the twin is ``layout_twin``.
 """
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.checks import check, check_starts
-from vllm_refusion.triton_kernels.layout_twin import UNSEEN
+from vllm_refusion.triton_kernels.layout_twin import ASKED, UNSEEN
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
     F_CANVAS,
@@ -33,10 +34,12 @@ from vllm_refusion.triton_kernels.state_codes import (
     NUM_ROW_FIELDS,
     PREFILL,
     R_CONTEXT,
+    R_DRAW,
     R_OWN_START,
     R_POSITION,
     R_RUN_END,
     R_RUN_START,
+    R_TARGET,
     REPLAY,
     SERIAL,
     START,
@@ -73,14 +76,18 @@ def _layout_kernel(
     ints_ptr,  # [max_reqs, NUM_FIELDS] int32
     by_row_ptr,  # [max_reqs, NUM_ROW_FIELDS, W] int32
     history_ptr,  # [max_reqs, NUM_HISTORY_FIELDS, P] int32
+    canvas_token_ptr,  # [max_reqs, W] int64
     idx_mapping_ptr,  # [R] int64
     query_start_loc_ptr,  # [R+1] int32
+    logits_start_ptr,  # [R+1] int32
     num_computed_ptr,  # [max_reqs] int32
     input_ids_ptr,  # [N]
     positions_ptr,  # [N] int64
     visibility_ptr,  # [N, 4] int32
     slot_mappings_ptr,  # [groups, N] int64
+    asked_ptr,  # [ASKED, M] int32
     slot_mappings_stride,
+    asked_stride,
     num_groups,
     canvas_length,
     max_response,
@@ -156,37 +163,60 @@ def _layout_kernel(
             mapping = slot_mappings_ptr + group_index * slot_mappings_stride
             tl.store(mapping + start + row, tl.full([BLOCK], -1, tl.int64), mask=unused)
 
+    first_row = tl.load(logits_start_ptr + tl.program_id(0))
+    decode_rows = tl.load(logits_start_ptr + tl.program_id(0) + 1) - first_row
+    tokens = canvas_token_ptr + req * canvas_length
+    for first in range(0, decode_rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        exists = row < decode_rows
+        following = tl.minimum(row + 1, canvas_length - 1)
+        target = tl.load(of_rows + R_TARGET * canvas_length + row, mask=exists)
+        given = tl.load(tokens + following, mask=exists).to(tl.int32)
+        draw = tl.load(of_rows + R_DRAW * canvas_length + row, mask=exists)
+        asked = asked_ptr + first_row + row
+        tl.store(asked, target, mask=exists)
+        tl.store(asked + asked_stride, given, mask=exists)
+        tl.store(asked + 2 * asked_stride, draw, mask=exists)
+
 
 def layout(
     state: DecodeState,
     idx_mapping: torch.Tensor,
     query_start_loc: torch.Tensor,
+    logits_start: torch.Tensor,
     num_computed: torch.Tensor,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     visibility: torch.Tensor,
     slot_mappings: torch.Tensor,
+    asked: torch.Tensor,
 ) -> None:
     """Same arguments and effects as ``layout_twin``, as one kernel."""
     requests = len(idx_mapping)
-    check_starts(query_start_loc, requests)
+    for starts in (query_start_loc, logits_start):
+        check_starts(starts, requests)
     check(num_computed, (state.max_requests,), torch.int32)
     check(positions, positions.shape, torch.int64)
     check(visibility, (len(visibility), 4), torch.int32)
     assert input_ids.is_contiguous() and idx_mapping.is_contiguous()
     assert slot_mappings.dtype == torch.int64 and slot_mappings.stride(1) == 1
+    check(asked, (ASKED, asked.shape[1]), torch.int32)
     _layout_kernel[(requests,)](
         state.ints,
         state.by_row,
         state.history,
+        state.canvas_token,
         idx_mapping,
         query_start_loc,
+        logits_start,
         num_computed,
         input_ids,
         positions,
         visibility,
         slot_mappings,
+        asked,
         slot_mappings.stride(0),
+        asked.stride(0),
         len(slot_mappings),
         state.canvas_length,
         state.max_response,

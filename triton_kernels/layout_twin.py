@@ -7,28 +7,35 @@ import torch
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
 
 UNSEEN = 2**31 - 1  # own_start of a row that sees nothing
+ASKED = 3
 
 
 def layout_twin(
     state: DecodeState,
     idx_mapping: torch.Tensor,
     query_start_loc: torch.Tensor,
+    logits_start: torch.Tensor,
     num_computed: torch.Tensor,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     visibility: torch.Tensor,
     slot_mappings: torch.Tensor,
+    asked: torch.Tensor,
 ) -> None:
     """Places the rows of one pass: RoPE positions, visibility, KV writes, replayed tokens.
 
+    Rows with statistics are the first ones of their request's canvas.
+
     Args:
         idx_mapping: [R] int64, request index of each batch row.
-        query_start_loc: [R+1] int32.
+        query_start_loc: [R+1] int32. logits_start: [R+1] int32, of rows with statistics, M at most.
         num_computed: [max_requests] int32, KV entries of each request before this pass.
         input_ids: [N] int; rows that replay committed tokens are overwritten, others left alone.
         positions: [N] int64, out: RoPE positions.
         visibility: [N, 4] int32, out: see ``canvas_attention``.
         slot_mappings: [groups, N] int64: set to -1 for rows whose KV must not be written.
+        asked: [ASKED, M] int32, out: what ``token_stats`` is to say of each row with statistics:
+            the position that it picks for, the token of the row after it, the draw.
     """
     starts = query_start_loc.tolist()
     for row, req in enumerate(idx_mapping.tolist()):
@@ -76,6 +83,13 @@ def layout_twin(
         positions[start:end] = torch.where(used, prompt_len + position, 0)
         visibility[start:end] = see
         slot_mappings[:, start:end].masked_fill_(~used, -1)
+
+    for index, req in enumerate(idx_mapping.tolist()):
+        first, end = logits_start[index : index + 2].tolist()
+        following = torch.arange(1, end - first + 1).clamp_max(state.canvas_length - 1)
+        asked[0, first:end] = state.row_target[req, : end - first]
+        asked[1, first:end] = state.canvas_token[req, following]
+        asked[2, first:end] = state.row_draw[req, : end - first]
 
 
 def _sees(state: DecodeState, req: int) -> torch.Tensor:

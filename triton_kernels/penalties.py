@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_refusion.decoding.penalties import MAX_BAD_WORDS, Penalties
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.checks import check
+from vllm_refusion.triton_kernels.sizes import cdiv, next_power_of_2
 from vllm_refusion.triton_kernels.state_codes import (
     F_EMITTED,
     H_RESPONSE,
@@ -169,9 +170,9 @@ def apply_penalties(
         check(tensor, (rows,), torch.int32)
     if rows == 0:
         return
-    block = min(GPU_TILE if logits.is_cuda else CPU_TILE, triton.next_power_of_2(vocab))
+    block = min(GPU_TILE if logits.is_cuda else CPU_TILE, next_power_of_2(vocab))
     of_row = (logits, row_request, row, row_position, penalties.index)
-    _penalties_kernel[(rows, triton.cdiv(vocab, block))](
+    _penalties_kernel[(rows, cdiv(vocab, block))](
         *of_row, penalties.factors, penalties.bias, penalties.seen,
         state.by_row, state.canvas_token,
         logits.stride(0), vocab, state.canvas_length, state.mask_token_id,

@@ -29,6 +29,7 @@ from vllm_refusion.triton_kernels.lanes import (
     lanes_of,
 )
 from vllm_refusion.triton_kernels.serial_twin import GIVEN
+from vllm_refusion.triton_kernels.sizes import next_power_of_2
 from vllm_refusion.triton_kernels.state_codes import (
     COUNT_DRAFTS_PASSED,
     COUNT_DRAFTS_TESTED,
@@ -156,7 +157,7 @@ def _cost_of(chance, table):
     """The lowest cost [LANES] whose chance is at most that."""
     low = tl.zeros_like(chance).to(tl.int32)
     high = low + _LARGEST_COST
-    for _ in tl.static_range(_SEARCH_STEPS):
+    for _ in range(_SEARCH_STEPS):
         middle = (low + high) // 2
         above = chance_of(middle, table).to(tl.int64) > chance
         high = tl.where((low < high) & (above == 0), middle, high)
@@ -433,7 +434,7 @@ def serial_transition(
     )
     assert 0 <= speculation.row_price <= CERTAIN, speculation
     assert 0 < speculation.prior < LEVELS, speculation
-    lanes = triton.next_power_of_2(state.canvas_length)
+    lanes = next_power_of_2(state.canvas_length)
     _serial_kernel[(len(idx_mapping),)](
         state.ints,
         state.by_position,
@@ -511,7 +512,7 @@ def give_drafts(
     check(reqs, reqs.shape, torch.int64)
     check(drafts, (len(reqs), state.canvas_length), torch.int32)
     assert 0 <= speculation.row_price <= CERTAIN, speculation
-    lanes = triton.next_power_of_2(state.canvas_length)
+    lanes = next_power_of_2(state.canvas_length)
     _give_drafts_kernel[(len(reqs),)](
         state.ints,
         state.by_position,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
+
+from vllm_refusion.triton_kernels.sizes import next_power_of_2
 
 # entries of a KV page, or a divisor of them, with which canvas_attention is fastest on Hopper
 HOPPER_PAGE = 64
@@ -65,13 +67,13 @@ def choose_tiling(
         tma: the cache can be read through descriptors.
         interpreted: Triton's interpreter runs the kernel: a program costs more than its arithmetic.
     """
-    group_padded = triton.next_power_of_2(group)
-    head_padded = max(16, triton.next_power_of_2(head_size))
+    group_padded = next_power_of_2(group)
+    head_padded = max(16, next_power_of_2(head_size))
     if interpreted:
         rows_per_request = -(-num_rows // max(num_requests, 1))
-        wanted_m = triton.next_power_of_2(rows_per_request * group_padded)
+        wanted_m = next_power_of_2(rows_per_request * group_padded)
         return Tiling(max(16, group_padded, min(wanted_m, 512)), block_n=128)
-    wanted_m = triton.next_power_of_2(num_rows * group_padded)
+    wanted_m = next_power_of_2(num_rows * group_padded)
 
     def programs(block_m: int) -> int:
         return -(-num_rows * group_padded // block_m) * num_kv_heads
@@ -97,3 +99,31 @@ def choose_tiling(
     splits = max(1, min(work_items // fewest_tiles, _MAX_SPLITS))
     # two or three parts gain little: only a long range is worth the second kernel
     return Tiling(block_m, block_n, splits, num_warps, num_stages, 4, tma, work_items)
+
+
+def requests_padded(num_requests: int) -> int:
+    """The requests that a kernel is compiled for: of few kinds, as batches come in all sizes."""
+    if num_requests <= 32:
+        return 32  # a warp's lanes
+    return max(256, next_power_of_2(num_requests))
+
+
+def launches_of_all_kinds(
+    most_rows: int, most_requests: int, *shape: Any, tma: bool
+) -> list[tuple[int, int]]:
+    """(rows, requests) of launches of which each needs kernels of its own, and no other does.
+
+    Args:
+        most_rows, most_requests: of any launch.
+        shape, tma: other arguments of ``choose_tiling``.
+    """
+    kinds: dict[tuple[int, ...], tuple[int, int]] = {}
+    first = 1  # request of those that the kernel is compiled for alike
+    while first <= most_requests:
+        for rows in range(first, max(first, most_rows) + 1):
+            tiling = choose_tiling(rows, first, *shape, tma=tma)
+            splits = next_power_of_2(tiling.num_splits)
+            kind = (tiling.block_m, tiling.block_n, tiling.num_warps, tiling.num_stages, splits)
+            kinds.setdefault((requests_padded(first), *kind), (rows, first))
+        first = requests_padded(first) + 1
+    return list(kinds.values())

@@ -20,7 +20,9 @@ import triton.language as tl
 
 from vllm_refusion.decoding.noise import LARGEST_UNIFORM, NOISE_BOUND
 from vllm_refusion.decoding.picking import PickLimits
+from vllm_refusion.triton_kernels.checks import check, check_rows
 from vllm_refusion.triton_kernels.lowest_kept import lowest_kept
+from vllm_refusion.triton_kernels.sizes import cdiv, next_power_of_2
 from vllm_refusion.triton_kernels.token_stats_twin import FLOOR, Stats, allocate_stats
 
 _FLOOR = tl.constexpr(FLOOR)
@@ -46,17 +48,24 @@ def gumbel(seed, draw, position, token):
     return -tl.log(-tl.log(tl.minimum(uniform, _LARGEST_UNIFORM)))
 
 
+@triton.jit
+def _parts_of(workspace_ptr, num_rows, tiles, parts):
+    """Maxima and sums of tiles, both [N, tiles] float32; of parts, both [N, parts], the best values
+    float32 and their tokens int32.
+    """
+    tile_sum_ptr = workspace_ptr + num_rows * tiles
+    part_best_ptr = tile_sum_ptr + num_rows * tiles
+    part_picked_ptr = (part_best_ptr + num_rows * parts).to(tl.pointer_type(tl.int32), bitcast=True)
+    return workspace_ptr, tile_sum_ptr, part_best_ptr, part_picked_ptr
+
+
 # Chunks of rows may start anywhere: no compilation per alignment of the per-row vectors.
 @triton.jit(
-    do_not_specialize=["tiles", "parts", "tiles_per_part"],
+    do_not_specialize=["num_rows", "tiles", "parts", "tiles_per_part"],
     do_not_specialize_on_alignment=[
         "row_request_ptr",
         "row_position_ptr",
         "row_draw_ptr",
-        "tile_maximum_ptr",
-        "tile_sum_ptr",
-        "part_best_ptr",
-        "part_picked_ptr",
         "lowest_ptr",
     ],
 )
@@ -69,10 +78,7 @@ def _token_stats_kernel(
     row_draw_ptr,  # [N] int32
     min_tokens_ptr,  # [max_reqs] int32
     stop_ids_ptr,  # [max_reqs, F] int32
-    tile_maximum_ptr,  # [N, tiles] float32
-    tile_sum_ptr,  # [N, tiles] float32
-    part_best_ptr,  # [N, parts] float32
-    part_picked_ptr,  # [N, parts] int32
+    workspace_ptr,  # see _parts_of
     bias_index_ptr,  # [max_reqs] int32, read if BIASED
     bias_ptr,  # [1 + B, V] float32, read if BIASED
     lowest_ptr,  # [N] float32, read if CUT
@@ -80,6 +86,7 @@ def _token_stats_kernel(
     vocab,
     num_stop_ids,
     mask_token_id,
+    num_rows,
     tiles,
     parts,
     tiles_per_part,
@@ -88,6 +95,9 @@ def _token_stats_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per (row, part): each tile's maximum and sum, the best value of the part."""
+    tile_maximum_ptr, tile_sum_ptr, part_best_ptr, part_picked_ptr = _parts_of(
+        workspace_ptr, num_rows, tiles, parts
+    )
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     position = tl.load(row_position_ptr + row)
@@ -170,10 +180,6 @@ def _token_stats_kernel(
         "picked_ptr",
         "picked_prob_ptr",
         "given_prob_ptr",
-        "tile_maximum_ptr",
-        "tile_sum_ptr",
-        "part_best_ptr",
-        "part_picked_ptr",
     ],
 )
 def _combine_tiles_kernel(
@@ -183,10 +189,7 @@ def _combine_tiles_kernel(
     picked_ptr,  # [N] int32
     picked_prob_ptr,  # [N] float32
     given_prob_ptr,  # [N] float32
-    tile_maximum_ptr,  # [N, tiles] float32
-    tile_sum_ptr,  # [N, tiles] float32
-    part_best_ptr,  # [N, parts] float32
-    part_picked_ptr,  # [N, parts] int32
+    workspace_ptr,  # see _parts_of
     logits_stride,
     vocab,
     num_rows,
@@ -196,6 +199,9 @@ def _combine_tiles_kernel(
     ROWS: tl.constexpr,
 ):
     """One program per ROWS rows. A sum's order depends on the tiles alone, not on the parts."""
+    tile_maximum_ptr, tile_sum_ptr, part_best_ptr, part_picked_ptr = _parts_of(
+        workspace_ptr, num_rows, tiles, parts
+    )
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     used = tl.load(row_position_ptr + row, mask=row < num_rows, other=-1) >= 0
     tile = tl.arange(0, TILES_PADDED)[None, :]
@@ -251,18 +257,18 @@ def token_stats(
         logits: [N, V] float32, bfloat16 or float16, any row stride, V contiguous. -inf is
             probability 0; every row needs a finite logit. A row with NaN or +inf gets NaN
             probabilities; ``picked`` is a token of [0, V) all the same.
-        row_request: [N] int64, request index of the row, an index of the per-request tensors.
-        row_position: [N] int32, response position; -1 for an unused row, whose outputs are left
+        row_request: [>= N] int64, request index of the row, an index of the per-request tensors.
+        row_position: [>= N] int32, response position; -1 for an unused row, whose outputs are left
             alone (0 when allocated here).
-        row_given: [N] int32, the token of ``given_prob``; -1 for none.
-        row_draw: [N] int32, how many draws the request has made before that of the row.
+        row_given: [>= N] int32, the token of ``given_prob``; -1 for none.
+        row_draw: [>= N] int32, how many draws the request has made before that of the row.
         temperature: [max_reqs] float32; 0 picks the argmax.
         seed: [max_reqs] int64, all 64 bits count.
         min_tokens: [max_reqs] int32.
         stop_ids: [max_reqs, F] int32, padded with -1; not picked at positions < min_tokens.
         mask_token_id: never picked.
         limits: of requests that limit or bias what is picked; None reads nothing.
-        out: results to write into, three contiguous [N] tensors; allocated when absent.
+        out: results to write into, three contiguous [>= N] tensors; allocated when absent.
 
     Returns:
         picked [N] int32: the lowest allowed id of the largest value. Allowed tokens with -inf
@@ -275,20 +281,20 @@ def token_stats(
     out = allocate_stats(logits) if out is None else out
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), logits.dtype
     assert vocab == 1 or (vocab and logits.stride(1) == 1), "a row of logits must be contiguous"
-    _check_vector(rows, row_request, torch.int64)
+    check_rows(row_request, rows, torch.int64)
     for tensor in (row_position, row_given, row_draw):
-        _check_vector(rows, tensor, torch.int32)
+        check_rows(tensor, rows, torch.int32)
     for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.float32), strict=True):
-        _check_vector(rows, tensor, dtype)
-    _check_vector(requests, temperature, torch.float32)
-    _check_vector(requests, seed, torch.int64)
-    _check_vector(requests, min_tokens, torch.int32)
+        check_rows(tensor, rows, dtype)
+    check(temperature, (requests,), torch.float32)
+    check(seed, (requests,), torch.int64)
+    check(min_tokens, (requests,), torch.int32)
     assert stop_ids.dtype == torch.int32 and stop_ids.is_contiguous()
     if rows == 0:
         return out
 
     widest = GPU_TILE if logits.is_cuda else CPU_TILE
-    block = min(widest, triton.next_power_of_2(vocab))
+    block = min(widest, next_power_of_2(vocab))
     num_warps = max(1, block // (THREADS_PER_WARP * TOKENS_PER_THREAD))
     biased = limits if limits is not None and limits.biased else None
     cut = limits if limits is not None and limits.cuts else None
@@ -306,30 +312,22 @@ def token_stats(
             block=block,
             num_warps=num_warps,
         )
-    tiles = triton.cdiv(vocab, block)
+    tiles = cdiv(vocab, block)
     programs = GPU_PROGRAMS if logits.is_cuda else CPU_PROGRAMS
     tiles_per_part = min(tiles, max(1, rows * tiles // programs))
-    parts = triton.cdiv(tiles, tiles_per_part)
+    parts = cdiv(tiles, tiles_per_part)
     workspace = torch.empty(2 * rows * (tiles + parts), dtype=torch.float32, device=logits.device)
-    maximum, total, best, token = workspace.split((rows * tiles,) * 2 + (rows * parts,) * 2)
-    token = token.view(torch.int32)
     _token_stats_kernel[(rows * parts,)](
         logits, row_request, row_position, temperature, seed, row_draw, min_tokens, stop_ids,
-        maximum, total, best, token,
+        workspace,
         biased.bias_index if biased else None, biased.bias if biased else None, lowest,
-        logits.stride(0), vocab, num_stop_ids, mask_token_id, tiles, parts, tiles_per_part,
+        logits.stride(0), vocab, num_stop_ids, mask_token_id, rows, tiles, parts, tiles_per_part,
         BIASED=biased is not None, CUT=cut is not None, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
-    rows_at_once = 1 if logits.is_cuda else triton.next_power_of_2(rows)
-    _combine_tiles_kernel[(triton.cdiv(rows, rows_at_once),)](
-        logits, row_position, row_given, *out, maximum, total, best, token,
+    rows_at_once = 1 if logits.is_cuda else next_power_of_2(rows)
+    _combine_tiles_kernel[(cdiv(rows, rows_at_once),)](
+        logits, row_position, row_given, *out, workspace,
         logits.stride(0), vocab, rows, tiles, parts,
-        TILES_PADDED=triton.next_power_of_2(tiles), ROWS=rows_at_once, num_warps=1,
+        TILES_PADDED=next_power_of_2(tiles), ROWS=rows_at_once, num_warps=1,
     )  # fmt: skip
     return out
-
-
-def _check_vector(length: int, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    assert tensor.shape == (length,) and tensor.dtype == dtype and tensor.is_contiguous(), (
-        f"expected a contiguous [{length}] {dtype}, got {list(tensor.shape)} {tensor.dtype}"
-    )

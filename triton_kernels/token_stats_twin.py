@@ -48,7 +48,7 @@ def token_stats_twin(
     sampled, so on a GPU it waits for the device.
     """
     picked, picked_prob, given_prob = allocate_stats(logits) if out is None else out
-    used = (row_position >= 0).nonzero().flatten()
+    used = (row_position[: len(logits)] >= 0).nonzero().flatten()
     request, position, draw = row_request[used], row_position[used], row_draw[used]
     raw = logits[used].to(torch.float32)  # [n, V]
     vocab = raw.shape[1]

@@ -56,6 +56,7 @@ from vllm_refusion.triton_kernels.packed import (
     with_rounds,
     with_status,
 )
+from vllm_refusion.triton_kernels.sizes import next_power_of_2
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
     CHOSEN,
@@ -520,7 +521,7 @@ def transition(
         (emit_limit, num_sampled, num_rejected),
     )
     assert 0 <= speculation.pass_price <= MAX_PRICE, speculation
-    lanes = triton.next_power_of_2(state.canvas_length)
+    lanes = next_power_of_2(state.canvas_length)
     _transition_kernel[(len(idx_mapping),)](
         state.ints,
         state.floats,

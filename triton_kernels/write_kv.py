@@ -79,7 +79,7 @@ def write_kv(
     if num_rows == 0:
         return
 
-    block_rows = min(triton.next_power_of_2(num_rows), 1024 if key.device.type == "cpu" else 8)
+    block_rows = 8 if key.is_cuda else min(triton.next_power_of_2(num_rows), 1024)
     _write_kv_kernel[(triton.cdiv(num_rows, block_rows), num_heads)](
         key, value, kv_cache, slot_mapping, k_scale, v_scale, num_rows,
         *key.stride()[:2], *value.stride()[:2], *kv_cache.stride()[:3],

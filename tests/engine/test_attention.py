@@ -17,6 +17,7 @@ from vllm_refusion.engine.attention import (
     PromptTail,
 )
 from vllm_refusion.engine.model_state import ReFusionModelState
+from vllm_refusion.triton_kernels import canvas_attention as kernel_module
 from vllm_refusion.triton_kernels.canvas_attention_twin import canvas_attention_twin
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 4, 2, 64, 16
@@ -102,6 +103,23 @@ def test_flash_attention_3_takes_the_end_of_a_batch():
     expected = attend(None, None)
     actual = attend(compat.flash_attention_3(HEAD_SIZE), TAIL)
     torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
+
+
+def test_compiling_launches_every_kind_of_tiles_without_rows(monkeypatch):
+    launched = []
+
+    def launch(query, kv_cache, output, block_table, starts, seq_lens, *others):
+        assert not starts.any() and len(block_table) == len(seq_lens) == len(starts) - 1
+        assert kv_cache.dtype == torch.float8_e4m3fn and others[2:] == (1, 2)
+        launched.append((len(query), len(seq_lens)))
+
+    monkeypatch.setattr(kernel_module, "canvas_attention", launch)
+    impl = CanvasAttentionImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, kv_cache_dtype="fp8")
+    kv_cache = torch.zeros(2, KV_HEADS, PAGE, 2 * HEAD_SIZE, dtype=torch.uint8, device=DEVICE)
+    layer = SimpleNamespace(kv_cache=kv_cache, _k_scale=1, _v_scale=2)
+    impl.compile_for(layer, torch.bfloat16, most_rows=100, most_requests=40)
+    assert (1, 1) in launched and (33, 33) in launched
+    assert len(set(launched)) == len(launched) < 20
 
 
 def test_float32_prompts_stay_with_our_kernel():

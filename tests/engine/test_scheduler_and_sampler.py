@@ -198,6 +198,14 @@ def test_logits_are_read_in_chunks():
     assert made.model.rows == [6] * 10 + [4]
 
 
+def test_compiling_leaves_nothing_behind():
+    made = sampler()
+    made.compile(torch.zeros(1, 8))
+    assert made.model.rows == [1]
+    assert made.limits.used is None and made.penalties.used is None
+    assert not made.state.ints.any() and not made.picked.any() and not made.given_prob.any()
+
+
 def test_chunks_of_a_real_vocabulary_are_bounded():
     made = sampler(max_requests=256, canvas=128, vocab_size=151936)
     assert made.chunk_rows * 151936 * 4 <= LOGITS_CHUNK_BYTES

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from device import DEVICE
+from fuzzed_states import FUZZED, POISON, Fuzz
+from twins import same
 
+from vllm_refusion.decoding.state import Field, Phase
 from vllm_refusion.engine.acceptance import (
     CONFIG_KEY,
     Profile,
@@ -17,8 +21,8 @@ from vllm_refusion.engine.acceptance import (
     to_config,
 )
 from vllm_refusion.engine.settings import BENCHMARK_ENV
-from vllm_refusion.triton_kernels.acceptance import acceptance_stats
-from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin
+from vllm_refusion.triton_kernels.acceptance import acceptance_stats, replayed_rows
+from vllm_refusion.triton_kernels.acceptance_twin import acceptance_stats_twin, replayed_rows_twin
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "stats", [acceptance_stats, acceptance_stats_twin], ids=["kernel", "twin"]
@@ -26,6 +30,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 PROFILES = [Profile(0.3, 0.7), Profile(0.9, 0.4, shape=2.0, first=0.2)]
 REQUESTS = 5
 VOCAB, MASK, EOS = 1003, 400, 7
+MODES = torch.tensor([Phase.START, Phase.SERIAL], dtype=torch.int32)
 
 
 def per_request() -> dict:
@@ -35,7 +40,7 @@ def per_request() -> dict:
         "seed": torch.tensor([seed_of(0, 3), seed_of(1, 3), -5, seed_of(0, 2**32 - 1), 0]),
         "slot_size": strided.to(DEVICE)[:, 1],
         "slot_threshold": torch.tensor([0.9, 0.5, 0.0, 0.9, 0.99]),
-        "serial": torch.tensor([0, 1, 0, 0, 1], dtype=torch.int32),
+        "resume": MODES[[0, 1, 0, 0, 1]],
     }
     return {name: tensor.to(DEVICE) for name, tensor in state.items()}
 
@@ -45,7 +50,7 @@ def one_request(profile_index: int, slot_size: int, serial: bool = False) -> dic
         "seed": torch.tensor([seed_of(profile_index, 1)], device=DEVICE),
         "slot_size": torch.tensor([slot_size], dtype=torch.int32, device=DEVICE),
         "slot_threshold": torch.tensor([0.8], device=DEVICE),
-        "serial": torch.tensor([int(serial)], dtype=torch.int32, device=DEVICE),
+        "resume": MODES[[int(serial)]].to(DEVICE),
     }
 
 
@@ -86,6 +91,25 @@ def test_kernel_equals_twin_bit_for_bit(count, excluded):
         assert torch.equal(ours[used], twins[used]) and not ours[used].isnan().any()
         rest = torch.cat([ours[~used], twins[~used]])
         assert (rest.isnan() | (rest == -7)).all()
+
+
+def test_rows_are_replayed_as_by_the_twin():
+    rng = random.Random(0)
+    drafts = 0
+    for _ in range(20):
+        fuzz = Fuzz(rng, FUZZED, 48)
+        state, rows = fuzz.state, rng.randint(1, 300)
+        state.ints[::2, Field.RESUME] = int(Phase.SERIAL)
+        state.ints[:, Field.SKIPS_KNOWN] %= 2
+        state.row_own_start.remainder_(48)
+        state.canvas_token[torch.rand(state.canvas_token.shape) < 0.5] = state.mask_token_id
+        request = torch.tensor([rng.choice(fuzz.idx_mapping.tolist()) for _ in range(rows)])
+        row = torch.tensor([rng.randrange(48) for _ in range(rows)], dtype=torch.int32)
+        draw = torch.full((rows + rng.randint(0, 2),), -7, dtype=torch.int32)
+        out = torch.full((2, rows + rng.randint(0, 2)), POISON, dtype=torch.int32)
+        same(replayed_rows_twin, replayed_rows)(state, request, row, draw, out)
+        drafts += int((out[1, :rows] != -7).sum())
+    assert drafts
 
 
 @IMPLEMENTATIONS

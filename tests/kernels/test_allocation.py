@@ -57,7 +57,7 @@ def test_rows_are_dealt_out(phases: tuple[Phase, ...]):
         given = logits_start.diff()
         assert given.sum() == rows and (given <= scheduled).all() and (given >= 0).all()
         assert (query_start_loc[: requests + 1].diff() == given + prompts).all()
-        assert (query_start_loc[requests + 1 :] == POISON).all()
+        assert (query_start_loc[requests:] == rows + prompts.sum()).all()
         assert totals[0] <= totals[1]
         for index in range(decoding):
             if before[index, Field.PHASE] in DECODING:

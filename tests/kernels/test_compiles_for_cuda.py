@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from vllm_refusion.triton_kernels import (
+    acceptance,
     allocation,
     canvas_attention,
     grammar,
@@ -21,6 +22,7 @@ from vllm_refusion.triton_kernels import (
     mask_lora,
     penalties,
     serial,
+    token_stats,
     transition,
     write_kv,
 )
@@ -36,10 +38,16 @@ SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
 EXPAND = TILE | {"BLOCKS": 3, "SPLITS": 8, "BLOCK_N": 128, "TILES": 4}
 for block, width in enumerate((4096, 1024, 1024)):
     EXPAND |= {f"COLUMN{block}": 4096 + 1024 * (block - 1) if block else 0, f"WIDTH{block}": width}
+STATISTICS = {"BIASED": True, "CUT": True, "BLOCK": 2048}
 kernel, constants = {
     "transition": (transition._transition_kernel, {"CANVAS": 48, "LANES": 64}),
     "layout": (layout._layout_kernel, {"BLOCK": 1024}),
     "allocation": (allocation._allocate_kernel, {"LANES": 64}),
+    "serial": (serial._serial_kernel, {"CANVAS": 48, "LANES": 64}),
+    "statistics": (token_stats._token_stats_kernel, STATISTICS),
+    "combine_tiles": (token_stats._combine_tiles_kernel, {"TILES_PADDED": 32, "ROWS": 1}),
+    "acceptance": (acceptance._acceptance_kernel, {"BLOCK": 128}),
+    "replayed_rows": (acceptance._replayed_rows_kernel, {"BLOCK": 128}),
     "give_drafts": (serial._give_drafts_kernel, {"CANVAS": 48, "LANES": 64}),
     "forbid": (grammar._forbid_kernel, {"BLOCK": 4096}),
     "find_masks": (mask_lora._find_masks_kernel, {"BLOCK": 1024}),
@@ -52,11 +60,12 @@ kernel, constants = {
     "attend_fp8": (canvas_attention._canvas_attention_kernel, ATTENTION),
 }[sys.argv[1]]
 FLOATS = {"floats", "picked_prob", "given_prob", "partial", "logits", "factors", "bias"}
-FLOATS |= {"k_scale", "v_scale"}
+FLOATS |= {"k_scale", "v_scale", "temperature", "workspace", "lowest", "slot_threshold"}
+FLOATS |= {"quantiles", "slot_chance", "first_chance"}
 HALVES = {"x", "y", "a", "b", "embedding", "key", "value", "query", "output"}
 LONGS = {
     *("canvas_token", "counters", "idx_mapping", "positions", "reqs", "row_request"),
-    *("slot_mapping", "slot_mappings"),
+    *("slot_mapping", "slot_mappings", "seed"),
 }
 
 
@@ -86,6 +95,7 @@ assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
     "kernel",
     [
         *("transition", "layout", "allocation", "give_drafts", "forbid", "penalties", "bad_words"),
+        *("serial", "statistics", "combine_tiles", "acceptance", "replayed_rows"),
         *("find_masks", "embed_masks", "shrink", "expand"),
         *("write_fp8", "attend_fp8"),
     ],

@@ -23,7 +23,7 @@ from vllm_refusion.decoding.reference import Decoded, decode
 from vllm_refusion.decoding.speculation import Speculation
 from vllm_refusion.decoding.state import Counter, Phase
 from vllm_refusion.triton_kernels.layout import layout
-from vllm_refusion.triton_kernels.layout_twin import layout_twin
+from vllm_refusion.triton_kernels.layout_twin import ASKED, layout_twin
 from vllm_refusion.triton_kernels.token_stats_twin import token_stats_twin
 from vllm_refusion.triton_kernels.transition import transition
 from vllm_refusion.triton_kernels.transition_twin import transition_twin
@@ -346,9 +346,11 @@ def test_layout_kernel_equals_twin(phases: tuple[Phase, ...], canvas_length: int
             fuzz.state,
             fuzz.idx_mapping,
             fuzz.query_start_loc,
+            fuzz.logits_start,
             fuzz.num_computed,
             torch.full((rows,), POISON, dtype=torch.int32),
             torch.full((rows,), POISON, dtype=torch.int64),
             torch.full((rows, 4), POISON, dtype=torch.int32),
             torch.arange(groups * rows).view(groups, rows),
+            torch.full((ASKED, len(fuzz.picked) + rng.randint(0, 3)), POISON, dtype=torch.int32),
         )

@@ -18,6 +18,7 @@ import torch
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.speculation import CERTAIN, MAX_CHAIN, Speculation
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
+from vllm_refusion.triton_kernels.layout_twin import ASKED
 from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 
 # What nobody may look at: outputs before they are written, rows that are not used.
@@ -286,15 +287,18 @@ class SimulatedEngine:
 
         positions = torch.full((rows,), POISON, dtype=torch.int64)
         visibility = torch.full((rows, 4), POISON, dtype=torch.int32)
+        asked = torch.full((ASKED, int(logits_start[-1])), POISON, dtype=torch.int32)
         self.operations.layout(
             state,
             idx_mapping,
             query_start_loc,
+            logits_start,
             self.num_computed,
             input_ids,
             positions,
             visibility,
             slot_mappings,
+            asked,
         )
 
         fed = []
@@ -325,7 +329,8 @@ class SimulatedEngine:
         batch_of_state = (
             state, idx_mapping, query_start_loc, logits_start, self.num_computed, self.prefill_len
         )  # fmt: skip
-        picked, picked_prob, given_prob = self._statistics(logits, idx_mapping, logit_rows)
+        row_request = idx_mapping.repeat_interleave(torch.tensor(logit_rows))
+        picked, picked_prob, given_prob = self._statistics(logits, row_request, asked)
         results = sampled, num_sampled, num_rejected
         speculation = self._speculation()
         self.operations.transition(
@@ -382,7 +387,7 @@ class SimulatedEngine:
             self._leave(job)
 
     def _statistics(
-        self, logits: torch.Tensor, idx_mapping: torch.Tensor, logit_rows: list[int]
+        self, logits: torch.Tensor, row_request: torch.Tensor, asked: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """picked, picked_prob, given_prob of the logit rows; poison where no row is in use."""
         state = self.state
@@ -391,15 +396,10 @@ class SimulatedEngine:
             torch.full((len(logits),), torch.nan),
             torch.full((len(logits),), torch.nan),
         )
-        row_request = idx_mapping.repeat_interleave(torch.tensor(logit_rows))
-        row = torch.cat([torch.arange(count) for count in logit_rows])
-        following = (row + 1).clamp_max(state.canvas_length - 1)
         return self.operations.token_stats(
             logits,
             row_request,
-            state.row_target[row_request, row],
-            state.canvas_token[row_request, following].int(),
-            state.row_draw[row_request, row],
+            *asked,
             temperature=state.temperature,
             seed=state.seed,
             min_tokens=state.min_tokens,

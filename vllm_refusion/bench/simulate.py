@@ -14,10 +14,11 @@ from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Pass
 from vllm_refusion.decoding.rules import accepted_run, choose_slots, committed_prefix
 from vllm_refusion.decoding.state import DecodeState, Field, Phase
-from vllm_refusion.engine.acceptance import Profile, build_tables, replayed_draws, seed_of
+from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
 from vllm_refusion.triton_kernels.acceptance_twin import (
     AcceptanceTables,
     acceptance_stats_twin,
+    replayed_rows_twin,
 )
 
 NO_EOS = -1  # no token
@@ -40,17 +41,18 @@ def drawn_statistics(
     """
     request = running.repeat_interleave(widths)
     row = torch.cat([torch.arange(width) for width in widths.tolist()])
+    replayed = torch.zeros(2, len(row), dtype=torch.int32)
+    replayed_rows_twin(state, request, row, state.row_draw[request, row], replayed)
     out = (torch.zeros(len(row), dtype=torch.int32), torch.zeros(len(row)), torch.zeros(len(row)))
     acceptance_stats_twin(
         request,
         state.row_target[request, row],
         state.canvas_token[request, (row + 1).clamp_max(CANVAS - 1)].int(),
-        state.row_position[request, row] + 1,
-        replayed_draws(state, request, row, state.row_draw[request, row]),
+        *replayed,
         seed=state.seed,
         slot_size=state.ints[:, Field.SLOT_SIZE],
         slot_threshold=state.slot_threshold,
-        serial=(state.ints[:, Field.RESUME] == Phase.SERIAL).int(),
+        resume=state.ints[:, Field.RESUME],
         tables=tables,
         out=out,
     )
@@ -76,7 +78,7 @@ class DrawnOutcomes:
             "seed": torch.tensor([seed]),
             "slot_size": torch.tensor([params.slot_size], dtype=torch.int32),
             "slot_threshold": torch.tensor([params.slot_threshold]),
-            "serial": torch.zeros(1, dtype=torch.int32),
+            "resume": torch.tensor([Phase.START], dtype=torch.int32),
         }
 
     def draft(self, positions: Sequence[int], draw: int) -> tuple[list[int], list[float]]:

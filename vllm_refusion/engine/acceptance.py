@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_refusion.decoding.state import DecodeState, Field, Phase
 from vllm_refusion.engine.settings import BENCHMARK_ENV
 from vllm_refusion.triton_kernels.acceptance_twin import QUANTILES, AcceptanceTables
 
@@ -93,22 +92,6 @@ def build_tables(
         vocab=vocab,
         excluded=(low, high),
     )
-
-
-def replayed_draws(
-    state: DecodeState, requests: torch.Tensor, row: torch.Tensor, draws: torch.Tensor
-) -> torch.Tensor:
-    """Draws [N] of the canvas rows ``row`` of ``requests``, both [N], of ``draws``.
-
-    That of a serial draft says where its chain began: made anew, it is right or wrong anew.
-    """
-    behind = row - state.row_own_start[requests, row]
-    lead = 1 - state.ints[:, Field.SKIPS_KNOWN]
-    is_draft = (state.ints[:, Field.RESUME] == Phase.SERIAL)[requests]
-    is_draft &= (behind >= lead[requests]) & (
-        state.canvas_token[requests, row] == state.mask_token_id
-    )
-    return torch.where(is_draft, state.row_target[requests, row] - behind + 1, draws)
 
 
 def to_config(profiles: Sequence[Profile]) -> dict[str, Any]:

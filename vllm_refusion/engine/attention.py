@@ -181,6 +181,21 @@ class CanvasAttentionImpl(AttentionImpl):
             *self._scales(layer),
         )
 
+    def compile_for(
+        self, layer: Any, dtype: torch.dtype, most_rows: int, most_requests: int
+    ) -> None:
+        """Compiles what any step of at most so many rows and requests needs."""
+        from vllm_refusion.triton_kernels.canvas_attention import compile_for
+
+        compile_for(
+            self._entries(layer.kv_cache),
+            self.num_heads,
+            dtype,
+            most_rows,
+            most_requests,
+            *self._scales(layer),
+        )
+
     def _entries(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """vLLM allocates FP8 as bytes."""
         return kv_cache if self.fp8 is None else kv_cache.view(self.fp8)

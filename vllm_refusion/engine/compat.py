@@ -678,9 +678,9 @@ class RowManager:
         self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]
     ) -> int:
         """Rows of the step in all: those of prompts, and the decode rows."""
-        scheduled = [len(tokens) for tokens in draft_tokens.values()]
-        rows = self._budget.settle(len(scheduled), sum(scheduled))
-        return sum(num_tokens_per_req.values()) - sum(scheduled) + rows
+        scheduled = sum(map(len, draft_tokens.values()))
+        rows = self._budget.settle(len(draft_tokens), scheduled)
+        return sum(num_tokens_per_req.values()) - scheduled + rows
 
     def compact_batch(
         self,
@@ -944,6 +944,12 @@ def attention_backend(backend: type) -> Iterator[None]:
         yield
     finally:
         attention.get_attn_backend = original
+
+
+def attention_layers(vllm_config: Any, implementation: type) -> list[Any]:
+    """vLLM's attention layers that have such an ``impl``; their ``kv_cache`` is bound."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [layer for layer in layers if isinstance(getattr(layer, "impl", None), implementation)]
 
 
 def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable: Any) -> None:

@@ -35,7 +35,7 @@ from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder, parameters_of
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
-from vllm_refusion.engine.attention import PromptTail
+from vllm_refusion.engine.attention import CanvasAttentionImpl, PromptTail
 from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.lora_rows import LoraRows
 from vllm_refusion.engine.mask_adapter import apply_adapter
@@ -221,6 +221,10 @@ class ReFusionModelState(ModelState):
         self.pass_cost = measure_passes(run, self.max_num_tokens, self.device)
         if self.device.type == "cuda":
             hidden = self.model_config.get_hidden_size()
+            layer = compat.attention_layers(self.vllm_config, CanvasAttentionImpl)[0]
+            layer.impl.compile_for(
+                layer, self.model_config.dtype, self.max_num_tokens, self.max_num_reqs
+            )
             self.sampler.compile(
                 torch.zeros(1, hidden, dtype=self.model_config.dtype, device=self.device)
             )
@@ -341,13 +345,15 @@ class ReFusionModelState(ModelState):
         num_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
         self.operations.layout(
             self.decode_state,
-            input_batch.idx_mapping[: input_batch.num_reqs],
+            input_batch.idx_mapping,
             input_batch.query_start_loc,
+            input_batch.cu_num_logits,
             self.req_states.num_computed_tokens.gpu,
             input_batch.input_ids,
             self.positions,
             self.visibility,
             slot_mappings,
+            self.sampler.asked,
         )
         if self.mask_rows is not None:
             self.operations.find_masks(
@@ -375,10 +381,11 @@ class ReFusionModelState(ModelState):
         prompt_tail = None if full or for_capture else self._causal_tail(input_batch)
         # dummy batches, from which any graph may be captured, have no prompts
         prompts_alone = input_batch.has_prefill and not input_batch.num_draft_tokens
-        for layer_metadata in metadata.values():
-            layer_metadata.visibility = self.visibility[:num_tokens]
-            layer_metadata.prompt_tail = prompt_tail
-            layer_metadata.feeds_masks = full or not prompts_alone
+        visibility = self.visibility[:num_tokens]
+        for shared in {id(of_layer): of_layer for of_layer in metadata.values()}.values():
+            shared.visibility = visibility
+            shared.prompt_tail = prompt_tail
+            shared.feeds_masks = full or not prompts_alone
         if self.sampler.row_budget is not None and not for_capture:
             self.sampler.row_budget.cost.launch()
         return metadata
@@ -392,6 +399,8 @@ class ReFusionModelState(ModelState):
         """
         requests = input_batch.idx_mapping_np
         is_prompt = input_batch.is_prefilling_np & ~self._repeats_tokens[requests]
+        if not is_prompt.any():
+            return None
         if input_batch.num_draft_tokens_per_req is not None:
             plain = input_batch.num_draft_tokens_per_req == 0
             starts_serial = np.isin(requests, list(self.serial)) if self.serial else plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,13 @@ class PassCost:
     rows: tuple[int, ...]
     milliseconds: tuple[float, ...]
 
-    @property
+    @cached_property
     def free_rows(self) -> int:
         base = self.milliseconds[0] * FREE_SLACK
         free = [rows for rows, ms in zip(self.rows, self.milliseconds) if ms <= base]
         return free[-1]
 
-    @property
+    @cached_property
     def rows_per_pass(self) -> float:
         more_rows = self.rows[-1] - self.free_rows
         slope = (self.milliseconds[-1] - self.milliseconds[0]) / max(more_rows, 1)

@@ -7,7 +7,8 @@ a step the model runner asks for the size of the batch and then for its layout o
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from bisect import bisect_left
 from collections.abc import Collection
 
 import numpy as np
@@ -69,20 +70,27 @@ class RowBudget:
         self.req_states = req_states
         self.query_start_loc = query_start_loc
         self.sizes = sizes or list(CAPTURE_SIZES)
-        self._sizes = np.array(self.sizes)
         self.cost = cost
         self.requests, self.serial = requests, serial
         self.riders = riders
         self.speculation = NO_RIDERS
         device, requests = state.device, state.max_requests
-        self.scheduled: torch.Tensor | None = None  # [R] int32, most decode rows in this step
+        # Most decode rows and prompt rows of each request in this step. The host's are written
+        # again once that step's totals are there, which come behind their copy.
+        pinned = {"pin_memory": device.type == "cuda"}
+        self._dealt_host = torch.zeros(2, requests, dtype=torch.int32, **pinned)
+        self._dealt_np = self._dealt_host.numpy()
+        self._dealt = torch.zeros(2, requests, dtype=torch.int32, device=device)
+        self.scheduled, self._prompt_rows = self._dealt
         self.logits_start = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self._totals = torch.zeros(TOTALS, dtype=torch.int32, device=device)
-        self._totals_host = torch.zeros(TOTALS, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._totals_host = torch.zeros(TOTALS, dtype=torch.int32, **pinned)
+        self._totals_np = self._totals_host.numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._decoding = 0  # requests that the totals on the host are of; 0: no totals
         # In the last steps, of a request: rows needed, rows with riders, what riders were worth.
-        self._recent: deque[np.ndarray] = deque(maxlen=STEPS_REMEMBERED)
+        self._past = np.zeros((3, STEPS_REMEMBERED))
+        self._remembered = 0  # steps; they are the last ones
         self.drafts = DraftPrice()
         self._step = 0
         self._rows = 0
@@ -100,7 +108,7 @@ class RowBudget:
         """Decode rows of a step in which so many requests decode, of so many scheduled rows."""
         self._learn()
         serial_alone = bool(self.serial) and len(self.serial) == len(self.requests)
-        if serial_alone and self._recent:
+        if serial_alone and self._remembered:
             self._rows = self._follow(decoding, scheduled)
         else:
             self._rows = self._choose(decoding, scheduled)
@@ -119,11 +127,13 @@ class RowBudget:
         Returns:
             Rows of each request [R] int32, and where its decode rows start among all [R+1] int32.
         """
-        self._dealt = np.stack((decode_rows, prompt_rows)).astype(np.int32)
-        self._num_decoding = int((decode_rows > 0).sum())
-        ends = np.minimum(np.cumsum(decode_rows), self._rows)
-        starts = np.concatenate(([0], ends)).astype(np.int32)
-        return (prompt_rows + np.diff(starts)).astype(np.int32), starts
+        requests = len(decode_rows)
+        self._dealt_np[0, :requests] = decode_rows
+        self._dealt_np[1, :requests] = prompt_rows
+        self._num_decoding = np.count_nonzero(decode_rows)
+        starts = np.zeros(requests + 1, np.int32)
+        np.minimum(decode_rows.cumsum(), self._rows, out=starts[1:], casting="unsafe")
+        return (prompt_rows + starts[1:] - starts[:-1]).astype(np.int32, copy=False), starts
 
     def deal(self, req_of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Deals the rows out on the device.
@@ -134,20 +144,15 @@ class RowBudget:
         Returns:
             Where each one's decode rows start [R+1], ``query_start_loc``, and all decode rows.
         """
-        requests, decoding = len(req_of), self._num_decoding
-        host = torch.from_numpy(self._dealt)
-        if self._copied is not None:
-            host = host.pin_memory()
-        self.scheduled, prompt_rows = host.to(self.state.device, non_blocking=True)
-        logits_start = self.logits_start[: requests + 1]
-        total = int(self._dealt[1].sum()) + self._rows
-        self.query_start_loc[requests + 1 :].fill_(total)
+        decoding = self._num_decoding
+        self._dealt.copy_(self._dealt_host, non_blocking=True)
+        logits_start = self.logits_start[: len(req_of) + 1]
         self.operations.allocate(
             self.state,
             self.req_states.num_computed_tokens.gpu,
             req_of,
             self.scheduled,
-            prompt_rows,
+            self._prompt_rows,
             self.query_start_loc,
             logits_start,
             self._totals,
@@ -174,10 +179,13 @@ class RowBudget:
         if self._copied is not None:
             self._copied.synchronize()
         self.cost.learn()
-        needed, wanted, serial, tokens = self._totals_host.tolist()
+        needed, wanted, serial, tokens = self._totals_np.tolist()
         self.drafts.learn(serial, tokens)
         worth = RIDERS_WORTH * (self._decoding - serial) + max(0, tokens - serial)
-        self._recent.append(np.array((needed, wanted, worth)) / self._decoding)
+        self._past[:, :-1] = self._past[:, 1:]
+        self._past[:, -1] = needed, wanted, worth
+        self._past[:, -1] /= self._decoding
+        self._remembered = min(self._remembered + 1, STEPS_REMEMBERED)
 
     def _follow(self, decoding: int, scheduled: int) -> int:
         """The size for what canvases hold of late: what they hold has been found worth its rows.
@@ -186,28 +194,31 @@ class RowBudget:
         average: where few requests run, or where nothing is drafted, rows that may need another.
         """
         drafts, few = self.drafts.index is not None, decoding <= FEW_REQUESTS
-        of_late = np.array(self._recent)[:, 1 if drafts else 0]
+        of_late = self._recent()[1 if drafts else 0]
         each = of_late[-STEPS_FOLLOWED:].mean() + (0 if drafts and not few else of_late.std())
-        rows = max(decoding * each, decoding + int(few))
-        return min(int(self._size_of(np.array(rows))), scheduled)
+        return min(self._size_of(max(decoding * each, decoding + int(few))), scheduled)
 
-    def _size_of(self, rows: np.ndarray) -> np.ndarray:
-        """The smallest sizes that hold ``rows``."""
+    def _recent(self) -> np.ndarray:
+        """[3, steps], the last step last."""
+        return self._past[:, STEPS_REMEMBERED - self._remembered :]
+
+    def _size_of(self, rows: float) -> int:
+        """The smallest size that holds ``rows``."""
         largest = self.sizes[-1]
-        at = np.searchsorted(self._sizes[:-1], np.minimum(rows, largest) - 1e-6)
-        beyond = largest + np.ceil((rows - largest) / ROWS_APART) * ROWS_APART
-        return np.where(rows > largest, beyond, self._sizes[at]).astype(np.int64)
+        if rows > largest:
+            return largest + math.ceil((rows - largest) / ROWS_APART) * ROWS_APART
+        return self.sizes[bisect_left(self.sizes, rows - 1e-6)]
 
     def _choose(self, decoding: int, scheduled: int) -> int:
         """The size that would have served requests of late best for its time.
 
         A request served without its riders counts less than one with them.
         """
-        if not self._recent or decoding == 0:
+        if not self._remembered or decoding == 0:
             return scheduled
         wide = range(self.sizes[-1] + ROWS_APART, scheduled, ROWS_APART)
         sizes = np.array([*(n for n in (*self.sizes, *wide) if n < scheduled), scheduled])
-        needed, wanted, worth = np.array(self._recent).T[:, None]
+        needed, wanted, worth = self._recent()[:, None]
         needed, wanted = decoding * np.maximum(needed, 1e-3), decoding * np.maximum(wanted, 1e-3)
         served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
         riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
@@ -230,5 +241,9 @@ class RowBudget:
         serial = min(decoding, len(self.serial))
         if not serial:
             return
-        others = (decoding - serial) * float(self._recent[-1][1]) if self._recent else 0.0
-        self.drafts.choose(serial, lambda rows: self.cost.of(self._size_of(others + rows)))
+        others = (decoding - serial) * float(self._past[1, -1])
+
+        def cost(rows: np.ndarray) -> np.ndarray:
+            return self.cost.of(np.array([self._size_of(others + each) for each in rows]))
+
+        self.drafts.choose(serial, cost)

@@ -22,12 +22,13 @@ from vllm_refusion.decoding.logprobs import Record, ScoreKind
 from vllm_refusion.decoding.penalties import Penalties
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.decoding.speculation import NO_RIDERS
-from vllm_refusion.decoding.state import DecodeState, Field, Phase
+from vllm_refusion.decoding.state import DecodeState, Field
 from vllm_refusion.decoding.trace import Recorder
-from vllm_refusion.engine.acceptance import acceptance_tables, replayed_draws
+from vllm_refusion.engine.acceptance import acceptance_tables
 from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.row_budget import RowBudget
 from vllm_refusion.triton_kernels.dispatch import Operations
+from vllm_refusion.triton_kernels.layout_twin import ASKED
 
 # Logits of one step are computed and read in chunks of rows of about this size.
 LOGITS_CHUNK_BYTES = 512 * 2**20
@@ -83,10 +84,24 @@ class CanvasSampler:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=state.device)
 
+        # What ``layout`` asks of each row: a position, the token behind the row, a draw.
+        self.asked = buffer(ASKED, rows)
+        self.asked_of_rows = self.positions, self.given, self.draws = self.asked.unbind()
         self.picked = buffer(rows)
         self.picked_prob = buffer(rows, dtype=torch.float32)
         self.given_prob = buffer(rows, dtype=torch.float32)
         self.acceptance = acceptance_tables(vllm_config, state.device)  # benchmarks only
+        if self.acceptance is not None:
+            self.replayed = buffer(2, rows)
+            self.replayed_of_rows = self.replayed.unbind()
+            self.replays = {
+                "seed": state.seed,
+                "slot_size": state.ints[:, Field.SLOT_SIZE],
+                "slot_threshold": state.slot_threshold,
+                "resume": state.ints[:, Field.RESUME],
+                "tables": self.acceptance,
+                "out": (self.picked, self.picked_prob, self.given_prob),
+            }
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """The model state holds the other parameters."""
@@ -118,7 +133,7 @@ class CanvasSampler:
         )
         batch = (
             self.state,
-            input_batch.idx_mapping[:num_reqs],
+            input_batch.idx_mapping,
             input_batch.query_start_loc,
             input_batch.cu_num_logits,
             self.req_states.num_computed_tokens.gpu,
@@ -157,9 +172,11 @@ class CanvasSampler:
                 output.num_sampled,
             )
         if input_batch.num_draft_tokens:
-            # the runner makes Python lists of them: no wider than what can be in them
-            most = int(input_batch.num_draft_tokens_per_req.max())
-            output.sampled_token_ids = output.sampled_token_ids[:, :most].contiguous()
+            # the runner makes Python lists of them: hardly wider than what can be in them, but of
+            # few widths, as kernels are compiled for widths of whole sixteens and for others
+            most = -(-int(input_batch.num_draft_tokens_per_req.max()) // 16) * 16
+            if most < self.state.canvas_length:
+                output.sampled_token_ids = output.sampled_token_ids[:, :most].contiguous()
         if budget is not None:
             budget.cost.end(rows if rows == input_batch.num_tokens else 0)
         if self.records:
@@ -172,7 +189,7 @@ class CanvasSampler:
         if not input_batch.num_draft_tokens:
             return torch.zeros(requests, dtype=torch.int32, device=self.state.device)
         if budget is not None:
-            return budget.scheduled
+            return budget.scheduled[:requests]
         return input_batch.query_start_loc[: requests + 1].diff()
 
     def _emitted_logprobs(
@@ -209,7 +226,12 @@ class CanvasSampler:
         requests = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
         logits = self.model.row_logits(hidden_states)
         self.grammar_masks.compile(logits)
-        self._token_stats(logits, requests, nothing, nothing, nothing, slice(0, 1))
+        self.asked[:, :1] = -1
+        bias = torch.zeros(self.limits.vocab)
+        for limit in ({}, {"top_p": 0.5}, {"bias": bias}, {"top_p": 0.5, "bias": bias}):
+            self.limits.add(0, **limit)
+            self._token_stats(logits, requests, 0)
+            self.limits.remove(0)
         # so that the first request with penalties does not hold the others up
         self.operations.apply_penalties(
             logits.to(torch.float32, copy=True),
@@ -224,70 +246,69 @@ class CanvasSampler:
         self,
         logits: torch.Tensor,
         requests: torch.Tensor,
-        positions: torch.Tensor,
-        given: torch.Tensor,
-        draws: torch.Tensor,
-        rows: slice,
+        start: int,
     ) -> None:
+        """Of the step's rows from ``start`` on; requests: [rows], whose they are."""
         state = self.state
+        columns = (*self.asked_of_rows, self.picked, self.picked_prob, self.given_prob)
+        if start:
+            columns = tuple(column[start:] for column in columns)
+        positions, given, draws, *out = columns
         self.operations.token_stats(
             logits,
-            requests[rows],
-            positions[rows],
-            given[rows],
-            draws[rows],
+            requests,
+            positions,
+            given,
+            draws,
             temperature=state.temperature,
             seed=state.seed,
             min_tokens=state.min_tokens,
             stop_ids=state.stop_ids,
             mask_token_id=state.mask_token_id,
             limits=self.limits.used,
-            out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
+            out=tuple(out),
         )
 
     def _row_statistics(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
-        state = self.state
-        requests, row = input_batch.expanded_idx_mapping, input_batch.expanded_local_pos
-        positions = state.row_target[requests, row]
-        # What a row may be asked about is the token of the row after it.
-        following = (row + 1).clamp_max(state.canvas_length - 1)
-        given = state.canvas_token[requests, following].int()
-        draws = state.row_draw[requests, row]
         penalties = self.penalties.used
-        mask_row = self.grammar_masks.mask_rows(requests, row)
+        mask_row = self.grammar_masks.mask_rows(
+            input_batch.expanded_idx_mapping, input_batch.expanded_local_pos
+        )
         # with penalties there is a copy of the logits, in float32
         chunk = max(1, self.chunk_rows // 4) if penalties else self.chunk_rows
         for start in range(0, hidden_states.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden_states.shape[0]))
-            logits = scores = self.model.row_logits(hidden_states[rows], requests[rows])
+            requests = input_batch.expanded_idx_mapping[rows]
+            logits = scores = self.model.row_logits(hidden_states[rows], requests)
             if mask_row is not None:
                 self.grammar_masks.forbid(logits, mask_row[rows])
             if penalties:
                 scores = logits.to(torch.float32, copy=True)
                 self.operations.apply_penalties(
-                    scores, requests[rows], row[rows], positions[rows], state, penalties
+                    scores,
+                    requests,
+                    input_batch.expanded_local_pos[rows],
+                    self.positions[rows],
+                    self.state,
+                    penalties,
                 )
                 self._end_thinking(scores, input_batch, rows)
-            self._token_stats(scores, requests, positions, given, draws, rows)
+            self._token_stats(scores, requests, start)
             if self.records:
                 described = scores if self.describes.processed else logits
-                self._describe_rows(input_batch, described, rows.start, given)
+                self._describe_rows(input_batch, described, start)
         if self.acceptance is not None:
-            rows = slice(0, hidden_states.shape[0])
-            serial = state.ints[:, Field.RESUME] == Phase.SERIAL
-            self.operations.acceptance_stats(
-                requests,
-                positions,
-                given,
-                state.row_position[requests, row] + 1,
-                replayed_draws(state, requests, row, draws),
-                seed=state.seed,
-                slot_size=state.ints[:, Field.SLOT_SIZE],
-                slot_threshold=state.slot_threshold,
-                serial=serial.int(),
-                tables=self.acceptance,
-                out=(self.picked[rows], self.picked_prob[rows], self.given_prob[rows]),
-            )
+            self._replay_acceptance(input_batch)
+
+    def _replay_acceptance(self, input_batch: InputBatch) -> None:
+        """Draws what the benchmark has decided in place of the statistics."""
+        requests = input_batch.expanded_idx_mapping
+        self.operations.replayed_rows(
+            self.state, requests, input_batch.expanded_local_pos, self.draws, self.replayed
+        )
+        self.operations.acceptance_stats(
+            requests, self.positions, self.given, *self.replayed_of_rows, **self.replays
+        )
 
     def _end_thinking(self, scores: torch.Tensor, input_batch: InputBatch, rows: slice) -> None:
         """Forces the end of thinking on some ``rows`` of the step, where a budget is used up.
@@ -315,9 +336,7 @@ class CanvasSampler:
             ),
         )
 
-    def _describe_rows(
-        self, input_batch: InputBatch, logits: torch.Tensor, start: int, given: torch.Tensor
-    ) -> None:
+    def _describe_rows(self, input_batch: InputBatch, logits: torch.Tensor, start: int) -> None:
         """Hands ``logits``, of the rows from ``start`` on, to the requests that want logprobs.
 
         Which rows a request has is known on the device only; on the host, the most it may have.
@@ -333,6 +352,6 @@ class CanvasSampler:
                     logits,
                     start,
                     self.picked,
-                    given,
+                    self.given,
                     self.given_prob,
                 )

@@ -42,6 +42,7 @@ class StepCost:
         self.passes = passes
         self.scale, self.host = 1.0, 0.0
         self._learns = learns
+        self._of_passes: dict[int, float] = {}  # by rows, as far as asked
         self._late: bool | None = None  # of the step that is being launched
         self._steps: deque[_Marks] = deque()  # the last one learned from, and those after it
 
@@ -79,4 +80,6 @@ class StepCost:
             self.host += FOLLOWS * (took - self.host)
             return
         self.host = min(self.host, took) * (1 - FORGETS)
-        self.scale += FOLLOWS * (took / float(self.passes.of(np.array(rows))) - self.scale)
+        if rows not in self._of_passes:
+            self._of_passes[rows] = float(self.passes.of(np.array(rows)))
+        self.scale += FOLLOWS * (took / self._of_passes[rows] - self.scale)
