@@ -256,6 +256,9 @@ def main(given: list[str] | None = None) -> None:
 
     args = arguments(given)
     args.small |= not torch.cuda.is_available()
+    if args.small:
+        smaller = {"problems": 2, "timed": 1, "max_tokens": 64}
+        vars(args).update({name: min(getattr(args, name), n) for name, n in smaller.items()})
     args.output.mkdir(parents=True, exist_ok=True)
     if args.phases != ["report"]:  # which may be made elsewhere
         (args.output / "about.json").write_text(json.dumps(about(args)))

@@ -119,7 +119,7 @@ def work(place: Place, device: str, waiting: Any, deadline: float, name: str) ->
 def measure(
     place: Place, variants: Iterable[str], seed: int, count: int, deadline: float
 ) -> Iterator[dict[str, Any]]:
-    """Seconds a problem of one process with the machine to itself, after one problem unmeasured.
+    """Seconds a problem of one process with the machine to itself, after a short one unmeasured.
 
     In bfloat16 on a GPU. Problems are the outer loop, so that a deadline leaves all variants with
     the same ones but for the last.
@@ -140,8 +140,8 @@ def measure(
                 return
             wait()
             began = time.perf_counter()
-            at = max(0, number)
-            outcome = decode_one(model, variant, problems.prompts[at], at, place.max_tokens)
+            at, most = (number, place.max_tokens) if number >= 0 else (0, 32)
+            outcome = decode_one(model, variant, problems.prompts[at], at, most)
             wait()
             line = {"variant": variant, "seed": seed, "problem": number}
             line |= {"seconds": time.perf_counter() - began, "tokens": len(outcome.tokens)}
