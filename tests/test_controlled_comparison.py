@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import compare
@@ -17,13 +18,14 @@ from decoders import Tokens
 from objectives import (
     CAUSAL,
     METHODS,
+    START,
     Objective,
     hidden_states,
     loss_of,
     see_both_ways,
 )
 from training_reference import assert_close, random_model
-from variants import SAME_TEXT, VARIANTS
+from variants import MAIN, SAME_TEXT, VARIANTS
 
 from vllm_refusion.training.collator import Example, autoregressive, collate, draw, sequence
 from vllm_refusion.training.loss import attach, label_counts
@@ -82,7 +84,7 @@ def test_causal_losses_equal_those_of_training(model, method):
     options = method == "refusion_options"
 
     def row(example, drawn_by):
-        if method == "autoregressive":
+        if method in ("autoregressive", START):
             return autoregressive(example)
         drawn = draw(len(example.response), (4, 8, 16, 32), drawn_by, 0.5 if options else 0)
         return sequence(example, drawn, MASK, options, options)
@@ -113,6 +115,31 @@ def test_llada_loss_equals_the_literal_one(model):
             given = log_probabilities(model, fed, list(range(width)), lambda q, k: True)
             total -= sum(given[i, text[i]] / masking for i in masked) / (width - start)
         assert_close(our_loss(model, "llada", batch), torch.as_tensor(total / len(items)))
+
+
+def test_dream_loss_equals_the_literal_one(model):
+    """Sum of w CE / masks of the batch: the token before predicts, w sums over known tokens."""
+    for seed in range(8):
+        items = random_items(seed)
+        batch = objective("dream")(items)
+        total, masks = 0, 0
+        for row, (example, _) in enumerate(items):
+            text = [*example.prompt, *example.response]
+            drawn, start = chance(seed, row), len(example.prompt)
+            text += [EOS] * (start + 24 - len(text))
+            width = len(text)
+            masking = 0.999 * drawn.random() + 0.001
+            masked = {start + i for i, u in enumerate(drawn.random(width - start)) if u < masking}
+            fed = [MASK if i in masked else token for i, token in enumerate(text)]
+            assert batch["input_ids"][row, :width].tolist() == fed
+            assert batch["real"][row].sum() == width
+            given = log_probabilities(model, fed, list(range(width)), lambda q, k: True)
+            for i in masked:
+                known = set(range(width)) - masked
+                weight = sum(0.5 * 0.1 * 0.9 ** (abs(i - j) - 1) for j in known)
+                total -= weight * given[i - 1, text[i]]
+            masks += len(masked)
+        assert_close(our_loss(model, "dream", batch), torch.as_tensor(total / masks))
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
@@ -185,6 +212,75 @@ def test_llada_equals_the_literal_sampler(model, at_once):
         assert outcome.tokens == decoders.until_eos(response, EOS)
         stopped = decoders.llada(model, prompt, SPECIAL, 16, **options)
         assert stopped.tokens == outcome.tokens and stopped.passes <= passes
+
+
+def literal_nucleus(row, share):
+    """Probabilities [V] of the likeliest tokens that together reach ``share``, renormalised."""
+    kept, total = [0.0] * len(row), 0.0
+    for token in sorted(range(len(row)), key=lambda token: -row[token]):
+        if total >= share:
+            break
+        kept[token] = row[token]
+        total += row[token]
+    return [p / total for p in kept]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("remasking", ["entropy", "maskgit_plus", "origin"])
+def test_dream_equals_the_literal_sampler(model, remasking, temperature):
+    """With the draws of the same generator; step i goes from time 1 - 0.999 i / steps to the next.
+
+    Entropies, which are 0 where the nucleus is one token, are ordered from left to right then.
+    """
+    stopped_early = 0
+    for seed, prompt in enumerate(prompts(4)):
+        for at_once in (1, 4):
+            drawn = torch.Generator().manual_seed(seed)
+            response, start, steps = [MASK] * 16, len(prompt), 16 // at_once
+            for step in range(steps):
+                fed = prompt + response
+                given = log_probabilities(model, fed, list(range(len(fed))), lambda q, k: True)
+                given[:, MASK] = -math.inf
+                places = [i for i, token in enumerate(response) if token == MASK]
+                rows = given[[start + i - 1 for i in places]].double()
+                rows = (rows / (temperature or 1)).softmax(-1).tolist()
+                rows = [literal_nucleus(row, 0.9) for row in rows]
+                tokens = [max(range(WORDS), key=row.__getitem__) for row in rows]
+                if temperature and rows:
+                    tokens = torch.multinomial(torch.tensor(rows).double(), 1, generator=drawn)
+                    tokens = tokens[:, 0].tolist()
+                time, later = 1 - 0.999 * step / steps, 1 - 0.999 * (step + 1) / steps
+                share = 1 - later / time if step < steps - 1 else 1
+                if remasking == "origin":
+                    uniform = torch.rand(len(places), generator=drawn).tolist()
+                    chosen = [n for n in range(len(places)) if uniform[n] < share]
+                else:
+                    surest = {
+                        "entropy": [sum(-p * math.log(p) for p in row if p) for row in rows],
+                        "maskgit_plus": [-row[token] for row, token in zip(rows, tokens)],
+                    }[remasking]
+                    order = sorted(range(len(places)), key=surest.__getitem__)
+                    chosen = order[: int(len(places) * share)]
+                for n in chosen:
+                    response[places[n]] = tokens[n]
+            assert MASK not in response
+            options = {"remasking": remasking, "tokens_per_step": at_once, "seed": seed}
+            options["temperature"] = temperature
+            outcome = decoders.dream(model, prompt, SPECIAL, 16, stop=False, **options)
+            assert outcome.tokens == decoders.until_eos(response, EOS)
+            assert outcome.passes == steps
+            special = Tokens(MASK, response[4])  # EOS has no say in what is picked
+            stopped = decoders.dream(model, prompt, special, 16, **options)
+            assert stopped.tokens == decoders.until_eos(response, response[4])
+            stopped_early += stopped.passes < steps
+    assert stopped_early
+
+
+def test_dream_refuses_what_it_does_not_know(model):
+    with pytest.raises(ValueError, match="remasking='topk'"):
+        decoders.dream(model, [1], SPECIAL, 16, remasking="topk")
+    with pytest.raises(ValueError, match="max_tokens=16 in steps of tokens_per_step=3"):
+        decoders.dream(model, [1], SPECIAL, 16, tokens_per_step=3)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -282,6 +378,24 @@ def test_methods_are_trained_on_the_same_examples_from_the_same_weights(tmp_path
             assert ours.equal(theirs)
 
 
+def test_methods_start_from_the_autoregressive_model_of_their_seed(tmp_path, tiny_store):
+    """And go on with the examples behind those that it was trained on."""
+    settings = training_run.Settings(
+        str(EXAMPLES / "refusion-tiny"), tiny_store, str(tmp_path), 8, 4, workers=0, layers=2
+    )
+    start = training_run.Run(settings, START, 3)
+    trained = start.train()
+    start.model.save_pretrained(tmp_path / "models" / start.name)
+    counts = [next(loader)["data_tokens"] for loader in [start.loader()] for _ in range(16)]
+    assert trained["data_tokens"] == sum(counts[:8])
+    for method in METHODS:
+        run = training_run.Run(replace(settings, start_steps=8), method, 3)
+        loader = run.loader()
+        assert sum(next(loader)["data_tokens"] for _ in range(8)) == sum(counts[8:])
+        for ours, theirs in zip(run.model.parameters(), start.model.parameters()):
+            assert ours.equal(theirs)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -305,22 +419,44 @@ def tiny_store(rows, tmp_path_factory):
 def test_the_command_makes_tables_and_plot(rows, tmp_path):
     args = ["--data", str(rows), "--dev", str(rows), "--output", str(tmp_path), "--small"]
     args += ["--seeds", "1", "--steps", "2", "--max-tokens", "32", "--problems", "1"]
-    compare.main([*args, "--timed", "1"])
+    compare.main([*args, "--timed", "1", "--start-steps", "2"])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["steps"] for run in results["trained"]] == [2] * len(METHODS)
-    assert len({run["data_tokens"] for run in results["trained"]}) == 1
+    runs = {run["method"]: run for run in results["trained"]}
+    assert set(runs) == {START, *METHODS} and {run["steps"] for run in runs.values()} == {2}
+    assert len({runs[method]["data_tokens"] for method in METHODS}) == 1
     for row in results["main"]["rows"].values():
         assert row["right"] and row["seconds"] > 0
     assert results["main"]["rows"]["LLaDA"]["tokens_per_forward"][0] <= 1
     table = (tmp_path / "results.md").read_text()
     assert all(f"| {name}" in table for name in VARIANTS)
     assert (tmp_path / "results.png").stat().st_size > 10_000
+    compare.main([*args, "--phases", "report"])  # says what the other phases were told
+    assert (tmp_path / "results.md").read_text() == table
 
 
-def test_jobs_advance_all_variants_together():
-    made = evaluation.jobs(range(2), 5, 2)
+def test_decoding_goes_on_where_it_was_stopped(rows, tmp_path, monkeypatch):
+    """What a file has a line of is not decoded again."""
+    args = ["--data", str(rows), "--dev", str(rows), "--output", str(tmp_path), "--small"]
+    (tmp_path / "models" / "autoregressive-0").mkdir(parents=True)
+    line = {"variant": "autoregressive", "seed": 0, "problem": 1}
+    (tmp_path / "decoded-cpu.jsonl").write_text(json.dumps(line) + "\n")
+    left = []
+
+    def work(place, device, waiting, *rest):
+        while not waiting.empty():
+            left.append(waiting.get())
+
+    monkeypatch.setattr(evaluation, "work", work)
+    compare.decode(compare.arguments([*args, "--problems", "3"]))
+    assert left == [evaluation.Job("autoregressive", 0, (0, 2))]
+
+
+@pytest.mark.parametrize("main_only", [False, True])
+def test_jobs_advance_all_variants_together(main_only):
+    made = evaluation.jobs(range(2), 5, 2, main_only)
+    names = set(MAIN if main_only else VARIANTS) - set(SAME_TEXT)
     assert {(j.variant, j.seed, n) for j in made for n in j.problems} == {
-        (v, s, n) for v in set(VARIANTS) - set(SAME_TEXT) for s in range(2) for n in range(5)
+        (v, s, n) for v in names for s in range(2) for n in range(5)
     }
     assert [j.problems[0] for j in made] == sorted(j.problems[0] for j in made)
 
@@ -333,7 +469,7 @@ def test_what_is_trained_is_decoded(method, rows, tmp_path, tiny_store):
         str(EXAMPLES / "refusion-tiny"),
         tiny_store,
         str(tmp_path),
-        steps=1500 if method == "llada" else 600,
+        steps=1500 if method in decoders.WHOLE else 600,
         batch_size=16,
         learning_rate=3e-3,
         warmup_steps=50,
@@ -352,6 +488,7 @@ def test_what_is_trained_is_decoded(method, rows, tmp_path, tiny_store):
         "refusion_options": "ReFusion 8/32, options",
         "llada": "LLaDA, stopped",
         "bd3lm": "BD3-LM",
+        "dream": "Dream, stopped",
     }
     right = 0
     for number, prompt in enumerate(problems.prompts):

@@ -4,8 +4,9 @@ python compare.py --data train.jsonl.gz --dev dev.jsonl.gz --output folder
 
 With a GPU the number of training steps is what fits --train-seconds on this machine, the same for
 all methods and seeds, unless --steps says it. --small, and a machine without a GPU, get a trial: it
-shows that all of it works, and its figures mean nothing. Phases can be run one by one (--phases);
-the tables hold what is known by then.
+shows that all of it works, and its figures mean nothing. Phases can be run one by one (--phases).
+Every problem decoded or timed is a line of a file as soon as it is done: of a command that was
+stopped, --phases report makes the tables of what is known, and --phases decode decodes the rest.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PHASES = ("train", "decode", "time", "report")
-GPU_WORKERS = 3  # processes that decode LLaDA, whose passes are wide
 
 
 def _tokenised(args: argparse.Namespace) -> Path:
@@ -72,33 +73,44 @@ def agreed_steps(paces: list[float], seconds: float) -> int:
 
 
 def train(args: argparse.Namespace, settings: Any) -> None:
-    from objectives import METHODS
-    from training_run import train_one
+    from objectives import METHODS, START
 
     folder = args.output
-    for path in (*folder.glob("*-*.json"), *(folder / f"{k}.json" for k in ("go", "steps"))):
-        path.unlink(missing_ok=True)
+    for path in (*folder.glob("*-*.json"), *folder.glob("*.jsonl")):
+        path.unlink()
     shutil.rmtree(folder / "models", ignore_errors=True)
+    settings = replace(settings, deadline=time.time() + args.train_seconds)
+    if args.start_steps:  # few, by few runs: compiling takes longer than it saves
+        first = replace(settings, steps=args.start_steps, start_steps=0, compiled=False)
+        _train_side_by_side(args, first, [START])
+    _train_side_by_side(args, settings, METHODS)
+
+
+def _train_side_by_side(args: argparse.Namespace, settings: Any, methods: Sequence[str]) -> None:
+    """One run for each method and seed; agrees on their steps unless ``settings`` say them."""
+    from training_run import train_one
+
+    names = [(method, seed) for seed in range(args.seeds) for method in methods]
     if args.small:
-        for seed in range(args.seeds):
-            for method in METHODS:
-                train_one(settings, method, seed)
+        for method, seed in names:
+            train_one(settings, method, seed)
         return
-    began = time.time()
+    folder, deadline, began = args.output, settings.deadline, time.time()
+    for kind in ("go", "steps"):
+        (folder / f"{kind}.json").unlink(missing_ok=True)
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
     runs = {}
-    for seed in range(args.seeds):
-        for method in METHODS:
-            command = [sys.executable, str(HERE / "training_run.py")]
-            command += [json.dumps(asdict(settings)), method, str(seed)]
-            runs[f"{method}-{seed}"] = subprocess.Popen(command, env=environment)
-    deadline = began + args.train_seconds
+    for method, seed in names:
+        command = [sys.executable, str(HERE / "training_run.py")]
+        command += [json.dumps(asdict(settings)), method, str(seed)]
+        runs[f"{method}-{seed}"] = subprocess.Popen(command, env=environment)
     try:
         if settings.steps is None:
-            _answers(folder, "ready", runs, began + 0.4 * args.train_seconds)
+            left = deadline - began
+            _answers(folder, "ready", runs, began + 0.4 * left)
             print(f"all ready after {time.time() - began:.0f} s", flush=True)
-            _tell(folder, "go", {"deadline": deadline})
-            paces = _answers(folder, "pace", runs, began + 0.6 * args.train_seconds)
+            _tell(folder, "go", True)
+            paces = _answers(folder, "pace", runs, began + 0.6 * left)
             steps = agreed_steps(paces, deadline - time.time() - 5) if paces else 100
             print(f"seconds a step {paces}: {steps} steps", flush=True)
             _tell(folder, "steps", steps)
@@ -120,23 +132,26 @@ def _place(args: argparse.Namespace) -> Any:
 
 def decode(args: argparse.Namespace) -> None:
     import torch
+    from decoders import WHOLE
     from evaluation import jobs, work
+    from report import read_lines
     from variants import VARIANTS
 
-    for path in args.output.glob("decoded-*.jsonl"):
-        path.unlink()
+    lines = read_lines(args.output.glob("decoded-*.jsonl"))
+    done = {(line["variant"], line["seed"], line["problem"]) for line in lines}
     deadline = time.time() + args.decode_seconds
     context = multiprocessing.get_context("spawn")
     gpu = torch.cuda.is_available()
     make_queue = queue.Queue if args.small else context.Queue
     queues = {"cpu": make_queue(), "cuda": make_queue()}
-    for job in jobs(range(args.seeds), args.problems, args.chunk):
+    for job in jobs(range(args.seeds), args.problems, args.chunk, args.main_only):
         method = VARIANTS[job.variant].method
-        if (args.output / "models" / f"{method}-{job.seed}").exists():
-            queues["cuda" if gpu and method == "llada" else "cpu"].put(job)
+        left = tuple(n for n in job.problems if (job.variant, job.seed, n) not in done)
+        if left and (args.output / "models" / f"{method}-{job.seed}").exists():
+            queues["cuda" if gpu and method in WHOLE else "cpu"].put(job._replace(problems=left))
     if args.small:
         return work(_place(args), "cpu", queues["cpu"], deadline, "cpu")
-    devices = ["cuda"] * (GPU_WORKERS if gpu else 0)
+    devices = ["cuda"] * (args.gpu_workers if gpu else 0)
     devices += ["cpu"] * (args.workers or max(1, (os.cpu_count() or 1) - len(devices)))
     workers = []
     for number, device in enumerate(devices):
@@ -154,10 +169,14 @@ def decode(args: argparse.Namespace) -> None:
 
 def measure_time(args: argparse.Namespace) -> None:
     from evaluation import measure
+    from variants import MAIN, RECOMPUTED
 
+    variants = MAIN if args.main_only else (*MAIN, *RECOMPUTED)
     deadline = time.time() + args.time_seconds
-    lines = measure(_place(args), 0, args.timed, deadline)
-    (args.output / "timed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with open(args.output / "timed.jsonl", "w") as file:
+        for line in measure(_place(args), variants, 0, args.timed, deadline):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +190,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "seeds": args.seeds,
         "longest response": args.max_tokens,
+        "autoregressive start": f"{args.start_steps} steps" if args.start_steps else "none",
         "figures": "of a trial, they mean nothing" if args.small else "see README.md",
     }
 
@@ -186,6 +206,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--store", type=Path, help="folder of tokenised training data, if made")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int)
+    help = "of an autoregressive model that all methods start from; 0: from random weights"
+    parser.add_argument("--start-steps", type=int, default=0, help=help)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--train-seconds", type=float, default=1800)
@@ -195,7 +217,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=100)
     parser.add_argument("--chunk", type=int, default=10, help="problems a decoding job has")
     parser.add_argument("--timed", type=int, default=5, help="problems decoded for seconds")
+    parser.add_argument("--main-only", action="store_true", help="no rows but the main table's")
     parser.add_argument("--workers", type=int, help="decoding processes on the CPU")
+    help = "decoding processes on a GPU, for LLaDA and Dream, whose passes are wide"
+    parser.add_argument("--gpu-workers", type=int, default=3, help=help)
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--small", action="store_true", help="a trial for a CPU")
     args = parser.parse_args(given)
@@ -213,10 +238,10 @@ def _settings(args: argparse.Namespace) -> Any:
         store=str(_tokenised(args)),
         output=str(args.output),
         steps=args.steps,
+        start_steps=args.start_steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         generation_length=args.max_tokens,
-        seconds=args.train_seconds,
         compiled=True,
     )
     if args.small:
@@ -231,10 +256,16 @@ def main(given: list[str] | None = None) -> None:
 
     args = arguments(given)
     args.small |= not torch.cuda.is_available()
+    if args.small:
+        smaller = {"problems": 2, "timed": 1, "max_tokens": 64}
+        vars(args).update({name: min(getattr(args, name), n) for name, n in smaller.items()})
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "about.json").write_text(json.dumps(about(args)))
+    if args.phases != ["report"]:  # which may be made elsewhere
+        (args.output / "about.json").write_text(json.dumps(about(args)))
     began = time.time()
     for phase in (name for name in PHASES if name in args.phases):
+        if "report" in args.phases:  # of what is known so far
+            write(args.output, args.output)
         if phase == "train":
             train(args, _settings(args))
         elif phase == "decode":
@@ -242,7 +273,6 @@ def main(given: list[str] | None = None) -> None:
         elif phase == "time":
             measure_time(args)
         else:
-            write(args.output, args.output)
             print((args.output / "results.md").read_text())
         print(f"{phase} ended after {time.time() - began:.0f} s", flush=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from objectives import block_mask, block_numbers, see_both_ways
+from objectives import START, block_mask, block_numbers, see_both_ways
 from transformers import DynamicCache
 
 from vllm_refusion.decoding import reference
@@ -167,9 +167,77 @@ def _unmasked(
         place = max(masked, key=lambda i: probabilities[i].max())
         return place, int(probabilities[place].argmax())
     place = masked[int(torch.randint(len(masked), (), generator=chance))]
-    ordered, words = probabilities[place].sort(descending=True)
-    kept = ordered * (ordered.cumsum(0) - ordered < nucleus)  # the smallest set that reaches it
-    return place, int(words[torch.multinomial(kept, 1, generator=chance)])
+    return place, int(torch.multinomial(_cut(probabilities[place], nucleus), 1, generator=chance))
+
+
+def _cut(probabilities: torch.Tensor, nucleus: float) -> torch.Tensor:
+    """[..., V] -> the same of the smallest set of tokens that reaches ``nucleus``, 0 elsewhere."""
+    ordered, words = probabilities.sort(-1, descending=True)
+    kept = ordered * (ordered.cumsum(-1) - ordered < nucleus)
+    return torch.zeros_like(kept).scatter(-1, words, kept / kept.sum(-1, keepdim=True))
+
+
+@torch.inference_mode()
+def dream(
+    model: Any,
+    prompt: Sequence[int],
+    special: Tokens,
+    max_tokens: int,
+    remasking: str = "entropy",
+    tokens_per_step: int = 1,
+    temperature: float = 0.1,
+    nucleus: float = 0.9,
+    stop: bool = True,
+    seed: int = 0,
+) -> Outcome:
+    """Masked diffusion in which the token before predicts a mask (arXiv 2508.15487).
+
+    Every pass feeds the prompt and the whole response and is a step from time t to time s, of
+    equal ones from 1 to 0.001. A share 1 - s / t of the masks, rounded down, gets tokens drawn from
+    the nucleus: those with the least "entropy", the leftmost of equals; those whose token is the
+    most probable ("maskgit_plus"); or each with that probability ("origin"). The last step leaves
+    no mask. ``temperature`` 0 takes the argmax. ``stop`` ends with the last mask before an EOS,
+    which changes no token before it; the authors' sampler takes all steps.
+    """
+    if remasking not in ("entropy", "maskgit_plus", "origin") or max_tokens % tokens_per_step:
+        raise ValueError(f"{remasking=}, {max_tokens=} in steps of {tokens_per_step=}")
+    see_both_ways(model)
+    chance = torch.Generator(model.device).manual_seed(seed)
+    start, passes = len(prompt), 0
+    ids = torch.tensor([[*prompt, *[special.mask] * max_tokens]], device=model.device)
+    positions = torch.arange(ids.shape[1], device=model.device)[None]
+    response = ids[0, start:]  # a view
+    times = torch.linspace(1, 1e-3, max_tokens // tokens_per_step + 1).tolist()
+    times[-1] = 0
+    for t, s in zip(times, times[1:]):
+        logits = model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask={"full_attention": None},
+            use_cache=False,
+        ).logits[0, start - 1 : -1]
+        passes += 1
+        masked = (response == special.mask).nonzero()[:, 0]
+        logits = logits[masked].double() / (temperature or 1)
+        logits[:, special.mask] = -torch.inf  # never picked
+        given = _cut(logits.softmax(-1), nucleus)
+        picked = given.argmax(-1)
+        if temperature:
+            picked = torch.multinomial(given, 1, generator=chance)[:, 0]
+        if remasking == "origin":
+            uniform = torch.rand(len(masked), generator=chance, device=model.device)
+            chosen = uniform < 1 - s / t
+        else:
+            if remasking == "entropy":
+                doubt = torch.special.entr(given).sum(-1)
+            else:
+                doubt = -given.gather(1, picked[:, None])[:, 0]
+            chosen = doubt.argsort(stable=True)[: int(len(masked) * (1 - s / t))]
+        response[masked[chosen]] = picked[chosen]
+        tokens = until_eos(response.tolist(), special.eos)
+        if stop and special.mask not in tokens:
+            break
+    return Outcome(tokens, passes)
 
 
 class _Recomputing(reference._Request):
@@ -212,4 +280,8 @@ DECODERS = {
     "autoregressive": autoregressive,
     "llada": llada,
     "bd3lm": bd3lm,
+    "dream": dream,
+    START: autoregressive,
 }
+WHOLE = ("llada", "dream")  # their passes feed the whole response
+DRAWING = ("bd3lm", "dream")  # they take a seed

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from decoders import DECODERS, Outcome, Tokens
+from decoders import DECODERS, DRAWING, Outcome, Tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
-from variants import SAME_TEXT, TIMED, VARIANTS
+from variants import MAIN, SAME_TEXT, VARIANTS
 
 from vllm_refusion.training.data import Encoder, read_rows
 from vllm_refusion.training.trainer import is_right
@@ -50,11 +50,12 @@ class Job(NamedTuple):
     problems: tuple[int, ...]
 
 
-def jobs(seeds: Sequence[int], problems: int, chunk: int) -> list[Job]:
+def jobs(seeds: Sequence[int], problems: int, chunk: int, main_only: bool = False) -> list[Job]:
     """All there is to decode, so ordered that each variant has had the same problems before any
     has more; the tables' main rows come first.
     """
-    variants = [name for name in reversed(VARIANTS) if name not in SAME_TEXT]
+    names = MAIN if main_only else VARIANTS
+    variants = [name for name in reversed(names) if name not in SAME_TEXT]
     return [
         Job(variant, seed, tuple(range(first, min(first + chunk, problems))))
         for first in range(0, problems, chunk)
@@ -69,7 +70,7 @@ def decode_one(
     """``number`` seeds what is drawn."""
     method, options, _ = VARIANTS[variant]
     special = Tokens(model.config.mask_token_id, model.config.eos_token_id)
-    if method == "bd3lm":
+    if method in DRAWING:
         options = {**options, "seed": number}
     return DECODERS[method](model, prompt, special, max_tokens, **options)
 
@@ -88,7 +89,7 @@ def work(place: Place, device: str, waiting: Any, deadline: float, name: str) ->
     torch.set_num_threads(1)
     disable_progress_bar()
     problems = Problems(place)
-    with open(Path(place.folder) / f"decoded-{name}.jsonl", "w") as file:
+    with open(Path(place.folder) / f"decoded-{name}.jsonl", "a") as file:
         while True:
             try:
                 job = waiting.get(timeout=1)
@@ -115,8 +116,10 @@ def work(place: Place, device: str, waiting: Any, deadline: float, name: str) ->
                 file.flush()
 
 
-def measure(place: Place, seed: int, count: int, deadline: float) -> list[dict[str, Any]]:
-    """Seconds a problem of one process with the machine to itself, after one problem unmeasured.
+def measure(
+    place: Place, variants: Iterable[str], seed: int, count: int, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Seconds a problem of one process with the machine to itself, after a short one unmeasured.
 
     In bfloat16 on a GPU. Problems are the outer loop, so that a deadline leaves all variants with
     the same ones but for the last.
@@ -127,22 +130,21 @@ def measure(place: Place, seed: int, count: int, deadline: float) -> list[dict[s
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     models = {
         name: load(place.folder, VARIANTS[name].method, seed, device, dtype)
-        for name in TIMED
+        for name in variants
         if (Path(place.folder) / "models" / f"{VARIANTS[name].method}-{seed}").exists()
     }
-    problems, lines = Problems(place), []
+    problems = Problems(place)
     for number in range(-1, count):
         for variant, model in models.items():
             if time.time() > deadline:
-                return lines
+                return
             wait()
             began = time.perf_counter()
-            at = max(0, number)
-            outcome = decode_one(model, variant, problems.prompts[at], at, place.max_tokens)
+            at, most = (number, place.max_tokens) if number >= 0 else (0, 32)
+            outcome = decode_one(model, variant, problems.prompts[at], at, most)
             wait()
             line = {"variant": variant, "seed": seed, "problem": number}
             line |= {"seconds": time.perf_counter() - began, "tokens": len(outcome.tokens)}
             line |= {"passes": outcome.passes, "device": device}
             if number >= 0:
-                lines.append(line)
-    return lines
+                yield line

@@ -1,10 +1,10 @@
-"""Five objectives on the same examples.
+"""Six objectives on the same examples.
 
 A batch holds input_ids and position_ids [B, L] and data_tokens, an int that counts the prompts' and
 responses' tokens, without padding and repetition. The rest of a causal method's is what the losses
-of vllm_refusion.training read (``collate``). LLaDA's and BD3-LM's are for one weighted
-cross-entropy: of each token with a label its place in the flattened input (rows [N]), its label [N]
-and its weight [N] (float32); attention masks are made of real [B, L], not padding, for LLaDA, of
+of vllm_refusion.training read (``collate``). The others' are for one weighted cross-entropy: of
+each token with a label its place in the flattened input (rows [N]), its label [N] and its weight
+[N] (float32); attention masks are made of real [B, L], not padding, for LLaDA and Dream, of
 blocks [B, L] and noised [B, L] for BD3-LM.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,9 @@ from vllm_refusion.training.collator import (
 )
 from vllm_refusion.training.loss import hybrid_loss, label_counts, visible
 
-METHODS = ("refusion", "refusion_options", "autoregressive", "llada", "bd3lm")
-CAUSAL = ("refusion", "refusion_options", "autoregressive")
+METHODS = ("refusion", "refusion_options", "autoregressive", "llada", "bd3lm", "dream")
+START = "start"  # the autoregressive model that all methods of a seed may start from
+CAUSAL = ("refusion", "refusion_options", "autoregressive", START)
 PADDING = 1 << 30  # block of BD3-LM's padding: behind all others
 
 Item = tuple[Example, np.random.Generator]
@@ -43,11 +45,12 @@ class Objective:
     """How a method's batches are made; calling it on items collates them.
 
     Attributes:
-        generation_length: LLaDA's responses are padded with EOS to that many tokens, which it will
-            have to decode.
+        generation_length: LLaDA's and Dream's responses are padded with EOS to that many tokens,
+            which they will have to decode.
         block_length: of BD3-LM.
         noise: BD3-LM's masking probabilities are uniform between these: clipped,
             as its authors do, who search for the range that lowers the variance.
+        cart: of Dream: weights fall by a factor of 1 - cart with the distance to a known token.
     """
 
     method: str
@@ -58,6 +61,7 @@ class Objective:
     generation_length: int = 256
     block_length: int = 4
     noise: tuple[float, float] = (0.45, 0.95)
+    cart: float = 0.1
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         tokens = sum(len(e.prompt) + len(e.response) for e, _ in items)
@@ -77,16 +81,22 @@ class Objective:
     def _autoregressive(self, items: Sequence[Item]) -> Batch:
         return collate([autoregressive(example) for example, _ in items], self.pad_token_id)
 
-    def _llada(self, items: Sequence[Item]) -> Batch:
+    _start = _autoregressive
+
+    def _masked(self, items: Sequence[Item]) -> tuple[np.ndarray, ...]:
         """Masks tokens of the response, EOS padding included, with one probability an example.
 
         The response is as long as it will be when decoded; what pads rows behind it is not seen.
+
+        Returns:
+            ids, labels of the masks at their own places and real, [B, L]; of each example how many
+            masks are expected, [B, 1].
         """
         lengths = [max(len(e.response), self.generation_length) for e, _ in items]
         longest = max(len(e.prompt) + length for (e, _), length in zip(items, lengths))
         shape = len(items), -(-longest // MULTIPLE) * MULTIPLE
         ids, labels = np.full(shape, self.pad_token_id), np.full(shape, IGNORED)
-        weights, real = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        real, expected = np.zeros(shape, bool), np.zeros((len(items), 1))
         for row, ((example, chance), length) in enumerate(zip(items, lengths)):
             start = len(example.prompt)
             response = np.full(length, self.eos_token_id)
@@ -96,11 +106,26 @@ class Objective:
             ids[row, :start] = example.prompt
             ids[row, where] = np.where(masked, self.mask_token_id, response)
             labels[row, where] = np.where(masked, response, IGNORED)
-            weights[row, where] = 1 / (masking * length) / len(items)
             real[row, : start + length] = True
-        positions = np.tile(np.arange(shape[1]), (len(items), 1))
-        batch = _labelled(ids, positions, labels.flatten(), weights.flatten())
-        return batch | {"real": torch.tensor(real)}
+            expected[row] = masking * length
+        return ids, labels, real, expected
+
+    def _llada(self, items: Sequence[Item]) -> Batch:
+        ids, labels, real, expected = self._masked(items)
+        weights = np.broadcast_to(1 / expected / len(items), ids.shape)
+        return _labelled(ids, _in_order(ids), labels, weights) | {"real": torch.tensor(real)}
+
+    def _dream(self, items: Sequence[Item]) -> Batch:
+        """LLaDA's masks, each predicted where an autoregressive model does: by the token before.
+
+        A mask's weight is the sum over known tokens, at distances d from it, of
+        cart (1 - cart)^(d - 1) / 2, so that it is near 1 where all around is known (CART).
+        """
+        ids, labels, real, _ = self._masked(items)
+        known, masks = real & (labels == IGNORED), max(1, (labels != IGNORED).sum())
+        weights = known @ _cart(ids.shape[1], self.cart) / masks
+        labels, weights = np.roll(labels, -1, 1), np.roll(weights, -1, 1)  # no prompt is empty
+        return _labelled(ids, _in_order(ids), labels, weights) | {"real": torch.tensor(real)}
 
     def _bd3lm(self, items: Sequence[Item]) -> Batch:
         """Prompt and clean response, then the response again with masks, block by block.
@@ -132,7 +157,7 @@ class Objective:
             noised[row, noisy] = True
             labels[row, noisy] = np.where(masked, response, IGNORED)
             weights[row, noisy] = 1 / masking / length / len(items)
-        batch = _labelled(ids, positions, labels.flatten(), weights.flatten())
+        batch = _labelled(ids, positions, labels, weights)
         return batch | {"blocks": torch.tensor(blocks), "noised": torch.tensor(noised)}
 
 
@@ -142,8 +167,21 @@ def block_numbers(prompt: int, response: int, size: int) -> np.ndarray:
     return np.concatenate([np.arange(prompt) // size, before + np.arange(response) // size])
 
 
+def _in_order(ids: np.ndarray) -> np.ndarray:
+    return np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+
+
+@cache
+def _cart(length: int, cart: float) -> np.ndarray:
+    """What a known token adds to a mask's weight, float32 [L, L]."""
+    distance = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
+    shares = cart / 2 * (1 - cart) ** np.maximum(distance - 1.0, 0)
+    return np.where(distance == 0, 0, shares).astype(np.float32)
+
+
 def _labelled(ids: Any, positions: Any, labels: Any, weights: Any) -> Batch:
-    labels, weights = torch.as_tensor(labels), torch.as_tensor(weights)
+    labels = torch.as_tensor(labels.flatten())
+    weights = torch.as_tensor(weights.flatten(), dtype=torch.float32)
     rows = (labels != IGNORED).nonzero()[:, 0]
     return {
         "input_ids": torch.as_tensor(ids),

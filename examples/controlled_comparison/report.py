@@ -14,14 +14,14 @@ from variants import MAIN, RECOMPUTED, SAME_TEXT, SIZES
 Row = dict[str, Any]
 
 
-def _lines(paths: Iterable[Path]) -> list[Row]:
+def read_lines(paths: Iterable[Path]) -> list[Row]:
     return [json.loads(line) for path in sorted(paths) for line in path.read_text().splitlines()]
 
 
 def collect(folder: Path) -> dict[str, Any]:
     """Everything the tables say. Variants are compared on the problems that all of a table had."""
     decoded = defaultdict(dict)  # (variant, seed) -> problem -> line
-    for line in _lines(folder.glob("decoded-*.jsonl")):
+    for line in read_lines(folder.glob("decoded-*.jsonl")):
         decoded[line["variant"], line["seed"]][line["problem"]] = line
     path = folder / "about.json"
     about = json.loads(path.read_text()) if path.exists() else {}
@@ -30,7 +30,7 @@ def collect(folder: Path) -> dict[str, Any]:
             whole = {"passes": about["longest response"]}  # one token a pass, all of them
             decoded[name, seed] = {n: v | whole for n, v in decoded[source, seed].items()}
     timed = defaultdict(list)
-    for line in _lines(folder.glob("timed.jsonl")):
+    for line in read_lines(folder.glob("timed.jsonl")):
         timed[line["variant"]].append(line["seconds"])
     trained = [json.loads(path.read_text()) for path in sorted(folder.glob("trained-*.json"))]
     return {
@@ -51,6 +51,8 @@ def _table(decoded: dict, names: Iterable[str], timed: dict[str, list[float]]) -
     rows = {}
     for name in names:
         seeds = sorted(seed for variant, seed in runs if variant == name)
+        if not seeds and name not in timed:
+            continue
         lines = {seed: [runs[name, seed][n] for n in common] for seed in seeds}
         row: Row = {"seeds": seeds}
         if common and seeds:
@@ -59,7 +61,7 @@ def _table(decoded: dict, names: Iterable[str], timed: dict[str, list[float]]) -
                 sum(line["tokens"] for line in lines[s]) / sum(line["passes"] for line in lines[s])
                 for s in seeds
             ]
-        if timed.get(name):
+        if name in timed:
             row["seconds"] = mean(timed[name])
             row["problems_timed"] = len(timed[name])
         rows[name] = row
@@ -115,20 +117,15 @@ def _training_table(trained: Sequence[Row]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     about = ", ".join(f"{key}: {value}" for key, value in results["about"].items())
-    return "\n\n".join(
-        [
-            about,
-            "## Decoding",
-            _decoding_table(results["main"], notes=True),
-            "## Slot size / block length of ReFusion (thresholds 0.9/0.4)",
-            _decoding_table(results["slot size and block length"], notes=False),
-            "## KV reuse against recomputation with full context",
-            _decoding_table(results["KV reuse"], notes=False),
-            "## Training",
-            _training_table(results["trained"]),
-            "",
-        ]
-    )
+    parts = [about, "## Decoding", _decoding_table(results["main"], notes=True)]
+    titles = {
+        "slot size and block length": "Slot size / block length of ReFusion (thresholds 0.9/0.4)",
+        "KV reuse": "KV reuse against recomputation with full context",
+    }
+    for key, title in titles.items():
+        if set(results[key]["rows"]) - set(MAIN):
+            parts += [f"## {title}", _decoding_table(results[key], notes=False)]
+    return "\n\n".join([*parts, "## Training", _training_table(results["trained"]), ""])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -153,7 +150,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.xaxis.set_minor_formatter("{x:.2g}" if key == "main" else "{x:g}")
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set_xlabel("tokens per forward pass")
-        axis.set_title(key if key != "main" else "four decoders", size=10)
+        axis.set_title(key if key != "main" else "decoders", size=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("problems right, %")
     figure.savefig(path, dpi=130)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from objectives import CAUSAL, Item, Objective, hidden_states, loss_of, see_both_ways
+from objectives import CAUSAL, START, Item, Objective, hidden_states, loss_of, see_both_ways
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -32,19 +32,26 @@ EVERY = 50  # steps between logged losses
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all methods; ``steps=None`` lets compare.py decide."""
+    """What is the same for all methods; ``steps=None`` lets compare.py decide.
+
+    Attributes:
+        start_steps: of the autoregressive model of a seed whose weights all methods start from, and
+            whose examples come before theirs; 0: random weights.
+        deadline: when training ends, whatever its steps, as ``time.time()``.
+    """
 
     config: str
     store: str
     output: str
     steps: int | None = None
+    start_steps: int = 0
     batch_size: int = 128
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     layers: int = 6
     hidden_size: int = 256
     generation_length: int = 256
-    seconds: float = 1e9
+    deadline: float = math.inf
     compiled: bool = False
     workers: int = 1
 
@@ -59,9 +66,9 @@ class Items(Dataset):
         return self._course.example(index), generator(self._seed, index)
 
 
-def batches(store: TokenStore, order: Course, size: int, seed: int) -> Iterator[list[int]]:
+def batches(order: Course, size: int, seed: int, start: int = 0) -> Iterator[list[int]]:
     """Endless batches of item numbers, those of a pool sorted by length and then shuffled."""
-    chance, start = np.random.default_rng(seed), 0
+    chance = np.random.default_rng(seed)
     while True:
         pool = np.arange(start, start + POOL * size)
         lengths = [sum(map(len, vars(order.example(i)).values())) for i in pool]
@@ -72,6 +79,10 @@ def batches(store: TokenStore, order: Course, size: int, seed: int) -> Iterator[
 
 
 def initial_model(settings: Settings, seed: int) -> Any:
+    if settings.start_steps:
+        start = Path(settings.output) / "models" / f"{START}-{seed}"
+        options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+        return AutoModelForCausalLM.from_pretrained(start, **options)
     shape = AutoConfig.from_pretrained(settings.config)
     values = shape.to_dict() | {
         "num_hidden_layers": settings.layers,
@@ -122,10 +133,11 @@ class Run:
             config.eos_token_id,
             generation_length=self.settings.generation_length,
         )
+        size = self.settings.batch_size
         return iter(
             DataLoader(
                 Items(course, self.seed),
-                batch_sampler=batches(store, course, self.settings.batch_size, self.seed),
+                batch_sampler=batches(course, size, self.seed, self.settings.start_steps * size),
                 collate_fn=objective,
                 num_workers=self.settings.workers,
                 pin_memory=self.device == "cuda",
@@ -174,9 +186,7 @@ class Run:
         self.prepare(first)
         if steps is None:
             self.tell("ready", True)
-            deadline = self.ask("go")["deadline"]
-        else:
-            deadline = time.time() + settings.seconds
+            self.ask("go")
         began, since, losses, recent = time.monotonic(), 0.0, [], []
         data_tokens = positions = step = 0
         while True:
@@ -187,7 +197,7 @@ class Run:
                 self._wait()
                 self.tell("pace", (time.monotonic() - since) / (PACE_UNTIL - PACE_FROM))
                 steps = self.ask("steps")
-            if step == steps or time.time() > deadline:
+            if step == steps or time.time() > settings.deadline:
                 break
             batch = first if step == 0 else next(fetched)
             for group in self.optimizer.param_groups:
