@@ -54,9 +54,11 @@ def test_models_are_still_exchanged_where_engines_are_configured():
     """Front ends go through it, and no hook before it sees the model and additional_config."""
     from vllm.engine import arg_utils
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.tokenizers import registry
     from vllm.v1.engine import async_llm, llm_engine
 
-    for patched in (arg_utils.get_model_path, EngineArgs.create_engine_config):
+    tokenizers = registry.cached_resolve_tokenizer_args
+    for patched in (arg_utils.get_model_path, EngineArgs.create_engine_config, tokenizers):
         assert getattr(patched, compat._PATCHED)
         assert not getattr(patched.__wrapped__, compat._PATCHED, False)
     source = inspect.getsource(EngineArgs.create_engine_config.__wrapped__)
@@ -66,6 +68,8 @@ def test_models_are_still_exchanged_where_engines_are_configured():
         assert "engine_args.create_engine_config(" in inspect.getsource(module)
     source = inspect.getsource(EngineArgs.__post_init__)
     assert source.index("load_general_plugins()") < source.index("get_model_path(self.model,")
+    for function in (registry.get_tokenizer, registry.tokenizer_args_from_config):
+        assert "cached_resolve_tokenizer_args(" in inspect.getsource(function)
 
 
 def test_configurations_are_still_hooked_by_architecture():

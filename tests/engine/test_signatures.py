@@ -140,7 +140,7 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
             report=print,
             take_adapter=print,
             adapter_option="",
-            short_names={},
+            published=str,
             endpoints="",
         )
     )
