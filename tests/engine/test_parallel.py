@@ -168,11 +168,9 @@ def test_data_parallel(hosts, tiny_checkpoint, reference, questions, tmp_path):
     assert answers == [list(reference(q, max_tokens=100).tokens) for q in questions[:BOTH]]
 
 
-@pytest.mark.parametrize(
-    "balancer", [{"data_parallel_rank": 0}, {"data_parallel_external_lb": True}]
-)
-def test_a_balancer_of_ones_own_has_independent_servers(balancer, tiny_checkpoint):
-    """vLLM's, for models without experts: such engines share nothing."""
-    arguments = EngineArgs(str(tiny_checkpoint), data_parallel_size=2, **balancer)
+@pytest.mark.parametrize("option", [{"data_parallel_rank": 0}, {"data_parallel_external_lb": True}])
+def test_another_balancer_has_servers_of_their_own(option, tiny_checkpoint):
+    """vLLM refuses to join them where models have no experts: such engines share nothing."""
+    arguments = EngineArgs(str(tiny_checkpoint), data_parallel_size=2, **option)
     with pytest.raises(ValueError, match="launch independent vLLM instances"):
         arguments.create_engine_config()

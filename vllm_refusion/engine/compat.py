@@ -12,7 +12,6 @@ import functools
 import importlib
 import inspect
 import math
-import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class Hooks:
         report: reports the figures of an ``AsyncLLM``.
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
         adapter_option: what it then calls the adapter, among the overrides of the configuration.
-        published: what the Hugging Face Hub calls the checkpoint of a name; itself but for a short one.
+        published: what the Hugging Face Hub calls the checkpoint of a name, short or not.
         endpoints: "module:class" of our endpoint plugin, which servers load; it adds routes only
             where an option asks for them.
     """
