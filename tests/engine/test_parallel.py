@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import httpx
 import openai
 import pytest
 import torch
@@ -141,7 +142,8 @@ def test_data_parallel(hosts, tiny_checkpoint, reference, questions, tmp_path):
 
         def ask(question, **more):
             # a connection of its own: each API server accepts some
-            with openai.OpenAI(base_url=server.client.base_url, api_key="none") as client:
+            with httpx.Client(trust_env=False, timeout=120) as connection:
+                client = server.client.with_options(http_client=connection)
                 return client.chat.completions.create(
                     model=MODEL_NAME,
                     messages=[{"role": "user", "content": question}],

@@ -841,9 +841,9 @@ def fill_lora_tables(
 
 
 def _leave_plain_rows(wrapper: Any) -> None:
-    """In vLLM's PyTorch operations a row of no adapter, -1, is one of the last slot's.
+    """In the PyTorch operations of vLLM 0.32 a row of no adapter, -1, is one of the last slot's.
 
-    They take as many rows as are listed: those of the tensors at hand.
+    Later ones leave it alone. All take as many rows as are listed: those of the tensors at hand.
     """
 
     def around(name: str, adapts: Callable[[int], Any]) -> None:
