@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import threading
@@ -98,9 +99,20 @@ def stand_ins(tmp_path, monkeypatch):
     return tmp_path / "output"
 
 
+MANY_PARTS = ("math", "mmlu-pro")  # whose tasks differ in their data only
+
+
+def only(parts, monkeypatch):
+    for name in MANY_PARTS:
+        benchmark = BENCHMARKS[name]
+        fewer = dataclasses.replace(benchmark, tasks=benchmark.tasks[parts])
+        monkeypatch.setitem(BENCHMARKS, name, fewer)
+
+
 @pytest.mark.slow  # minutes, most of them in lm-eval
-def test_all_benchmarks_and_variants(stand_ins, capsys):
+def test_all_benchmarks_and_variants(stand_ins, monkeypatch, capsys):
     """Each answer is right: all scores are 100%. Interrupted, and gone on with."""
+    only(slice(2), monkeypatch)
     ours, stock = Answering(), Answering(is_stock=True)
     command = ["--output", str(stand_ins), "--run-code", "--concurrent", "2"]
     command += ["--base-url", ours.url, "--stock-base-url", stock.url]
@@ -149,6 +161,17 @@ def test_all_benchmarks_and_variants(stand_ins, capsys):
     with pytest.raises(SystemExit):
         main(command)
     assert "gsm8k_cot_zeroshot.json: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_other_tasks_of_many(stand_ins, monkeypatch, capsys):
+    only(slice(2, None), monkeypatch)
+    command = ["--output", str(stand_ins), "--concurrent", "2", "--base-url", Answering().url]
+    main([*command, "--benchmarks", *MANY_PARTS, "--variants", "propose"])
+    (scores, *_) = (line for line in capsys.readouterr().out.splitlines() if "parallel |" in line)
+    assert scores.count("| 100.00 ± 0.0") == len(MANY_PARTS), scores
+    results = [json.loads(path.read_text()) for path in stand_ins.rglob("cells/*/*.json")]
+    assert [result["score"] for result in results] == [1] * (5 + 12)
 
 
 @pytest.mark.parametrize(
