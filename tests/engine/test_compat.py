@@ -624,3 +624,12 @@ def test_tables_of_lora_kernels_still_have_what_is_filled():
     filled = inspect.getsource(compat.fill_lora_tables)
     names = {field.name for field in fields(LoRAKernelMeta)}
     assert {name for name in names if name not in filled} == {"default_num_active_loras_cpu"}
+
+
+def test_a_call_to_workers_still_gives_what_the_first_engine_says():
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+
+    first = inspect.getsource(DPLBAsyncMPClient.call_utility_async)
+    assert "(await self.call_utility_all_async(method, *args))[0]" in first
+    call = inspect.getsource(AsyncMPClient.collective_rpc_async)
+    assert re.search(r'"collective_rpc", method, timeout, args, kwargs\b', call)
