@@ -517,7 +517,7 @@ def test_requests_that_are_refused(bases):
         refused("block_length=64.*no effect", extra_args={"block_length": 64})
         refused("slot_start", extra_args={"slot_start": "mask"})
         # vLLM 0.33 looks at token ids itself, without a tokenizer too
-        outside = f"prompt={base.vocab}: allowed|id {base.vocab} is out of vocabulary"
+        outside = f"prompt={base.vocab} is not supported|id {base.vocab} is out of vocabulary"
         refused(outside, prompt=(1, base.vocab))
         alone = ask(llm, base.prompts(16), extra_args={"mode": "serial", "slot_size": 8})
     assert_same(alone, base.answers(16))
