@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import threading
@@ -10,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import served
 from benchmark_stand_ins import write_stand_ins
-from benchmarks import BENCHMARKS, VARIANTS, request_fields
+from benchmarks import BENCHMARKS, VARIANTS, programs, request_fields
 from reproduce import main
 from test_docs import ROOT
 
@@ -80,7 +81,7 @@ def right_answer(messages) -> str:
     if found := re.search(r"def f(\d+)", text):
         return f"    return {found[1]}\n```\n"
     if found := re.search(r"Write f(\d+)", text):
-        return f"\ndef f{found[1]}():\n    return {found[1]}\n```\n"  # the task eats a first word
+        return f"def f{found[1]}():\n    return {found[1]}\n```\n"
     if found := re.search(r"\((.)\) a fish", text):
         return f"It is ({found[1]})"
     return "the answer is (B)" if "Options" in text else " B"
@@ -98,9 +99,20 @@ def stand_ins(tmp_path, monkeypatch):
     return tmp_path / "output"
 
 
+MANY_PARTS = ("math", "mmlu-pro")  # whose tasks differ in their data only
+
+
+def only(parts, monkeypatch):
+    for name in MANY_PARTS:
+        benchmark = BENCHMARKS[name]
+        fewer = dataclasses.replace(benchmark, tasks=benchmark.tasks[parts])
+        monkeypatch.setitem(BENCHMARKS, name, fewer)
+
+
 @pytest.mark.slow  # minutes, most of them in lm-eval
-def test_all_benchmarks_and_variants(stand_ins, capsys):
+def test_all_benchmarks_and_variants(stand_ins, monkeypatch, capsys):
     """Each answer is right: all scores are 100%. Interrupted, and gone on with."""
+    only(slice(2), monkeypatch)
     ours, stock = Answering(), Answering(is_stock=True)
     command = ["--output", str(stand_ins), "--run-code", "--concurrent", "2"]
     command += ["--base-url", ours.url, "--stock-base-url", stock.url]
@@ -151,6 +163,17 @@ def test_all_benchmarks_and_variants(stand_ins, capsys):
     assert "gsm8k_cot_zeroshot.json: not JSON" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_other_tasks_of_many(stand_ins, monkeypatch, capsys):
+    only(slice(2, None), monkeypatch)
+    command = ["--output", str(stand_ins), "--concurrent", "2", "--base-url", Answering().url]
+    main([*command, "--benchmarks", *MANY_PARTS, "--variants", "propose"])
+    (scores, *_) = (line for line in capsys.readouterr().out.splitlines() if "parallel |" in line)
+    assert scores.count("| 100.00 ± 0.0") == len(MANY_PARTS), scores
+    results = [json.loads(path.read_text()) for path in stand_ins.rglob("cells/*/*.json")]
+    assert [result["score"] for result in results] == [1] * (5 + 12)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -164,6 +187,30 @@ def test_what_cannot_work_is_refused(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit):
         main(["--output", str(tmp_path / "output"), *options])
     assert message in capsys.readouterr().err
+
+
+ADD = "import math\n\n\ndef add(a, b):\n    return a + b\n"
+ANSWERS = [  # to a prompt that ends with "```python\n"
+    ADD,
+    f"{ADD}```\nIt adds. For example:\n```python\nadd(1, 2)\n```",
+    f"\n{ADD}```",
+    f"```python\n{ADD}```",
+    f"```\n{ADD}```",
+    f"Here it is:\n```python\n{ADD}```",
+]
+
+
+def test_programs_are_read_as_written():
+    for (found,) in programs([[answer] for answer in ANSWERS], [{}] * len(ANSWERS)):
+        assert found.strip() == ADD.strip()
+    assert programs([["No."], [""]], [{}, {}]) == [["No."], [""]]
+
+
+def test_a_first_word_is_still_lost_in_the_stock_task(stand_ins):
+    from lm_eval.tasks.mbpp.utils import build_predictions
+
+    ((found,),) = build_predictions([[ANSWERS[1]]], [{}])
+    assert found == ADD.removeprefix("import").rstrip(), "benchmarks.programs can go"
 
 
 def test_requests_ask_for_the_published_presets():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,12 @@ ARCHITECTURES = {
 }
 # Names without an owner, for checkpoints on the Hugging Face Hub.
 SHORT_NAMES = {"refusion-8b": "GSAI-ML/ReFusion"}
+
+
+def published(name: str) -> str:
+    """What the Hugging Face Hub calls the checkpoint of this name; a folder of it goes first."""
+    is_short = name in SHORT_NAMES and not os.path.exists(name)
+    return SHORT_NAMES[name] if is_short else name
 
 
 def is_refusion(model_config: ModelConfig) -> bool:

@@ -112,6 +112,19 @@ def task_manager() -> Any:
     return TaskManager()
 
 
+def task_of(cell: Cell) -> Any:
+    """lm-eval's task, which a variant's requests then change."""
+    from lm_eval.filters import build_filter_ensemble
+
+    benchmark = BENCHMARKS[cell.preset]
+    (task,) = task_manager().load(cell.task)["tasks"].values()
+    if benchmark.reads is not None:
+        name = benchmark.metric.partition(",")[2]
+        reading = [["custom", {"filter_fn": benchmark.reads}]]
+        task._filters = [build_filter_ensemble(name, reading)]
+    return task
+
+
 def run(args: argparse.Namespace, cell: Cell, served: Served) -> dict[str, Any]:
     """Answers and scores the problems of a cell."""
     from lm_eval import simple_evaluate
@@ -126,7 +139,7 @@ def run(args: argparse.Namespace, cell: Cell, served: Served) -> dict[str, Any]:
             "timeout": REQUEST_SECONDS,
             "max_gen_toks": RESPONSE_BUDGET,
         },
-        tasks=[cell.task],
+        tasks=[task_of(cell)],
         task_manager=task_manager(),
         limit=args.limit,
         apply_chat_template=True,

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
+import httpx
+import openai
 import pytest
 import torch
 from device import ON_GPU
 from lora_requests import OPTIONS as LORA
 from lora_requests import Adapted, Mixed
 from mask_adapters import write_adapter
-from server import DEFAULTS, MODEL_NAME, extras, serve
+from server import DEFAULTS, MODEL_NAME, engines_elsewhere, extras, free_port, serve
 from vllm import SamplingParams, TokensPrompt
+from vllm.engine.arg_utils import EngineArgs
 
 from conformance import build_model
 from engine import NARROW, engine
@@ -124,26 +129,62 @@ def test_tensor_parallel_with_preemptions(checkpoints, preemptions):
     assert any(emitted for _, emitted in preemptions)
 
 
-def test_data_parallel(tiny_checkpoint, reference, questions, tmp_path):
-    """Two engines behind one server, both of which answer."""
-    options = ("--data-parallel-size", "2", "--kv-cache-memory-bytes", str(PAGES))
-    with serve(tiny_checkpoint, tmp_path, *options) as server:
+def counted(server, name: str, label: str = "") -> float:
+    """The sum of a metric over its labels, or those among them that have the one given."""
+    metrics = server.http.get("/metrics").text
+    found = re.findall(rf"^vllm:{name}_total{{(.*)}} (\S+)$", metrics, re.MULTILINE)
+    return sum(float(value) for labels, value in found if label in labels)
 
-        def ask(question):
-            response = server.client.chat.completions.create(
-                model=MODEL_NAME,
-                messages=[{"role": "user", "content": question}],
-                max_tokens=100,
-                extra_body=extras(DEFAULTS),
-            )
-            return response.choices[0].token_ids
+
+# so many that each of two engines and of two API servers gets some
+BOTH = 16
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_data_parallel(hosts, tiny_checkpoint, reference, questions, tmp_path):
+    """Two engines behind vLLM's load balancer, on one host or two: both answer and are counted."""
+    options = ["--data-parallel-size", "2", "--kv-cache-memory-bytes", str(PAGES)]
+    with ExitStack() as stack:
+        if hosts == 2:
+            options += ["--data-parallel-size-local", "1", "--data-parallel-address", "127.0.0.1"]
+            options += ["--data-parallel-rpc-port", str(free_port())]
+            second = (*options, "--data-parallel-start-rank", "1")
+            stack.enter_context(engines_elsewhere(tiny_checkpoint, tmp_path, *second))
+        server = stack.enter_context(serve(tiny_checkpoint, tmp_path, *options))
+
+        def ask(question, **more):
+            # a connection of its own: each API server accepts some
+            with httpx.Client(trust_env=False, timeout=120) as connection:
+                client = server.client.with_options(http_client=connection)
+                return client.chat.completions.create(
+                    model=MODEL_NAME,
+                    messages=[{"role": "user", "content": question}],
+                    max_tokens=100,
+                    extra_body=extras(DEFAULTS) | more,
+                )
+
+        def refused(_):
+            with pytest.raises(openai.BadRequestError, match="slot_size"):
+                ask("?", vllm_xargs={"slot_size": 0})
 
         with ThreadPoolExecutor(8) as clients:
-            answers = list(clients.map(ask, questions[:8]))
-        metrics = server.http.get("/metrics").text
+            answers = [
+                response.choices[0].token_ids for response in clients.map(ask, questions[:BOTH])
+            ]
+            list(clients.map(refused, range(BOTH)))
+        tokens = sum(map(len, answers))
+        deadline = time.monotonic() + 30
+        while counted(server, "refusion_tokens") < tokens and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert counted(server, "refusion_tokens") == counted(server, "generation_tokens") == tokens
+        assert all(counted(server, "generation_tokens", f'engine="{rank}"') for rank in (0, 1))
         assert server.terminate() == 0
-    assert answers == [list(reference(q, max_tokens=100).tokens) for q in questions[:8]]
-    generated = re.findall(r'^vllm:generation_tokens_total{engine="(\d)".*} (.*)$', metrics, re.M)
-    assert len(generated) == 2
-    assert sum(float(tokens) for _, tokens in generated) == sum(map(len, answers))
-    assert all(float(tokens) for _, tokens in generated)
+    assert answers == [list(reference(q, max_tokens=100).tokens) for q in questions[:BOTH]]
+
+
+@pytest.mark.parametrize("option", [{"data_parallel_rank": 0}, {"data_parallel_external_lb": True}])
+def test_another_balancer_has_servers_of_their_own(option, tiny_checkpoint):
+    """vLLM refuses to join them where models have no experts: such engines share nothing."""
+    arguments = EngineArgs(str(tiny_checkpoint), data_parallel_size=2, **option)
+    with pytest.raises(ValueError, match="launch independent vLLM instances"):
+        arguments.create_engine_config()

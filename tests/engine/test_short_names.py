@@ -7,8 +7,11 @@ import pytest
 from server import serve
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.tokenizers import get_tokenizer
 
 from vllm_refusion import backbones, register
+from vllm_refusion.bench.server import serve_command
+from vllm_refusion.cli import build_parser
 from vllm_refusion.engine import compat
 
 NAME = "refusion-8b"
@@ -46,8 +49,23 @@ def test_engine_options(stand_in):
     assert config.served_model_name == NAME and backbones.is_refusion(config)
     config = EngineArgs(NAME, served_model_name=["a", "b"], **OPTIONS).create_engine_config()
     assert config.model_config.served_model_name == "a"
+    options = {"tokenizer": NAME, "hf_config_path": NAME, "served_model_name": "a"}
+    config = EngineArgs(stand_in, **options, **OPTIONS).create_engine_config().model_config
+    assert (config.tokenizer, config.hf_config_path) == (stand_in, stand_in)
+    assert config.served_model_name == "a"
     config = EngineArgs(stand_in, **OPTIONS).create_engine_config()
     assert config.model_config.served_model_name == stand_in
+
+
+def test_the_tokenizer_of_a_client(stand_in):
+    """`vllm bench serve`, and our benchmark of a server, name the model by it."""
+    assert get_tokenizer(NAME).get_vocab() == get_tokenizer(stand_in).get_vocab()
+    options = ["bench", "--base-url", "http://x", "--model", NAME]
+    for more in ([], ["--tokenizer", NAME]):
+        arguments = build_parser().parse_args([*options, *more])
+        command = serve_command(arguments, "http://x", NAME, None, 1)
+        assert command[command.index("--model") + 1] == NAME
+        assert command[command.index("--tokenizer") + 1] == stand_in
 
 
 def test_a_folder_goes_first(stand_in, tmp_path):

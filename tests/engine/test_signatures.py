@@ -148,7 +148,7 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
             report=print,
             take_adapter=print,
             adapter_option="",
-            short_names={},
+            published=str,
             cpu_step=cpu_step,
             endpoints="",
         )

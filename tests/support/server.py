@@ -72,11 +72,7 @@ class Server:
     def kill(self) -> None:
         """Ends all its processes, whatever their state."""
         self.http.close()
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait(STOP_SECONDS)
+        _end(self.process)
 
 
 @contextmanager
@@ -92,33 +88,55 @@ def serve(
     Clients know the model as ``name``; None leaves that to vLLM. ``port``: else a free one.
     """
     port = port or free_port()
-    environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SERVERS}
-    environment["VLLM_LOG_STATS_INTERVAL"] = "1"
-    arguments = [
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *(("--served-model-name", name) if name else ()),
-        *("--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", "512", "--max-num-batched-tokens", "1024"),
-        *(GPU_OPTIONS if ON_GPU else ()),
-        *options,
-    ]
     log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*_command(), str(model), *arguments],
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-            stdout=output,
-            stderr=output,
-        )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
+    address = ("--host", "127.0.0.1", "--port", str(port))
+    known_as = ("--served-model-name", name) if name else ()
+    server = Server(
+        _start(model, folder, log, *address, *known_as, *options), f"http://127.0.0.1:{port}", log
+    )
     try:
         server.wait_until_ready()
         yield server
     finally:
         server.kill()
         print(log.read_text(errors="replace"))
+
+
+@contextmanager
+def engines_elsewhere(model: Path | str, folder: Path, *options: str) -> Iterator[subprocess.Popen]:
+    """``vllm serve --headless``: engines without a server, as on a second host."""
+    log = folder / "headless.log"
+    process = _start(model, folder, log, "--headless", *options)
+    try:
+        yield process
+    finally:
+        _end(process)
+        print(log.read_text(errors="replace"))
+
+
+def _start(model: Path | str, folder: Path, log: Path, *options: str) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_SERVERS}
+    environment["VLLM_LOG_STATS_INTERVAL"] = "1"
+    lengths = ("--max-model-len", "512", "--max-num-batched-tokens", "1024")
+    of_all = ("--dtype", "float32", "--enforce-eager", *lengths, *(GPU_OPTIONS if ON_GPU else ()))
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*_command(), str(model), *of_all, *options],
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            stdout=output,
+            stderr=output,
+        )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Whatever the state of all its processes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait(STOP_SECONDS)
 
 
 def free_port() -> int:

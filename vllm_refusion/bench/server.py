@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_refusion.backbones import published
 from vllm_refusion.bench.environment import environment, gpu_memory_mib
 from vllm_refusion.bench.settings import Preset
 from vllm_refusion.files import read_json
@@ -90,8 +91,7 @@ def serve_command(
     if preset is not None:
         body["vllm_xargs"] = preset.parameters
     command = ["--backend", "openai", "--base-url", url, "--model", model]
-    if arguments.tokenizer is not None:
-        command += ["--tokenizer", arguments.tokenizer]
+    command += ["--tokenizer", published(arguments.tokenizer or model)]
     command += ["--dataset-name", "random", "--random-input-len", str(arguments.input_len)]
     command += ["--random-output-len", str(arguments.output_len), "--seed", str(arguments.seed)]
     command += ["--num-prompts", str(count), "--max-concurrency", str(concurrency)]

@@ -12,7 +12,6 @@ import functools
 import importlib
 import inspect
 import math
-import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class Hooks:
         report: reports the figures of an ``AsyncLLM``.
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
         adapter_option: what it then calls the adapter, among the overrides of the configuration.
-        short_names: of published checkpoints, each with the one that the Hugging Face Hub knows.
+        published: what the Hugging Face Hub calls the checkpoint of a name, short or not.
         cpu_step: twins of the runner's kernels, by their names.
         endpoints: "module:class" of our endpoint plugin, which servers load; it adds routes only
             where an option asks for them.
@@ -56,7 +55,7 @@ class Hooks:
     report: Callable[[Any], Awaitable[None]]
     take_adapter: Callable[[Any], None]
     adapter_option: str
-    short_names: Mapping[str, str]
+    published: Callable[[str], str]
     cpu_step: Any
     endpoints: str
 
@@ -122,17 +121,19 @@ def _exchange_models(hooks: Hooks) -> None:
 
     vLLM's own redirection, by a file of names, comes after the Hub was asked for the name typed.
     Without the Hub vLLM looks into its cache before that: within the call that loads this plugin,
-    from which a short name has to come back as it was.
+    from which a short name has to come back as it was. Clients such as ``vllm bench serve``, which
+    make no such configuration, ask for the tokenizer of the model they name.
     """
     import huggingface_hub
     from vllm.engine import arg_utils
+    from vllm.tokenizers import registry
 
     look_up = arg_utils.get_model_path
     if getattr(look_up, _PATCHED, False):
         return
 
     def is_short(model: Any) -> bool:
-        return model in hooks.short_names and not os.path.exists(model)
+        return hooks.published(model) != model
 
     @functools.wraps(look_up)
     def get_model_path(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,15 +142,27 @@ def _exchange_models(hooks: Hooks) -> None:
     setattr(get_model_path, _PATCHED, True)
     arg_utils.get_model_path = get_model_path
 
+    def found(model: str, revision: str | None) -> str:
+        model = hooks.published(model)
+        return look_up(model, revision) if huggingface_hub.constants.HF_HUB_OFFLINE else model
+
     @_patch(arg_utils.EngineArgs, "create_engine_config")
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_short(self.model):
             self.served_model_name = self.served_model_name or self.model
-            self.model = hooks.short_names[self.model]
-            if huggingface_hub.constants.HF_HUB_OFFLINE:
-                self.model = look_up(self.model, self.revision)
+            self.model = found(self.model, self.revision)
+        if is_short(self.tokenizer):
+            self.tokenizer = found(self.tokenizer, self.tokenizer_revision)
+        if is_short(self.hf_config_path):
+            self.hf_config_path = found(self.hf_config_path, self.revision)
         hooks.take_adapter(self)
         return original(self, *args, **kwargs)
+
+    @_patch(registry, "cached_resolve_tokenizer_args")
+    def cached_resolve_tokenizer_args(
+        original: Any, tokenizer_name: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        return original(hooks.published(tokenizer_name), *args, **kwargs)
 
 
 def _route_checkpoints(hooks: Hooks) -> None:
@@ -422,6 +435,15 @@ def _report_figures(hooks: Hooks) -> None:
         if first and self.logger_manager and hooks.is_ours(self.model_config) and not self.errored:
             await hooks.report(self)
         await original(self)
+
+
+async def call_workers(engine: Any, method: str) -> list[list[Any]]:
+    """Of each engine behind an ``AsyncLLM`` what the method gives on its workers.
+
+    ``AsyncLLM.collective_rpc`` gives what the first of several data parallel engines says.
+    """
+    client = engine.engine_core
+    return await client.call_utility_all_async("collective_rpc", method, None, (), None)
 
 
 def _report_passes_of_requests() -> None:
@@ -907,9 +929,9 @@ def fill_lora_tables(
 
 
 def _leave_plain_rows(wrapper: Any) -> None:
-    """In vLLM's PyTorch operations a row of no adapter, -1, is one of the last slot's.
+    """In the PyTorch operations of vLLM 0.32 a row of no adapter, -1, is one of the last slot's.
 
-    They take as many rows as are listed: those of the tensors at hand.
+    Later ones leave it alone. All take as many rows as are listed: those of the tensors at hand.
     """
 
     def around(name: str, adapts: Callable[[int], Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_refusion.decoding.state import Counter
+from vllm_refusion.engine import compat
 
 logger = logging.getLogger("vllm.refusion")
 
@@ -39,7 +40,9 @@ async def report(engine: Any) -> None:
     """Fetches the counters of an ``AsyncLLM``, updates its metrics and logs what was done since."""
     if not hasattr(engine, "refusion_figures"):
         engine.refusion_figures = Figures(engine.model_config.served_model_name)
-    line = engine.refusion_figures.update((await engine.collective_rpc("refusion_counters"))[0])
+    each = await compat.call_workers(engine, "refusion_counters")
+    # ranks of one engine decide alike; data parallel engines have requests of their own
+    line = engine.refusion_figures.update([sum(totals) for totals in zip(*(e[0] for e in each))])
     if line:
         logger.info(line)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from vllm_refusion.backbones import ARCHITECTURES, SHORT_NAMES, is_refusion
+from vllm_refusion.backbones import ARCHITECTURES, is_refusion, published
 from vllm_refusion.engine import compat, cpu_step, metrics
 from vllm_refusion.engine.adapter_option import take_adapter
 from vllm_refusion.engine.admission import admit
@@ -37,7 +37,7 @@ def register() -> None:
             report=metrics.report,
             take_adapter=take_adapter,
             adapter_option=ADAPTER_OPTION,
-            short_names=SHORT_NAMES,
+            published=published,
             cpu_step=cpu_step,
             endpoints="vllm_refusion.viewer.play:PlayEndpoints",
         )
