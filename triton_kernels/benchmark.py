@@ -150,7 +150,7 @@ MASKS = ((0, 32), (16, 32), (0, 256), (64, 256), (180, 256), (256, 512))  # of r
 ADAPTER_RANK = 64
 LAYERS_IN_GRAPH = 8
 WAYS: dict[str, dict[str, int] | None] = {"without": None}
-for _split in (SPLIT // 2, SPLIT, 2 * SPLIT):
+for _split in (SPLIT, 2 * SPLIT, 4 * SPLIT):
     WAYS[f"in line, splits of {_split}"] = {"aside": 0, "split_columns": _split}
     WAYS[f"aside, splits of {_split}"] = {"aside": 1, "split_columns": _split}
 

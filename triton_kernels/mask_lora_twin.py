@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 LEAST_RANK = 16  # the kernel's: of a matrix product's smallest tile
-SPLIT, MAX_SPLITS = 512, 16  # input columns of a split of the shrink, about; splits
+SPLIT, MAX_SPLITS = 512, 8  # input columns of a split of the shrink, about; splits
 
 
 def find_masks_twin(

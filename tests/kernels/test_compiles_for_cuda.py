@@ -34,7 +34,7 @@ ATTENTION |= {"STAGES": 3, "MASKED_STAGES": 2, "kv_desc": None, "partial_output_
 ATTENTION |= {"partial_lse_ptr": None, "parts_ptr": None}
 TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": aside == "", "UPCAST": False}
 SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
-EXPAND = TILE | {"BLOCKS": 3, "SPLITS": 16, "BLOCK_N": 128, "TILES": 4}
+EXPAND = TILE | {"BLOCKS": 3, "SPLITS": 8, "BLOCK_N": 128, "TILES": 4}
 for block, width in enumerate((4096, 1024, 1024)):
     EXPAND |= {f"COLUMN{block}": 4096 + 1024 * (block - 1) if block else 0, f"WIDTH{block}": width}
 kernel, constants = {
