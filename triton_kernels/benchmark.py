@@ -149,10 +149,11 @@ LINEARS = {
 MASKS = ((0, 32), (16, 32), (0, 256), (64, 256), (180, 256), (256, 512))  # of rows
 ADAPTER_RANK = 64
 LAYERS_IN_GRAPH = 8
+# how an adapter is computed beside a layer, with the input columns of a split of its shrink
 WAYS: dict[str, dict[str, int] | None] = {"without": None}
 for _split in (SPLIT, 2 * SPLIT, 4 * SPLIT):
-    WAYS[f"in line, splits of {_split}"] = {"aside": 0, "split_columns": _split}
-    WAYS[f"aside, splits of {_split}"] = {"aside": 1, "split_columns": _split}
+    WAYS[f"in line {_split}"] = {"aside": 0, "split_columns": _split}
+    WAYS[f"aside {_split}"] = {"aside": 1, "split_columns": _split}
 
 
 class Attention:
