@@ -27,6 +27,10 @@ MAX_TOKENS = 128
 HELD_OUT = 200  # or a quarter, where there are few
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    return {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+
+
 def user_turn(tokenizer: Any) -> tuple[list[int], int]:
     """Token ids that open the user's turn, and the one that ends it.
 
@@ -40,7 +44,7 @@ def user_turn(tokenizer: Any) -> tuple[list[int], int]:
     opening, closing = (
         tokenizer.encode(part, add_special_tokens=False) for part in (before, after)
     )
-    if not found or not opening or closing[:1] == [] or closing[0] not in tokenizer.all_special_ids:
+    if not found or not opening or closing[:1] == [] or closing[0] not in special_ids(tokenizer):
         raise ValueError("the chat template has no user's turn between special tokens")
     return opening, closing[0]
 
@@ -48,7 +52,8 @@ def user_turn(tokenizer: Any) -> tuple[list[int], int]:
 def questions(tokenizer: Any, written: Iterable[list[int]], end: int) -> list[str]:
     """Of the turns that were written, in token ids, those that end, of some length."""
     turns = (ids[:-1] for ids in written if ids and ids[-1] == end)
-    plain = (ids for ids in turns if not set(ids) & set(tokenizer.all_special_ids))
+    special = special_ids(tokenizer)
+    plain = (ids for ids in turns if not special & set(ids))
     texts = (tokenizer.decode(ids).strip() for ids in plain)
     return list(dict.fromkeys(text for text in texts if len(text) in LENGTHS))
 
