@@ -75,6 +75,7 @@ RUN_BY = {
     "python examples/evaluate.py": "test_measurement",
     "python -m vllm_refusion.bench.contributions": "test_measurement",
     "python examples/adapter_drafts.py": "test_drafts_of_an_adapter",
+    "python examples/own_questions.py": "test_questions_of_a_model",
     "python examples/": SLOW,
     "python tests/support/soak.py": "test_soak",
     "ruff": RUN,
@@ -394,9 +395,23 @@ def test_drafts_of_an_adapter(tiny_checkpoint, copy):
     write_adapter(copy / "run/adapter", tiny_checkpoint, size=0.01)
     for _, command in documented("sh"):
         if run_by(command) == "test_drafts_of_an_adapter":
-            command = command.replace("dev.jsonl.gz", "examples/dev_problems.jsonl")
+            command = re.sub(r"--problems \S+", "--problems examples/dev_problems.jsonl", command)
             found = json.loads(run(f"{command} --count 2 --max-tokens 8", copy))
             assert found["responses"] == 2 and found["chains"] == 16
+
+
+@pytest.mark.slow
+def test_questions_of_a_model(copy):
+    """Stock vLLM writes the turns; tests/training/test_own_questions.py says which are kept."""
+    for _, command in documented("sh"):
+        if run_by(command) == "test_questions_of_a_model":
+            program, script, _, *options = shlex.split(command)
+            asked = [program, script, "examples/stock-tiny", *options, "--count", "8"]
+            run(shlex.join([*asked, "--dtype", "float32"]), copy)
+            assert {path.name for path in (copy / "questions").iterdir()} == {
+                "train.jsonl",
+                "dev.jsonl",
+            }
 
 
 @pytest.mark.slow

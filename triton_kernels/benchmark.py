@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from vllm_refusion.triton_kernels.canvas_attention import canvas_attention
-from vllm_refusion.triton_kernels.mask_lora import mask_lora
+from vllm_refusion.triton_kernels.mask_lora import expand_masks, shrink_masks
+from vllm_refusion.triton_kernels.mask_lora_twin import SPLIT, allocate_parts
 from vllm_refusion.triton_kernels.tiling import HOPPER_PAGE
 from vllm_refusion.triton_kernels.token_stats import token_stats
 from vllm_refusion.triton_kernels.token_stats_twin import allocate_stats
@@ -145,8 +146,14 @@ LINEARS = {
     "gate_up": (4096, (12288, 12288)),
     "down": (12288, (4096,)),
 }
-MASKS = ((0, 32), (16, 32), (0, 256), (64, 256), (256, 512))  # of rows
+MASKS = ((0, 32), (16, 32), (0, 256), (64, 256), (180, 256), (256, 512))  # of rows
 ADAPTER_RANK = 64
+LAYERS_IN_GRAPH = 8
+# how an adapter is computed beside a layer, with the input columns of a split of its shrink
+WAYS: dict[str, dict[str, int] | None] = {"without": None}
+for _split in (SPLIT, 2 * SPLIT, 4 * SPLIT):
+    WAYS[f"in line {_split}"] = {"aside": 0, "split_columns": _split}
+    WAYS[f"aside {_split}"] = {"aside": 1, "split_columns": _split}
 
 
 class Attention:
@@ -304,37 +311,91 @@ def token_stats_call(rows: int, temperature: float) -> Callable[[], object]:
 
 
 def benchmark_mask_lora(ceilings: Ceilings) -> list[Measured]:
-    """Per linear layer; a step has one of each in every layer."""
+    """Per linear layer, in line; then a layer's four with their own products, in each way.
+
+    A step has one of each in every layer. What an adapter costs is the time of its way less that
+    without one; the bytes and operations of these lines are those of the whole.
+    """
     lines = []
     for name, (columns, widths) in LINEARS.items():
         for masks, rows in MASKS:
-            read = ADAPTER_RANK * (len(widths) * columns + sum(widths)) * ITEM if masks else 0
+            problem = Adapted(columns, widths, masks, rows)
+            read = problem.adapter_bytes if masks else 0
             layers = max(1, min(MAX_LAYERS, GRAPH_BYTES // max(read, 1)))
-            calls = mask_lora_calls(columns, widths, masks, rows, layers)
+            calls = [problem.call(problem.factors()) for _ in range(layers)]
             moved = 4 + read + masks * (columns + 2 * sum(widths)) * ITEM
-            flops = 2.0 * masks * ADAPTER_RANK * (len(widths) * columns + sum(widths))
             shape = f"{name} masks {masks} rows {rows}"
+            flops = masks * problem.flops_per_mask
             lines.append(measured("mask_lora", shape, time_calls(calls), moved, flops, ceilings))
+    for masks, rows in MASKS:
+        problems = [Adapted(*sizes, masks, rows) for sizes in LINEARS.values()]
+        moved = sum(problem.weight.nbytes + problem.adapter_bytes for problem in problems)
+        flops = sum(
+            rows * 2.0 * problem.weight.numel() + masks * problem.flops_per_mask
+            for problem in problems
+        )
+        for way, how in WAYS.items():
+            us = sum_of_calls([problem.with_its_product(how) for problem in problems])
+            shape = f"layer masks {masks} rows {rows} {way}"
+            lines.append(measured("mask_lora", shape, us, moved, flops, ceilings))
     return lines
 
 
-def mask_lora_calls(
-    columns: int, widths: Sequence[int], masks: int, rows: int, layers: int
-) -> list[Callable[[], None]]:
-    """A call for each layer, with a pair of factors of its own."""
-    x = torch.randn(rows, columns, **_like_served())
-    y = torch.randn(rows, sum(widths), **_like_served())
-    listed = torch.randperm(rows, device=DEVICE).int()
-    listed[:masks] = listed[:masks].sort().values
-    count = torch.tensor([masks], dtype=torch.int32, device=DEVICE)
-    blocks = [n for i, width in enumerate(widths) for n in (sum(widths[:i]), width)]
+def sum_of_calls(calls: list[Callable[[], None]]) -> float:
+    for call in calls:
+        call()  # compiles what a capture must not
+    return time_calls(calls * LAYERS_IN_GRAPH) * len(calls)
 
-    def call() -> Callable[[], None]:
-        a = torch.randn(len(widths) * ADAPTER_RANK, columns, **_like_served())
-        b = torch.randn(sum(widths), ADAPTER_RANK, **_like_served())
-        return partial(mask_lora, y, x, a, b, listed, count, 1e-4, blocks)
 
-    return [call() for _ in range(layers)]
+class Adapted:
+    """A linear layer of vLLM's, an adapter's factors of it, and rows of which some are masks."""
+
+    def __init__(self, columns: int, widths: Sequence[int], masks: int, rows: int) -> None:
+        self.source, self.x = torch.randn(2, rows, columns, **_like_served())
+        self.y = torch.randn(rows, sum(widths), **_like_served())
+        listed = torch.randperm(rows, device=DEVICE).int()
+        listed[:masks] = listed[:masks].sort().values
+        self.masks = listed, torch.tensor([masks], dtype=torch.int32, device=DEVICE)
+        self.widths = widths
+        self.blocks = [n for i, width in enumerate(widths) for n in (sum(widths[:i]), width)]
+        self.weight = torch.randn(sum(widths), columns, **_like_served())
+        self.adapter_bytes = ADAPTER_RANK * (len(widths) * columns + sum(widths)) * ITEM
+        self.flops_per_mask = 2.0 * self.adapter_bytes / ITEM
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a = torch.randn(len(self.widths), ADAPTER_RANK, self.x.shape[1], **_like_served())
+        return a, torch.randn(sum(self.widths), ADAPTER_RANK, **_like_served())
+
+    def call(self, factors: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], None]:
+        a, b = factors
+
+        def call() -> None:
+            parts = allocate_parts(self.x, a)
+            shrink_masks(parts, self.x, a, *self.masks, aside=False)
+            expand_masks(self.y, parts, b, *self.masks, 1e-4, self.blocks, aside=False)
+
+        return call
+
+    def with_its_product(self, how: dict[str, int] | None) -> Callable[[], None]:
+        """With an elementwise kernel in front, as norms and activations are. None: no adapter."""
+        a, b = self.factors()
+
+        def call() -> None:
+            torch.neg(self.source, out=self.x)
+            if how is None:
+                torch.mm(self.x, self.weight.T, out=self.y)
+                return
+            aside = bool(how["aside"])
+            parts = allocate_parts(self.x, a, how["split_columns"])
+            shrink = partial(shrink_masks, parts, self.x, a, *self.masks, aside=aside)
+            if aside:
+                shrink()
+            torch.mm(self.x, self.weight.T, out=self.y)
+            if not aside:
+                shrink()
+            expand_masks(self.y, parts, b, *self.masks, 1e-4, self.blocks, aside=aside)
+
+        return call
 
 
 BENCHMARKS = {

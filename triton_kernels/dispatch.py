@@ -36,7 +36,8 @@ class Operations:
     replayed_rows: Callable[..., None]
     find_masks: Callable[..., None]
     embed_masks: Callable[..., None]
-    mask_lora: Callable[..., None]
+    shrink_masks: Callable[..., None]
+    expand_masks: Callable[..., None]
 
 
 def operations(device: torch.device) -> Operations:
@@ -82,7 +83,8 @@ def _load(twins: bool) -> Operations:
             replayed_rows=acceptance_twin.replayed_rows_twin,
             find_masks=mask_lora_twin.find_masks_twin,
             embed_masks=mask_lora_twin.embed_masks_twin,
-            mask_lora=mask_lora_twin.mask_lora_twin,
+            shrink_masks=mask_lora_twin.shrink_masks_twin,
+            expand_masks=mask_lora_twin.expand_masks_twin,
         )
     from vllm_refusion.triton_kernels import (
         acceptance,
@@ -113,5 +115,6 @@ def _load(twins: bool) -> Operations:
         replayed_rows=acceptance.replayed_rows,
         find_masks=mask_lora.find_masks,
         embed_masks=mask_lora.embed_masks,
-        mask_lora=mask_lora.mask_lora,
+        shrink_masks=mask_lora.shrink_masks,
+        expand_masks=mask_lora.expand_masks,
     )

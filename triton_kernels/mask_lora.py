@@ -10,13 +10,16 @@ known on the device only, so grids depend on padded sizes alone, as CUDA graphs 
 programs that have nothing to do end at once.
 
 The shrink is cut along ``in`` into splits, whose sums the expand adds in order: any number of
-programs gives the same answer, without atomics. Both are so short that starting them is most of
-their time: on Hopper the second one's programs start while the first one's end.
+programs gives the same answer, without atomics. Both are so short that starting and waiting is
+most of their time. The shrink needs the linear layer's input alone, so it runs aside, on a
+stream of its own, while that layer is computed, and the expand behind both. In line instead, the
+programs of each are placed on Hopper while those of the kernel before it end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -29,8 +32,7 @@ MAX_BLOCKS = 3
 FIND_TILE = 1024
 EMBED_TILE = 1024
 ROW_PROGRAMS = 8  # tiles of rows side by side; more of them take turns
-SPLIT = 512  # input columns of a split of the shrink, about
-MAX_SPLITS = 16
+STEP = 128  # splits are multiples of it
 MAX_TILES = 4  # of a program of the expand, one after another: they share the sum over splits
 PROGRAMS = 132  # that keep a GPU busy: with fewer, no tile waits for another
 
@@ -77,7 +79,7 @@ def _embed_masks_kernel(
 
 @triton.jit(do_not_specialize=["most_rows"])
 def _shrink_kernel(
-    x_ptr, a_ptr, partial_ptr, rows_ptr, count_ptr, x_stride, most_rows,
+    x_ptr, a_ptr, parts_ptr, rows_ptr, count_ptr, x_stride, most_rows,
     IN: tl.constexpr, RANK: tl.constexpr, SPLIT_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +104,14 @@ def _shrink_kernel(
             x = tl.load(x_at + k[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
             a = tl.load(a_at + k[None, :], mask=inside[None, :], other=0.0)
             total += _times_transposed(x, a, UPCAST)
-        partial = (split * most_rows + n).to(tl.int64) * (tl.num_programs(2) * RANK)
-        at = partial_ptr + (partial + block * RANK)[:, None] + of_rank[None, :]
+        part = (split * most_rows + n).to(tl.int64) * (tl.num_programs(2) * RANK)
+        at = parts_ptr + (part + block * RANK)[:, None] + of_rank[None, :]
         tl.store(at, total, mask=exists[:, None])
 
 
 @triton.jit(do_not_specialize=["most_rows"])
 def _expand_kernel(
-    y_ptr, partial_ptr, b_ptr, rows_ptr, count_ptr, y_stride, most_rows, scale,
+    y_ptr, parts_ptr, b_ptr, rows_ptr, count_ptr, y_stride, most_rows, scale,
     COLUMN0: tl.constexpr, WIDTH0: tl.constexpr, COLUMN1: tl.constexpr, WIDTH1: tl.constexpr,
     COLUMN2: tl.constexpr, WIDTH2: tl.constexpr,
     BLOCKS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
@@ -146,9 +148,9 @@ def _expand_kernel(
         exists = n < count
         row = tl.load(rows_ptr + n, mask=exists, other=0).to(tl.int64)
         inner = tl.zeros([BLOCK_M, RANK], tl.float32)
-        for split in range(SPLITS):
-            partial = (split * most_rows + n).to(tl.int64) * (BLOCKS * RANK) + block * RANK
-            at = partial_ptr + partial[:, None] + of_rank[None, :]
+        for split in tl.static_range(SPLITS):  # all loads at once
+            entry = (split * most_rows + n).to(tl.int64) * (BLOCKS * RANK) + block * RANK
+            at = parts_ptr + entry[:, None] + of_rank[None, :]
             inner += tl.load(at, mask=exists[:, None], other=0.0)
         inner = inner.to(b_ptr.dtype.element_ty)
         for tile in range(TILES):
@@ -198,69 +200,108 @@ def embed_masks(
     )
 
 
-def mask_lora(
-    y: torch.Tensor,
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _tile(x: torch.Tensor, rank: int) -> tuple[int, int]:
+    """Rows of a tile, and columns of a step of the shrink or of a tile of the expand."""
+    if x.device.type == "cpu":  # the interpreter's cost is per program
+        return 64, 128
+    exact = x.dtype == torch.float32  # no tensor cores: smaller tiles
+    return 16 if len(x) <= 64 else 32, 32 if exact else 64 if rank > 128 else 128
+
+
+def _options(x: torch.Tensor, aside: bool) -> dict[str, bool | int]:
+    interpreted = x.device.type == "cpu"
+    overlap = not (interpreted or aside) and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    options: dict[str, bool | int] = {"OVERLAP": overlap, "num_warps": 4}
+    options["UPCAST"] = interpreted and x.dtype == torch.bfloat16
+    if overlap:
+        options["launch_pdl"] = True
+    return options
+
+
+def shrink_masks(
+    parts: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
+    rows: torch.Tensor,
+    count: torch.Tensor,
+    *,
+    aside: bool = True,
+) -> None:
+    """Same arguments and effects as ``shrink_masks_twin``, as one kernel.
+
+    The rank is a power of two of at least LEAST_RANK (zeros make up for what is missing), and rows
+    of x are contiguous. ``aside``: on a stream of its own, beside what the current one is given
+    until ``expand_masks``, which waits for it; until then x must stay as it is.
+    """
+    (num_rows, columns), (blocks, rank, _) = x.shape, a.shape
+    splits = len(parts)
+    assert x.stride(1) == 1 and len(rows) >= num_rows, (x.stride(), len(rows), num_rows)
+    assert rank >= LEAST_RANK and rank & (rank - 1) == 0, rank
+    check(parts, (splits, num_rows, blocks, rank), torch.float32)
+    check(a, (blocks, rank, columns), x.dtype)
+    check(rows, rows.shape, torch.int32)
+    check(count, (1,), torch.int32)
+    if num_rows == 0:
+        return
+    block_m, block_k = _tile(x, rank)
+
+    def launch() -> None:
+        _shrink_kernel[(min(triton.cdiv(num_rows, block_m), ROW_PROGRAMS), splits, blocks)](
+            x, a, parts, rows, count, x.stride(0), num_rows, IN=columns, RANK=rank,
+            SPLIT_COLUMNS=triton.cdiv(triton.cdiv(columns, STEP), splits) * STEP,
+            BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3, **_options(x, aside),
+        )  # fmt: skip
+
+    if not aside or x.device.type == "cpu":
+        return launch()
+    side = _side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        launch()
+
+
+def expand_masks(
+    y: torch.Tensor,
+    parts: torch.Tensor,
     b: torch.Tensor,
     rows: torch.Tensor,
     count: torch.Tensor,
     scale: float,
     blocks: Sequence[int],
     *,
-    split_columns: int = SPLIT,
+    aside: bool = True,
     programs: int = PROGRAMS,
 ) -> None:
-    """Same arguments and effects as ``mask_lora_twin``, as two kernels.
+    """Same arguments and effects as ``expand_masks_twin``, as one kernel.
 
-    The rank is a power of two of at least LEAST_RANK (zeros make up for what is missing), blocks
-    are MAX_BLOCKS at most, and rows of x and y contiguous. Any ``split_columns`` gives the same
-    answer up to rounding, any ``programs``, to which the expand is spread out, the same.
+    Blocks are MAX_BLOCKS at most, and rows of y contiguous. ``aside``: as for ``shrink_masks``.
+    Any ``programs``, to which it is spread out, give the same answer.
     """
-    num_rows, columns = x.shape
-    widths, rank = blocks[1::2], b.shape[1]
-    number = len(widths)
-    assert y.shape[0] == num_rows and x.stride(1) == y.stride(1) == 1, (y.shape, x.shape)
+    splits, num_rows, number, rank = parts.shape
+    widths = blocks[1::2]
+    assert len(y) == num_rows and y.stride(1) == 1, (y.shape, y.stride(), num_rows)
     assert 1 <= number <= MAX_BLOCKS and len(blocks) == 2 * number, blocks
-    assert rank >= LEAST_RANK and rank & (rank - 1) == 0, rank
-    assert len(rows) >= num_rows, (len(rows), num_rows)
-    check(a, (number * rank, columns), x.dtype)
+    check(parts, parts.shape, torch.float32)
     check(b, (sum(widths), rank), y.dtype)
     check(rows, rows.shape, torch.int32)
     check(count, (1,), torch.int32)
-    assert x.dtype == y.dtype, (x.dtype, y.dtype)
     if num_rows == 0:
         return
-
-    interpreted = x.device.type == "cpu"
-    exact = x.dtype == torch.float32  # no tensor cores: smaller tiles
-    block_m = 64 if interpreted else 16 if num_rows <= 64 else 32
-    block_k = 32 if exact else 64 if rank > 128 else 128
-    block_n = 32 if exact else 64 if rank > 128 else 128
-    if interpreted:
-        block_k = block_n = 128
-    splits = max(1, min(columns // split_columns, MAX_SPLITS))
-    split_columns = triton.cdiv(triton.cdiv(columns, block_k), splits) * block_k
-    splits = triton.cdiv(columns, split_columns)
+    if aside and y.device.type != "cpu":
+        torch.cuda.current_stream(y.device).wait_stream(_side_stream(y.device))
+    block_m, block_n = _tile(y, rank)
     row_programs = min(triton.cdiv(num_rows, block_m), ROW_PROGRAMS)
-    overlap = not interpreted and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    options: dict[str, bool | int] = {"OVERLAP": overlap, "num_warps": 4}
-    options["UPCAST"] = interpreted and x.dtype == torch.bfloat16
-    if overlap:
-        options["launch_pdl"] = True
-
-    partial = torch.empty(splits, num_rows, number * rank, dtype=torch.float32, device=x.device)
-    _shrink_kernel[(row_programs, splits, number)](
-        x, a, partial, rows, count, x.stride(0), num_rows,
-        IN=columns, RANK=rank, SPLIT_COLUMNS=split_columns,
-        BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3, **options,
-    )  # fmt: skip
     tiles = sum(triton.cdiv(width, block_n) for width in widths) * row_programs // programs
     tiles = max(1, min(tiles, MAX_TILES))
-    parts = sum(triton.cdiv(width, tiles * block_n) for width in widths)
+    in_tiles = sum(triton.cdiv(width, tiles * block_n) for width in widths)
     padded = [*blocks, *[0] * (2 * (MAX_BLOCKS - number))]
-    _expand_kernel[(row_programs, parts)](
-        y, partial, b, rows, count, y.stride(0), num_rows, float(scale), *padded,
+    _expand_kernel[(row_programs, in_tiles)](
+        y, parts, b, rows, count, y.stride(0), num_rows, float(scale), *padded,
         BLOCKS=number, RANK=rank, SPLITS=splits,
-        BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles, num_stages=2, **options,
+        BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles, num_stages=2, **_options(y, aside),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 LEAST_RANK = 16  # the kernel's: of a matrix product's smallest tile
+SPLIT, MAX_SPLITS = 512, 8  # input columns of a split of the shrink, about; splits
 
 
 def find_masks_twin(
@@ -39,10 +40,36 @@ def embed_masks_twin(
     y[rows[: int(count)].long()] = embedding
 
 
-def mask_lora_twin(
+def allocate_parts(x: torch.Tensor, a: torch.Tensor, split_columns: int = SPLIT) -> torch.Tensor:
+    """What a shrink of x by a writes: [splits, N, blocks, r] float32, not initialised.
+
+    Any ``split_columns`` gives the same answer up to rounding.
+    """
+    splits = max(1, min(x.shape[1] // split_columns, MAX_SPLITS))
+    return torch.empty(splits, x.shape[0], *a.shape[:2], dtype=torch.float32, device=x.device)
+
+
+def shrink_masks_twin(
+    parts: torch.Tensor, x: torch.Tensor, a: torch.Tensor, rows: torch.Tensor, count: torch.Tensor
+) -> None:
+    """Multiplies the rows of x that ``rows`` and ``count`` list by A.
+
+    Args:
+        parts: see ``allocate_parts``, out: the n-th entries of all splits add up to the n-th listed
+            row's product; those behind ``count`` are left alone.
+        x: [N, in].
+        a: [blocks, r, in].
+        rows, count: see ``find_masks_twin``.
+    """
+    number = int(count)
+    parts[:, :number] = 0
+    product = x[rows[:number].long()].float() @ a.flatten(0, 1).float().T
+    parts[0, :number] = product.view(number, *a.shape[:2])
+
+
+def expand_masks_twin(
     y: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
+    parts: torch.Tensor,
     b: torch.Tensor,
     rows: torch.Tensor,
     count: torch.Tensor,
@@ -56,18 +83,16 @@ def mask_lora_twin(
 
     Args:
         y: [N, out], changed in place.
-        x: [N, in].
-        a: [blocks * r, in], the A of each block.
-        b: [sum of the blocks' widths, r], the B of each.
+        parts: see ``shrink_masks_twin``.
+        b: [sum of the blocks' widths, r], the B of each block.
         rows, count: see ``find_masks_twin``.
         blocks: for each block, the first of its columns in y and their number.
     """
     chosen = rows[: int(count)].long()
-    rank = b.shape[1]
-    inner = x[chosen].float() @ a.float().T  # [masks, blocks * r]
+    inner = parts[:, : len(chosen)].sum(0)  # [masks, blocks, r]
     first = 0
     for block, (column, width) in enumerate(zip(blocks[::2], blocks[1::2], strict=True)):
-        of_block = inner[:, block * rank : (block + 1) * rank] @ b[first : first + width].float().T
+        of_block = inner[:, block] @ b[first : first + width].float().T
         columns = slice(column, column + width)
         y[chosen, columns] = (y[chosen, columns].float() + scale * of_block).to(y.dtype)
         first += width

@@ -16,16 +16,20 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vllm import SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
-from vllm.sampling_params import BeamSearchParams
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
-from conformance import build_model
+from conformance import build_model, write_tokenizer
 from engine import assert_idle, engine, free_pages, model_state_of
 from vllm_refusion.adapters import CONFIG, TENSORS, adapter_tensors, read_adapter
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.decoding.state import Counter, Field
 from vllm_refusion.engine import mask_adapter
-from vllm_refusion.triton_kernels.mask_lora_twin import mask_lora_twin
+from vllm_refusion.triton_kernels.mask_lora_twin import (
+    allocate_parts,
+    expand_masks_twin,
+    shrink_masks_twin,
+)
 
 BASES = ("qwen3-gqa2", "llama-gqa4", "qwen2")
 TOKENS = 40
@@ -49,6 +53,7 @@ def build_base(name: str, folder: Path) -> Path:
             eos_token_id=11,
         )
         Qwen2ForCausalLM(config).save_pretrained(folder)
+        write_tokenizer(folder, config.vocab_size, config.eos_token_id)
         return folder
     build_model(name, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -79,6 +84,7 @@ class Base:
             folder / "partial", self.path, targets=some, layers=[1], rank=1, size=3.0
         )
         self.answers = cache(self._answers)
+        self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
 
     def prompts(self, count: int) -> list[list[int]]:
         draw = random.Random(count)
@@ -89,43 +95,91 @@ class Base:
         with engine(self.path) as llm:
             return ask(llm, self.prompts(count))
 
+    def sample(
+        self, prompt: list[int], parameters: SamplingParams, child: int = 0
+    ) -> tuple[list[int], list | None]:
+        """What the reference draws. Stock vLLM's noise is another; ours depends on seed, position
+        and token alone.
+        """
+        names = ("max_tokens", "temperature", "top_p", "presence_penalty", "logprobs")
+        drawn = decode(
+            self.model,
+            prompt,
+            DecodingParams(mode="serial", slot_start="next"),
+            mask_token_id=self.vocab,
+            eos_token_id=None if parameters.ignore_eos else self.config["eos_token_id"],
+            seed=parameters.seed + child,
+            **{name: getattr(parameters, name) for name in names},
+        )
+        return list(drawn.tokens), drawn.logprobs
+
 
 def parameters(index: int, **options) -> SamplingParams:
-    return SamplingParams(
-        temperature=0,
-        max_tokens=1 + index * 7 % TOKENS,
-        ignore_eos=index % 3 == 0,
-        logprobs=2 if index % 2 else None,
-        detokenize=False,
-        **options,
-    )
+    asked = {
+        "temperature": 0,
+        "max_tokens": 1 + index * 7 % TOKENS,
+        "ignore_eos": index % 3 == 0,
+        "logprobs": 2 if index % 2 else None,
+        "detokenize": False,
+    }
+    return SamplingParams(**asked | options)
+
+
+WORDS = {"regex": "(t1[0-9]|t[2-8]){3,20}"}
+KINDS: list[dict] = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"frequency_penalty": 0.8, "presence_penalty": -0.5, "min_tokens": 1},
+    {"structured_outputs": WORDS},
+    {"presence_penalty": 0.7},
+    {"temperature": 1.2, "presence_penalty": 1.5, "n": 2},
+    {"structured_outputs": WORDS, "repetition_penalty": 1.5, "frequency_penalty": 0.3},
+    {"logit_bias": {5: 2.0}, "stop_token_ids": [9, 40], "frequency_penalty": -0.2},
+]
+
+
+def mixed(index: int) -> SamplingParams:
+    """As ``parameters``, in turn with each of ``KINDS``."""
+    kind = dict(KINDS[index % len(KINDS)])
+    if follows := kind.get("structured_outputs"):
+        kind["structured_outputs"] = StructuredOutputsParams(**follows)
+    return parameters(index, seed=index, **kind)
 
 
 def ask(llm, prompts, **options) -> list[tuple[list[int], list | None]]:
     """(tokens, log-probabilities by token) of each."""
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-        [parameters(index, **options) for index in range(len(prompts))],
-        use_tqdm=False,
-    )
-    return [answer_of(output.outputs[0]) for output in outputs]
+    asked = [parameters(index, **options) for index in range(len(prompts))]
+    return [answers[0] for answers in ask_all(llm, prompts, asked)]
+
+
+def ask_all(llm, prompts, asked: list[SamplingParams]) -> list[list[tuple[list[int], list | None]]]:
+    """As ``ask``, for parameters of any kind; all answers to each."""
+    inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    outputs = llm.generate(inputs, asked, use_tqdm=False)
+    return [
+        [answer_of(choice) for choice in sorted(output.outputs, key=lambda o: o.index)]
+        for output in outputs
+    ]
 
 
 def answer_of(output) -> tuple[list[int], list | None]:
+    """Without what a grammar forbids, whose log-probability is none."""
     entries = output.logprobs and [
-        {token: entry.logprob for token, entry in entry.items()} for entry in output.logprobs
+        {token: entry.logprob for token, entry in entry.items() if entry.logprob > -1e30}
+        for entry in output.logprobs
     ]
     return list(output.token_ids), entries
 
 
-def assert_same(answers, expected) -> None:
+def assert_same(answers, expected, what: str = "request") -> None:
     for i, ((tokens, logprobs), (stock_tokens, stock_logprobs)) in enumerate(
         zip(answers, expected, strict=True)
     ):
-        assert tokens == stock_tokens, f"request {i}"
+        assert tokens == stock_tokens, f"{what} {i}"
         assert (logprobs is None) == (stock_logprobs is None)
         for entry, stock in zip(logprobs or (), stock_logprobs or (), strict=True):
-            assert entry == pytest.approx(stock, abs=1e-4), f"request {i}"
+            assert entry == pytest.approx(stock, abs=1e-4), f"{what} {i}"
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +237,22 @@ def test_beam_search_and_penalties_of_stock_vllm(bases):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_200_requests(bases, name, async_scheduling):
+    """Of all kinds beside each other; those that draw are the reference's, not stock vLLM's."""
     base = bases(name)
-    with engine(base.path, additional_config={"refusion_adapter": str(base.adapter)}) as llm:
-        assert_same(ask(llm, base.prompts(200)), base.answers(200))
+    prompts, asked = base.prompts(200), [mixed(index) for index in range(200)]
+    options = {"skip_tokenizer_init": False}
+    with engine(base.path, **options) as llm:
+        expected = ask_all(llm, prompts, asked)
+    option = {"refusion_adapter": str(base.adapter)}
+    with engine(base.path, additional_config=option, **options) as llm:
+        answers = ask_all(llm, prompts, asked)
+        counts = model_state_of(llm).decode_state.counters.tolist()
+    for i, parameters in enumerate(asked):
+        wanted = expected[i]
+        if parameters.temperature:
+            wanted = [base.sample(prompts[i], parameters, child) for child in range(parameters.n)]
+        assert_same(answers[i], wanted, f"request {i}")
+    assert counts[Counter.DRAFTS_PASSED] > 100
 
 
 def test_small_steps_and_preemptions(bases, preemptions):
@@ -231,32 +298,15 @@ def test_a_second_turn_finds_the_first_in_the_prefix_cache(bases):
 
 
 def test_samples_are_the_references(bases):
-    """Stock vLLM draws other noise; ours depends on seed, position and token alone."""
     base = bases("qwen3-gqa2")
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
     prompts = base.prompts(16)[:5]
+    parameters = SamplingParams(
+        n=2, temperature=0.8, seed=5, top_p=0.9, max_tokens=TOKENS, detokenize=False
+    )
     with engine(base.adapter) as llm:
-        outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            SamplingParams(
-                n=2, temperature=0.8, seed=5, top_p=0.9, max_tokens=TOKENS, detokenize=False
-            ),
-            use_tqdm=False,
-        )
-    for prompt, output in zip(prompts, outputs, strict=True):
-        for index, choice in enumerate(output.outputs):
-            expected = decode(
-                model,
-                prompt,
-                DecodingParams(mode="serial", slot_start="next"),
-                mask_token_id=base.vocab,
-                eos_token_id=base.config["eos_token_id"],
-                max_tokens=TOKENS,
-                temperature=0.8,
-                seed=5 + index,
-                top_p=0.9,
-            )
-            assert list(choice.token_ids) == list(expected.tokens)
+        answers = ask_all(llm, prompts, [parameters] * len(prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_same(answer, [base.sample(prompt, parameters, child) for child in range(2)])
 
 
 class Gated:
@@ -360,7 +410,7 @@ def test_compiled_layers_are_adapted_too(monkeypatch):
     embedding, layer = torch.nn.Embedding(10, 24), Layer()
     embedding.register_buffer("mask_embedding", torch.randn(24))
     embedding.register_forward_hook(mask_adapter._embed)
-    layer.register_buffer("mask_lora_a", torch.randn(32, 24))
+    layer.register_buffer("mask_lora_a", torch.randn(2, 16, 24))
     layer.register_buffer("mask_lora_b", torch.randn(40, 16))
     masks.share_with(embedding)
     masks.share_with(layer)
@@ -391,9 +441,9 @@ def delta(layer, x: torch.Tensor, out: int) -> torch.Tensor:
     """What the adapter adds to all rows of a layer's output, of ``out`` columns."""
     y, rows = torch.zeros(len(x), out), torch.arange(len(x)).int()
     count, method = torch.tensor([len(x)]).int(), layer.quant_method
-    mask_lora_twin(
-        y, x, layer.mask_lora_a, layer.mask_lora_b, rows, count, method.scale, method.blocks
-    )
+    parts = allocate_parts(x, layer.mask_lora_a)
+    shrink_masks_twin(parts, x, layer.mask_lora_a, rows, count)
+    expand_masks_twin(y, parts, layer.mask_lora_b, rows, count, method.scale, method.blocks)
     return y
 
 

@@ -18,13 +18,13 @@ import torch
 from device import ON_GPU
 from lora_requests import OPTIONS as LORA
 from lora_requests import Adapted, Mixed
-from mask_adapters import write_adapter
 from server import DEFAULTS, MODEL_NAME, engines_elsewhere, extras, free_port, serve
-from vllm import SamplingParams, TokensPrompt
+from test_adapted_models import Base, ask_all, assert_same, parameters
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from conformance import build_model
 from engine import NARROW, engine
+from vllm_refusion.decoding.state import Counter
 
 if not ON_GPU:
     pytestmark = pytest.mark.slow
@@ -67,24 +67,28 @@ def test_tensor_parallel(checkpoints, name):
 # ranks with heads of their own; one KV head for both, whose factors both have
 @pytest.mark.parametrize("name", ["qwen3-gqa2", "llama-gqa4"])
 def test_tensor_parallel_mask_adapter(name, tmp_path):
-    """Drafts are right as often as with one rank, and tokens those of the base."""
-    base = build_model(name, tmp_path / "base")
-    adapter = write_adapter(tmp_path / "adapter", base, rank=5)
-    prompts = [TokensPrompt(prompt_token_ids=[7, 20, 3, 5 + i]) for i in range(6)]
-    parameters = SamplingParams(
-        temperature=0, max_tokens=30, ignore_eos=True, logprobs=1, detokenize=False
-    )
+    """Greedy answers are stock vLLM's, drawn ones the reference's; drafts as right as on a rank."""
+    base = Base(name, tmp_path)
+    prompts = base.prompts(8)
+    greedy = [parameters(index) for index in range(8)]
+    drawn = [
+        SamplingParams(temperature=0.9, seed=i, max_tokens=30, logprobs=1, detokenize=False)
+        for i in range(4)
+    ]
 
     def answers(model, **options):
         with engine(model, **options) as llm:
-            outputs = [o.outputs[0] for o in llm.generate(prompts, parameters, use_tqdm=False)]
-            counters = llm.collective_rpc("refusion_counters")
-        return [list(output.token_ids) for output in outputs], counters
+            found = ask_all(llm, prompts + prompts[:4], greedy + drawn)
+            counters = llm.collective_rpc("refusion_counters") if model != base.path else None
+        return [answer for (answer,) in found], counters
 
-    tokens, (alone,) = answers(adapter)
-    parallel_tokens, counters = answers(adapter, **TWO_RANKS)
-    assert parallel_tokens == tokens
-    assert counters == [alone, alone]
+    expected, _ = answers(base.path)
+    expected[8:] = [base.sample(prompt, one) for prompt, one in zip(prompts, drawn)]
+    alone, (counts,) = answers(base.adapter)
+    parallel, counters = answers(base.adapter, **TWO_RANKS)
+    assert_same(alone, expected)
+    assert_same(parallel, expected)
+    assert counters == [counts, counts] and counts[Counter.DRAFTS_PASSED]
 
 
 def test_tensor_parallel_lora(tmp_path):

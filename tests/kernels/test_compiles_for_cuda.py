@@ -27,13 +27,14 @@ from vllm_refusion.triton_kernels import (
     write_kv,
 )
 
+name, _, aside = sys.argv[1].partition("_aside")
 HEADS = {"HEAD_SIZE": 128, "HEAD_PADDED": 128, "PAGE": 16}
 FP8 = HEADS | {"BLOCK_ROWS": 8, "LARGEST": 448.0}
 ATTENTION = HEADS | {"HEADS": 32, "GROUP": 4, "GROUP_PADDED": 4, "REQUESTS": 16, "BLOCK_M": 64}
 ATTENTION |= {"BLOCK_N": 64, "SPLIT": False, "UPCAST": False, "FP8": True, "TMA": False}
 ATTENTION |= {"STAGES": 3, "MASKED_STAGES": 2, "kv_desc": None, "partial_output_ptr": None}
 ATTENTION |= {"partial_lse_ptr": None, "parts_ptr": None}
-TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": True, "UPCAST": False}
+TILE = {"RANK": 64, "BLOCK_M": 32, "OVERLAP": aside == "", "UPCAST": False}
 SHRINK = TILE | {"IN": 4096, "SPLIT_COLUMNS": 512, "BLOCK_K": 128}
 EXPAND = TILE | {"BLOCKS": 3, "SPLITS": 8, "BLOCK_N": 128, "TILES": 4}
 for block, width in enumerate((4096, 1024, 1024)):
@@ -58,8 +59,8 @@ kernel, constants = {
     "expand": (mask_lora._expand_kernel, EXPAND),
     "write_fp8": (write_kv._write_kv_kernel, FP8),
     "attend_fp8": (canvas_attention._canvas_attention_kernel, ATTENTION),
-}[sys.argv[1]]
-FLOATS = {"floats", "picked_prob", "given_prob", "partial", "logits", "factors", "bias"}
+}[name]
+FLOATS = {"floats", "picked_prob", "given_prob", "parts", "logits", "factors", "bias"}
 FLOATS |= {"k_scale", "v_scale", "temperature", "workspace", "lowest", "slot_threshold"}
 FLOATS |= {"quantiles", "slot_chance", "first_chance"}
 HALVES = {"x", "y", "a", "b", "embedding", "key", "value", "query", "output"}
@@ -96,7 +97,7 @@ assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
     [
         *("transition", "layout", "allocation", "give_drafts", "forbid", "penalties", "bad_words"),
         *("serial", "statistics", "combine_tiles", "acceptance", "replayed_rows"),
-        *("find_masks", "embed_masks", "shrink", "expand"),
+        *("find_masks", "embed_masks", "shrink", "shrink_aside", "expand", "expand_aside"),
         *("write_fp8", "attend_fp8"),
     ],
 )

@@ -6,15 +6,18 @@ Without a GPU the kernels run in Triton's interpreter. What must not be read hol
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from device import DEVICE
+from device import DEVICE, ON_GPU
 
 from vllm_refusion.triton_kernels import mask_lora as kernels
 from vllm_refusion.triton_kernels import mask_lora_twin as twin
 
 MASK = 1000
+TWIN = (twin.shrink_masks_twin, twin.expand_masks_twin)
+KERNELS = (kernels.shrink_masks, kernels.expand_masks)
 IMPLEMENTATIONS = [
     pytest.param(kernels.find_masks, id="kernel"),
     pytest.param(twin.find_masks_twin, id="twin"),
@@ -62,7 +65,7 @@ class Problem:
 
         number, width = len(shape.blocks), sum(width for _, width in shape.blocks)
         self.shape = shape
-        self.a = draw(number * shape.rank, shape.columns, scale=shape.columns**-0.5)
+        self.a = draw(number, shape.rank, shape.columns, scale=shape.columns**-0.5)
         self.b = draw(width, shape.rank, scale=shape.rank**-0.5)
         chosen = torch.randperm(shape.rows, generator=generator)[: shape.masks].sort().values
         self.chosen = chosen.to(DEVICE)
@@ -75,11 +78,15 @@ class Problem:
         self.x[self.chosen] = draw(shape.masks, shape.columns)
         self.y = draw(shape.rows, shape.out + 5)[:, : shape.out]
 
-    def run(self, implementation, **options) -> torch.Tensor:
+    def run(self, shrink, expand, split_columns=twin.SPLIT, aside=True, **options) -> torch.Tensor:
         storage = torch.cat([self.y, self.y[:, :1]], dim=1)
-        y = storage[:, :-1]
-        arguments = (self.x, self.a, self.b, self.rows, self.count, 1.7, self.shape.flat)
-        implementation(y, *arguments, **options)
+        y, masks = storage[:, :-1], (self.rows, self.count)
+        parts = twin.allocate_parts(self.x, self.a, split_columns).fill_(torch.nan)
+        if not aside:
+            shrink, expand = partial(shrink, aside=False), partial(expand, aside=False)
+        shrink(parts, self.x, self.a, *masks)
+        assert parts[:, self.shape.masks :].isnan().all()
+        expand(y, parts, self.b, *masks, 1.7, self.shape.flat, **options)
         return y
 
     def others(self) -> torch.Tensor:
@@ -95,9 +102,9 @@ class Problem:
         for row in self.chosen.tolist():
             first = 0
             for i, (column, width) in enumerate(self.shape.blocks):
-                a = self.a[i * self.shape.rank : (i + 1) * self.shape.rank].double()
                 b = self.b[first : first + width].double()
-                y[row, column : column + width] += 1.7 * (b @ (a @ self.x[row].double()))
+                inner = self.a[i].double() @ self.x[row].double()
+                y[row, column : column + width] += 1.7 * (b @ inner)
                 first += width
         return y
 
@@ -109,7 +116,7 @@ def shape(request) -> Shape:
 
 def test_twin(shape):
     problem = Problem(shape)
-    y = problem.run(twin.mask_lora_twin)
+    y = problem.run(*TWIN)
     torch.testing.assert_close(y.double(), problem.expected(), rtol=1e-5, atol=1e-5)
     assert torch.equal(y[problem.others()], problem.y[problem.others()])
 
@@ -117,11 +124,10 @@ def test_twin(shape):
 @pytest.mark.parametrize("split_columns", [32, 128, 512])
 def test_kernel(shape, split_columns):
     problem = Problem(shape)
-    y = problem.run(kernels.mask_lora, split_columns=split_columns)
+    y = problem.run(*KERNELS, split_columns)
     torch.testing.assert_close(y.double(), problem.expected(), rtol=1e-5, atol=1e-5)
     assert torch.equal(y[problem.others()], problem.y[problem.others()])
-    others = {"split_columns": split_columns, "programs": 1}
-    assert torch.equal(y, problem.run(kernels.mask_lora, **others))
+    assert torch.equal(y, problem.run(*KERNELS, split_columns, aside=False, programs=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -131,13 +137,12 @@ def test_kernel_in_16_bits(shape, dtype):
     Or one unit in the last place of the result, which the interpreter cuts off where GPUs round.
     """
     problem = Problem(shape, dtype)
-    y = problem.run(kernels.mask_lora)
+    y = problem.run(*KERNELS)
     assert torch.equal(y[problem.others()], problem.y[problem.others()])
     plain, first = problem.y.clone(), 0
     for i, (column, width) in enumerate(shape.blocks):
-        a = problem.a[i * shape.rank : (i + 1) * shape.rank]
         b = problem.b[first : first + width]
-        delta = 1.7 * (problem.x[problem.chosen] @ a.T @ b.T)
+        delta = 1.7 * (problem.x[problem.chosen] @ problem.a[i].T @ b.T)
         plain[problem.chosen, column : column + width] += delta
         first += width
 
@@ -152,8 +157,34 @@ def test_more_masks_than_rows_of_programs():
     """Programs take turns once there are more tiles of masks than programs."""
     rows = kernels.ROW_PROGRAMS * 64 + 70
     problem = Problem(Shape(rows, rows - 1, 8, 8, ((0, 8),)))
-    y = problem.run(kernels.mask_lora)
+    y = problem.run(*KERNELS)
     torch.testing.assert_close(y.double(), problem.expected(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="streams are a GPU's")
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_aside_of_a_linear_layer(captured):
+    """What the layer reads and writes on the current stream: 50 one behind the other."""
+    problem = Problem(Shape(300, 200, 1024, 1024, ((0, 1024),), rank=64))
+    weight = torch.randn(1024, 1024, device=DEVICE) / 40
+    first = problem.x.nan_to_num().contiguous()
+
+    def layers(x, **how):
+        for _ in range(50):
+            parts, masks = twin.allocate_parts(x, problem.a), (problem.rows, problem.count)
+            kernels.shrink_masks(parts, x, problem.a, *masks, **how)
+            y = x @ weight
+            kernels.expand_masks(y, parts, problem.b, *masks, 0.5, [0, 1024], **how)
+            x = y
+        return x
+
+    expected, found = layers(first, aside=False), layers(first)
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = layers(first)
+        graph.replay()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("find", IMPLEMENTATIONS)

@@ -109,12 +109,17 @@ def build_model(name: str, directory: str | Path) -> Path:
         for key, weight in model.named_parameters():
             weight.copy_(_draw(spec, key, weight.shape))
     model.save_pretrained(directory)
-    words = models.WordLevel({f"t{i}": i for i in range(spec.vocab_size)}, unk_token="t0")
+    write_tokenizer(directory, spec.vocab_size, spec.eos_token_id)
+    return directory
+
+
+def write_tokenizer(directory: Path, vocab_size: int, eos_token_id: int) -> None:
+    """A tokenizer of words t0 t1 ..."""
+    words = models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    eos = f"t{spec.eos_token_id}"
+    eos = f"t{eos_token_id}"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(directory)
-    return directory
 
 
 def _draw(spec: _Model, key: str, shape: torch.Size) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 Every adapted linear layer keeps its weights and its way to multiply by them (quantised ones too);
 what it gives for rows of masks is added to before a row-parallel layer sums it over its ranks. No
-other row is touched, so the backbone computes what it computed before.
+other row is touched, so the backbone computes what it computed before. Of the two products the
+first, of the layer's input, is started before the layer's own.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +31,7 @@ from vllm_refusion.adapters import (
     adapter_tensors,
 )
 from vllm_refusion.triton_kernels.dispatch import operations
-from vllm_refusion.triton_kernels.mask_lora_twin import LEAST_RANK
+from vllm_refusion.triton_kernels.mask_lora_twin import LEAST_RANK, allocate_parts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,7 +65,7 @@ class _OnMaskRows(LinearMethodBase):
     """A linear layer's method, and then the adapter of its rows of masks.
 
     Args:
-        blocks: see ``mask_lora_twin``.
+        blocks: see ``expand_masks_twin``.
     """
 
     def __init__(self, base: Any, scale: float, blocks: list[int]) -> None:
@@ -80,11 +82,13 @@ class _OnMaskRows(LinearMethodBase):
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        masks = layer.mask_rows, layer.mask_count
+        parts = allocate_parts(x, layer.mask_lora_a)
+        torch.ops.refusion.shrink_masks(parts, x, layer.mask_lora_a, *masks)
         y = self.base.apply(layer, x, bias)
-        torch.ops.refusion.mask_lora(
-            y, x, layer.mask_lora_a, layer.mask_lora_b, layer.mask_rows, layer.mask_count,
-            self.scale, self.blocks,
-        )  # fmt: skip
+        torch.ops.refusion.expand_masks(
+            y, parts, layer.mask_lora_b, *masks, self.scale, self.blocks
+        )
         return y
 
 
@@ -149,7 +153,7 @@ def _adapt(
         parts_a.append(nn.functional.pad(a, (0, 0, 0, rank - adapter.rank)))
         parts_b.append(nn.functional.pad(b, (0, rank - adapter.rank)))
         blocks += [sum(widths[:index]), widths[index]]
-    layer.register_buffer("mask_lora_a", torch.cat(parts_a).to(**like), persistent=False)
+    layer.register_buffer("mask_lora_a", torch.stack(parts_a).to(**like), persistent=False)
     layer.register_buffer("mask_lora_b", torch.cat(parts_b).to(**like), persistent=False)
     layer.quant_method = _OnMaskRows(layer.quant_method, adapter.scale, blocks)
 
@@ -177,6 +181,12 @@ def _embed(module: nn.Module, arguments: Any, embedded: torch.Tensor) -> None:
     )
 
 
+@cache
+def _no_masks(device: torch.device) -> torch.Tensor:
+    """Kept: kernels on another stream may read it later."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 def _masks_of_step(count: torch.Tensor) -> torch.Tensor | None:
     """``count``, or None where no row is a mask and no graph is captured.
 
@@ -184,14 +194,21 @@ def _masks_of_step(count: torch.Tensor) -> torch.Tensor | None:
     """
     metadata = get_forward_context().attn_metadata
     if not metadata:
-        return torch.zeros_like(count)
+        return _no_masks(count.device)
     return count if next(iter(metadata.values())).feeds_masks else None
 
 
-def _mask_lora(
+def _shrink_masks(
+    parts: torch.Tensor, x: torch.Tensor, a: torch.Tensor, rows: torch.Tensor, count: torch.Tensor
+) -> None:
+    masks = _masks_of_step(count)
+    if masks is not None:
+        operations(x.device).shrink_masks(parts, x, a, rows, masks)
+
+
+def _expand_masks(
     y: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
+    parts: torch.Tensor,
     b: torch.Tensor,
     rows: torch.Tensor,
     count: torch.Tensor,
@@ -200,7 +217,7 @@ def _mask_lora(
 ) -> None:
     masks = _masks_of_step(count)
     if masks is not None:
-        operations(y.device).mask_lora(y, x, a, b, rows, masks, scale, blocks)
+        operations(y.device).expand_masks(y, parts, b, rows, masks, scale, blocks)
 
 
 def _embed_masks(
@@ -216,7 +233,15 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 _LIBRARY = torch.library.Library("refusion", "FRAGMENT")
-for _name, _function in {"mask_lora": _mask_lora, "embed_masks": _embed_masks}.items():
+for _function, _changed in (
+    (_shrink_masks, "parts"),
+    (_expand_masks, "y"),
+    (_embed_masks, "y"),
+):
     direct_register_custom_op(
-        _name, _function, mutates_args=["y"], fake_impl=_nothing, target_lib=_LIBRARY
+        _function.__name__.removeprefix("_"),
+        _function,
+        mutates_args=[_changed],
+        fake_impl=_nothing,
+        target_lib=_LIBRARY,
     )

@@ -1,0 +1,68 @@
+"""examples/own_questions.py: turns of the user that a model writes, drawn by stock vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+WRITER = """
+import json, sys
+what = json.load(open(sys.argv[1]))
+end = what["eos_token_id"]
+assert what["max_model_len"] == len(what["prompts"][0]) + what["max_tokens"][0]
+turns = {turns}
+with open(sys.argv[2], "w") as file:
+    for number, _ in enumerate(what["prompts"]):
+        turn = turns[number % len(turns)]
+        file.write(json.dumps([end if token is None else token for token in turn]) + chr(10))
+"""
+
+
+@pytest.fixture
+def program():
+    path = Path(__file__).parents[2] / "examples/own_questions.py"
+    spec = importlib.util.spec_from_file_location("own_questions", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_turns_that_are_kept(program, tiny_checkpoint, tmp_path, monkeypatch):
+    """Those that end, of some length, without special tokens, each once; a quarter is held out."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    good = [f"How many apples are in {word}?" for word in ("a box", "two boxes", "a bag", "a cart")]
+    ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in [*good, "Why?"]}
+    special = tokenizer.convert_tokens_to_ids("<|user|>")
+    turns = [[*ids[text], None] for text in (*good, good[0], "Why?")]
+    turns += [ids[good[1]], [special, *ids[good[2]], None], []]
+    writer = tmp_path / "writer.py"
+    writer.write_text(WRITER.format(turns=turns))
+    run = program.subprocess.run
+    monkeypatch.setattr(
+        program.subprocess,
+        "run",
+        lambda command, **options: run([sys.executable, str(writer), *command[-2:]], **options),
+    )
+    command = ["own_questions.py", str(tiny_checkpoint), "-o", str(tmp_path / "q"), "--count", "18"]
+    monkeypatch.setattr(sys, "argv", command)
+    program.main()
+    parts = {
+        name: [json.loads(line) for line in (tmp_path / f"q/{name}.jsonl").read_text().splitlines()]
+        for name in ("dev", "train")
+    }
+    assert parts["dev"] == [{"query": good[0]}]
+    assert parts["train"] == [{"query": text} for text in good[1:]]
+
+
+def test_the_turn_of_a_template(program, tiny_checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    opening, end = program.user_turn(tokenizer)
+    assert tokenizer.convert_ids_to_tokens([*opening, end]) == ["<|user|>", "<|assistant|>"]
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="no user's turn between special tokens"):
+        program.user_turn(tokenizer)
