@@ -44,13 +44,13 @@ class Settings:
     store: str
     output: str
     steps: int | None = None
-    start_steps: int = 0
     batch_size: int = 128
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     layers: int = 6
     hidden_size: int = 256
     generation_length: int = 256
+    start_steps: int = 0
     deadline: float = math.inf
     compiled: bool = False
     workers: int = 1
