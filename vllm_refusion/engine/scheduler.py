@@ -19,7 +19,7 @@ import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.utils import strip_speculative_padding
@@ -59,6 +59,8 @@ class _CanvasScheduling:
         self._prompt_token_scores: dict[str, Any] = {}
         # by request: [1 + drafts, words] int32, what its grammar allows in the step under way
         self._allowed: dict[str, np.ndarray] = {}
+        # whose limits leave nothing behind the tokens delivered, where their grammars may end
+        self._complete: list[Request] = []
         self.grammar_drafts = GrammarDrafts(self.structured_output_manager, self.serial_rows - 2)
         compat.adapt_scheduler(
             self, position_slack(self.vllm_config), self._lookahead, self._cacheable
@@ -196,6 +198,7 @@ class _CanvasScheduling:
         self._deliver_prompt_scores(model_runner_output)
         proposed = compat.take_drafts(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._end_complete(outputs)
         for request_id in scheduler_output.scheduled_spec_decode_tokens:
             self._allowed.pop(request_id, None)
             request = self.requests.get(request_id)
@@ -224,12 +227,35 @@ class _CanvasScheduling:
         tokens, stopped = new_token_ids[:-1], False
         if tokens:
             tokens, stopped = update(request, tokens, *args, **kwargs)
-        if not stopped:
-            complete = any(_in_mask(row, end) for end in request.sampling_params.all_stop_token_ids)
-            request.status = (
-                RequestStatus.FINISHED_STOPPED if complete else RequestStatus.FINISHED_ABORTED
-            )
+        if stopped:
+            return tokens, True
+        complete = any(_in_mask(row, end) for end in request.sampling_params.all_stop_token_ids)
+        if complete and tokens:
+            self._complete.append(request)
+            return tokens, False
+        request.status = (
+            RequestStatus.FINISHED_STOPPED if complete else RequestStatus.FINISHED_ABORTED
+        )
         return tokens, True
+
+    def _end_complete(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Ends them in an output of its own: of one with tokens the last would be no text.
+
+        To vLLM's front end the last token of a stopped request is what stopped it.
+        """
+        complete, self._complete = self._complete, []
+        for request in complete:
+            self.finish_requests(request.request_id, RequestStatus.FINISHED_STOPPED)
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
 
     def _deliver_prompt_scores(self, output: ModelRunnerOutput) -> None:
         """Holds log-probabilities of prompts back until tokens come: vLLM delivers them together.
