@@ -130,7 +130,7 @@ class RowBudget:
         requests = len(decode_rows)
         self._dealt_np[0, :requests] = decode_rows
         self._dealt_np[1, :requests] = prompt_rows
-        self._num_decoding = np.count_nonzero(decode_rows)
+        self._num_decoding = int(np.count_nonzero(decode_rows))
         starts = np.zeros(requests + 1, np.int32)
         np.minimum(decode_rows.cumsum(), self._rows, out=starts[1:], casting="unsafe")
         return (prompt_rows + starts[1:] - starts[:-1]).astype(np.int32, copy=False), starts
