@@ -129,6 +129,8 @@ def stock_limits(count: int) -> list[dict]:
             "logit_bias": {MASK: -100.0} | {rng.choice(WORDS): rng.uniform(-5, 5)},
             "logprobs": rng.choice((None, 0, 4)),
         }
+        # min_tokens holds an EOS back that is ignored, too
+        limits["ignore_eos"] = i % 4 == 1
         if i % 5 == 4:
             limits |= {"allowed_token_ids": rng.sample(WORDS, 40)}
         made.append(limits)

@@ -340,6 +340,7 @@ def _decode(model: Any, case: Case) -> Decoded:
         case.params,
         mask_token_id=model.config.mask_token_id,
         eos_token_id=None if case.ignore_eos else model.config.eos_token_id,
+        ignored_eos_token_id=model.config.eos_token_id if case.ignore_eos else None,
         max_tokens=case.max_tokens,
         temperature=case.temperature,
         seed=case.seed,

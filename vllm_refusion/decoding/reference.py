@@ -100,6 +100,7 @@ def decode(
     seed: int = 0,
     min_tokens: int = 0,
     stop_token_ids: Collection[int] = (),
+    ignored_eos_token_id: int | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -116,16 +117,16 @@ def decode(
     """Decodes one request with ``model``, a transformers causal LM.
 
     ``eos_token_id=None`` makes EOS an ordinary token. Stop tokens are ordinary while decoding and
-    cut the output. Neither is picked at a response position below ``min_tokens``. What the
-    parameters behind them do: see ``vllm_refusion/decoding/picking.py``. In serial mode penalties
-    and ``bad_words``, token ids of each, act; ``allowed`` may say which tokens, [V] bool, a grammar
-    allows behind the response so far.
+    cut the output. Neither is picked at a response position below ``min_tokens``, nor is an ignored
+    EOS in serial mode. What the parameters behind them do: see
+    ``vllm_refusion/decoding/picking.py``. In serial mode penalties and ``bad_words``, token ids of
+    each, act; ``allowed`` may say which tokens, [V] bool, a grammar allows behind the response so
+    far.
     """
     if not prompt_ids or max_tokens < 1:
         raise ValueError(f"{len(prompt_ids)=} and {max_tokens=} must both be at least 1")
-    barred = set(stop_token_ids)
-    if eos_token_id is not None:
-        barred.add(eos_token_id)
+    ends = [eos_token_id, ignored_eos_token_id if params.mode == "serial" else None]
+    barred = {*stop_token_ids, *(token for token in ends if token is not None)}
     biases = (logit_bias, allowed_token_ids, banned_token_ids)
     bias = bias_row(model.config.vocab_size, *biases) if any(biases) else None
     cuts = (top_k, top_p, min_p)

@@ -75,13 +75,13 @@ class RequestSpec:
             ParameterError: one of ``extra_args`` is unknown or out of range.
         """
         room = max_model_len - prompt_len
-        # Not vLLM's ``all_stop_token_ids``: that one holds EOS even where ``ignore_eos`` makes it
-        # an ordinary token.
-        ending = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
         options = params.extra_args or {}
         bad_words = params.bad_words_token_ids or ()
         max_tokens = min(params.max_tokens or room, room)
         decoding = defaults.of_request(options)
+        ending = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
+        if decoding.mode == "serial":
+            ending |= params.all_stop_token_ids  # with an EOS that is ignored
         drafts = _flag(options, "drafts", True)
         if decoding.mode == "parallel" and not drafts:
             raise ParameterError("drafts", False, "allowed is true beside mode='parallel'")
