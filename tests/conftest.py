@@ -55,6 +55,17 @@ def dev_problems_file() -> Path:
     return EXAMPLES / "dev_problems.jsonl"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_answers(tmp_path_factory):
+    """The reference answers a conformance request once in all processes of this run."""
+    import conformance
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    conformance.answers_folder = base / "answers"
+    conformance.answers_folder.mkdir(exist_ok=True)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Conformance checkpoints by name, built with their answers when first asked for."""

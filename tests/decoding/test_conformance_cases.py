@@ -53,7 +53,7 @@ def directory(name, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(name, directory):
-    return expected(directory, cases(name), directory / "expected.json")
+    return expected(directory, cases(name))
 
 
 def test_every_branch_is_run_by_some_case(name, answers):
@@ -124,9 +124,9 @@ def test_answers_are_kept_for_the_same_weights_and_cases(name, directory, answer
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(conformance, "_decode", refuse)
-    assert expected(directory, cases(name), directory / "expected.json") == answers
+    assert expected(directory, cases(name)) == answers
     with pytest.raises(AssertionError, match="decoded again"):
-        expected(directory, cases(name)[:1], directory / "expected.json")
+        expected(directory, cases(name)[:1])
 
 
 class Distorted:

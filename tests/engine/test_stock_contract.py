@@ -193,8 +193,15 @@ def prompt_questions() -> tuple[list[TokensPrompt], list[dict]]:
     return asked, questions
 
 
-@pytest.mark.parametrize("mode", ["serial", "parallel"])
-@pytest.mark.parametrize("chunk", [2048, 96])
+@pytest.mark.parametrize(
+    ("chunk", "mode"),
+    [
+        (2048, "serial"),
+        (96, "parallel"),
+        pytest.param(2048, "parallel", marks=pytest.mark.slow),
+        pytest.param(96, "serial", marks=pytest.mark.slow),
+    ],
+)
 def test_prompt_logprobs_of_stock_vllm(path, stock_prompts, mode, chunk, preemptions):
     """Whatever else is in the batch; with small chunks, also under preemptions."""
     asked, questions, expected = stock_prompts

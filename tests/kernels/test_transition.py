@@ -222,12 +222,24 @@ def test_rows_are_put_off_where_they_are_dear():
     assert passes[400] < 0.8 * passes[0]
 
 
-@pytest.mark.parametrize("weather", WEATHERS)
+def _slowly(values, often) -> list[Any]:
+    """Those that are not run ``often`` are marked slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(v, marks=() if v in often else slow) for v in values]
+
+
+# each of the others alone is in "everything", too
+OFTEN = ("calm", "single_token_chunks", "idle_requests", "riders", "sometimes_riders", "everything")
+
+
+@pytest.mark.parametrize("weather", _slowly(WEATHERS, OFTEN))
 def test_all_at_once_in(weather: str):
     simulate(REQUESTS, TWINS, WEATHERS[weather], seed=1)
 
 
-@pytest.mark.parametrize("phase", PREEMPTED, ids=lambda phase: phase.name)
+@pytest.mark.parametrize(
+    "phase", _slowly(PREEMPTED, (*DECODING, Phase.REPLAY)), ids=lambda phase: phase.name
+)
 def test_preempted_in(phase: Phase):
     # a preempted request replays; a finished one is only preempted if its last tokens were lost
     lose = 0.1 if phase in (Phase.REPLAY, Phase.DONE) else 0.0

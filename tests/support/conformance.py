@@ -7,12 +7,12 @@ the expected answers are the same wherever they are built.
 from __future__ import annotations
 
 import hashlib
-import json
+import pickle
 import random
 import tempfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from vllm_refusion.decoding.params import DecodingParams
-from vllm_refusion.decoding.reference import Decoded, Pass, Round, decode
+from vllm_refusion.decoding.reference import Decoded, decode
+from vllm_refusion.files import writing
 
 MAX_MODEL_LEN = 512
 
@@ -244,6 +245,8 @@ _CORRECTED = (
     (8, 128, 0.25, 0.1, 25, 120, True, 0, False, 0.0),
 )
 
+answers_folder: Path | None = None  # of this run of the tests: its processes share answers
+
 # By label: how often the prompt was drawn again because a decision was a near tie.
 _REDRAWN: dict[str, dict[str, int]] = {
     "qwen3-gqa1": {
@@ -305,31 +308,28 @@ def _case(name: str, group: str, row: Sequence[float], **options: Any) -> Case:
     return Case(label, prompt, DecodingParams(*params), max_tokens, **options)
 
 
-def expected(
-    model: str | Path, requests: Sequence[Case], cache_path: str | Path | None = None
-) -> list[Decoded]:
+def expected(model: str | Path, requests: Sequence[Case]) -> list[Decoded]:
     """What the reference decoder answers, on the CPU in float32.
 
     Args:
         model: a name in ``MODELS`` or a checkpoint's directory.
-        cache_path: a file that keeps the answers; used again for the same weights and requests.
     """
     if str(model) in MODELS:
         with tempfile.TemporaryDirectory() as directory:
-            return expected(build_model(str(model), directory), requests, cache_path)
-    weights = (Path(model) / "model.safetensors").read_bytes()
-    key = hashlib.sha256(weights + repr(list(requests)).encode()).hexdigest()
-    if cache_path is not None and Path(cache_path).exists():
-        stored = json.loads(Path(cache_path).read_text())
-        if stored["key"] == key:
-            return [_from_json(answer) for answer in stored["answers"]]
+            return expected(build_model(str(model), directory), requests)
+    key = hashlib.sha256(repr(list(requests)).encode())
+    for name in ("config.json", "model.safetensors"):
+        key.update((Path(model) / name).read_bytes())
+    kept = answers_folder / key.hexdigest() if answers_folder else None
+    if kept is not None and kept.exists():
+        return pickle.loads(kept.read_bytes())
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     answers = [_decode(loaded, request) for request in requests]
-    if cache_path is not None:
-        stored = {"key": key, "answers": [_to_json(answer) for answer in answers]}
-        Path(cache_path).write_text(json.dumps(stored))
+    if kept is not None:
+        with writing(kept, "wb") as file:
+            pickle.dump(answers, file)
     return answers
 
 
@@ -356,18 +356,4 @@ def _decode(model: Any, case: Case) -> Decoded:
         presence_penalty=case.presence_penalty,
         bad_words=case.bad_words,
         logprobs=case.logprobs,
-    )
-
-
-def _to_json(answer: Decoded) -> dict[str, Any]:
-    return asdict(answer) | {"branches": sorted(answer.branches)}
-
-
-def _from_json(answer: dict[str, Any]) -> Decoded:
-    return Decoded(
-        answer["tokens"],
-        {int(position): token for position, token in answer["committed"].items()},
-        [Pass(*entry) for entry in answer["passes"]],
-        frozenset(answer["branches"]),
-        [Round(*entry) for entry in answer["rounds"]],
     )
