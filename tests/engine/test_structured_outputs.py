@@ -359,3 +359,20 @@ def test_reasoning_comes_before_the_grammar(examples, questions, tmp_path):
         assert_same(ask(llm, asked), expected, asked)
     ends = [answer.tokens.index(end) for (answer,) in expected if end in answer.tokens]
     assert len(set(ends)) > 3, ends
+
+
+@pytest.mark.parametrize("first", ["xgrammar", "guidance"])
+def test_grammars_of_an_engine_have_one_backend(examples, first):
+    """Which the first one chooses where the server names none: what it takes works on."""
+    digits = Ask("How many?", {"regex": "[0-9]{3}"})  # either takes them
+    multiples = Ask("How many?", {"json": {"type": "integer", "multipleOf": 3}})  # guidance does
+    both = (digits, multiples) if first == "xgrammar" else (multiples, digits)
+    with engine(examples / "refusion-tiny", skip_tokenizer_init=False, max_num_seqs=4) as llm:
+        ((answer,),) = ask(llm, both[:1], extra_args=SERIAL)
+        if first == "xgrammar":
+            with pytest.raises(VLLMValidationError, match="not supported by xgrammar"):
+                ask(llm, both[1:], extra_args=SERIAL)
+        else:
+            ((other,),) = ask(llm, both[1:], extra_args=SERIAL)
+            assert re.fullmatch("[0-9]{3}", other.text)
+        assert ask(llm, both[:1], extra_args=SERIAL) == [[answer]]

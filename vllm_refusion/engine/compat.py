@@ -247,7 +247,19 @@ def _validate_requests(hooks: Hooks) -> None:
         request = original(self, *args, **kwargs)
         if hooks.is_ours(self.model_config):
             hooks.admit(request, self.vllm_config)
+            _settle_grammars(request.sampling_params, self.vllm_config)
         return request
+
+
+def _settle_grammars(params: Any, vllm_config: Any) -> None:
+    """What an engine's first grammar is made with is from then on not "auto", but that.
+
+    Else a later grammar that only another backend takes passes the front end and fails in the
+    engine, which has one backend: an HTTP 500 up to vLLM 0.32.
+    """
+    outputs = params.structured_outputs
+    if outputs is not None:
+        vllm_config.structured_outputs_config.backend = outputs._backend
 
 
 def _validate_before_streams(hooks: Hooks) -> None:
