@@ -125,7 +125,7 @@ def parameters(index: int, **options) -> SamplingParams:
     return SamplingParams(**asked | options)
 
 
-WORDS = {"regex": "(t1[0-9]|t[2-8]){3,20}"}
+WORDS = {"regex": "(t[2-8]){3,20}"}  # no token is the beginning of another that it allows
 KINDS: list[dict] = [
     {},
     {"repetition_penalty": 1.3},
@@ -252,7 +252,7 @@ def test_200_requests(bases, name, async_scheduling):
         if parameters.temperature:
             wanted = [base.sample(prompts[i], parameters, child) for child in range(parameters.n)]
         assert_same(answers[i], wanted, f"request {i}")
-    assert counts[Counter.DRAFTS_PASSED] > 100
+    assert counts[Counter.DRAFTS_PASSED] > 50
 
 
 def test_small_steps_and_preemptions(bases, preemptions):
