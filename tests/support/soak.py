@@ -146,7 +146,8 @@ class Soak:
 
     async def one(self, number: int) -> None:
         """One request of a random kind of client."""
-        streams = self.draw.random() < 0.5
+        # vLLM does not stream scores of prompts
+        streams = self.draw.random() < 0.5 and "prompt_logprobs" not in self.bodies[number]
         stay = self.draw.random() * 2 if self.draw.random() < 0.2 else None
         started = time.monotonic()
         first = None
