@@ -16,7 +16,7 @@ from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.compat import count_passes
 from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.sampler import LOGITS_CHUNK_BYTES, CanvasSampler
-from vllm_refusion.engine.scheduler import ReFusionScheduler
+from vllm_refusion.engine.scheduler import ReFusionScheduler, _CanvasScheduling
 
 
 def scheduler(async_scheduling=False, fuses_passes=False, running=1):
@@ -224,3 +224,31 @@ def test_idle_requests_neither_emit_nor_keep_rows():
     output = made(torch.zeros(64, 8), batch(4, 16))
     assert output.num_sampled.tolist() == [0] * 4
     assert output.num_rejected.tolist() == [16] * 4
+
+
+def test_scores_of_a_prompt_wait_for_tokens_whatever_is_drafted():
+    """A step may give a request drafts and no token; to vLLM's scheduler it gave nothing."""
+    delivered = []
+
+    class Stock:
+        def update_from_output(self, scheduled, output):
+            delivered.append(dict(output.prompt_logprobs_dict))
+            return {}
+
+    class Scheduling(_CanvasScheduling, Stock):
+        def __init__(self):
+            self._prompt_scores, self._prompt_token_scores = {}, {}
+            self._allowed, self._complete = {}, []
+            self.requests = {"a": SimpleNamespace(num_output_tokens=0)}
+
+    scheduling, scores = Scheduling(), {"a": "scores"}
+    for tokens in ([-1, 7, 8], [], [5, -1, 7]):
+        output = SimpleNamespace(
+            req_id_to_index={"a": 0},
+            sampled_token_ids=[tokens],
+            prompt_logprobs_dict=scores,
+            prompt_token_id_logprobs_dict={},
+        )
+        scheduling.update_from_output(SimpleNamespace(scheduled_spec_decode_tokens={}), output)
+        scores = {}
+    assert delivered == [{}, {}, {"a": "scores"}]

@@ -195,8 +195,8 @@ class _CanvasScheduling:
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Takes a step's tokens; constrained requests are eligible again, with drafts that fit."""
+        proposed = compat.take_drafts(model_runner_output)  # they follow the tokens
         self._deliver_prompt_scores(model_runner_output)
-        proposed = compat.take_drafts(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._end_complete(outputs)
         for request_id in scheduler_output.scheduled_spec_decode_tokens:
