@@ -151,6 +151,17 @@ class Side:
         config = self.settings.speculative_config
         return None if config is None else str(config.get("method", "speculative"))
 
+    def label(self, preset: Preset | None) -> str:
+        return self.side if preset is None else f"{self.side} {preset.name}"
+
+    def who(self, preset: Preset | None) -> dict[str, Any]:
+        """Whose a figure is, as reports read it."""
+        return {
+            "side": self.side,
+            "preset": self.speculation if preset is None else preset.name,
+            "acceptance": "-" if preset is None else preset.acceptance,
+        }
+
     def sampling(self, index: int, preset: Preset | None, max_tokens: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -178,7 +189,7 @@ class Side:
         count = concurrency if canvas else settings.requests_at(concurrency)
         length = settings.canvas_output_len if canvas else settings.output_len
         prompts = self.prompts.take(max(count, concurrency))
-        label = f"{self.side}{'' if preset is None else ' ' + preset.name} x{concurrency}"
+        label = f"{self.label(preset)} x{concurrency}"
 
         def load(name: str, number: int, max_tokens: int) -> Load:
             requests = [(prompts[i], self.sampling(i, preset, max_tokens)) for i in range(number)]
@@ -189,10 +200,8 @@ class Side:
         measured = load("measured", count, length)
         counters = {name: value - before[name] for name, value in self.counters().items()}
         level = {
-            "side": self.side,
-            "preset": self.speculation if preset is None else preset.name,
+            **self.who(preset),
             "canvas": preset.block_length if preset is not None and canvas else None,
-            "acceptance": "-" if preset is None else preset.acceptance,
             "concurrency": concurrency,
             "requests": count,
             "prompt_tokens": sum(map(len, (p["prompt_token_ids"] for p in prompts[:count]))),
@@ -218,7 +227,7 @@ class Side:
         """What the engine does while the load moves, see ``run_phases``."""
         settings = self.settings
         prompts = self.prompts.take(settings.most_requests)
-        label = f"{self.side}{'' if preset is None else ' ' + preset.name} moving"
+        label = f"{self.label(preset)} moving"
 
         def request(number: int) -> tuple[Any, Any]:
             params = self.sampling(number, preset, settings.output_len)
@@ -226,9 +235,7 @@ class Side:
 
         traces = run_phases(self.llm.llm_engine, request, settings.phases, label)
         return {
-            "side": self.side,
-            "preset": self.speculation if preset is None else preset.name,
-            "acceptance": "-" if preset is None else preset.acceptance,
+            **self.who(preset),
             "bins": over_time(traces),
         }
 
@@ -236,7 +243,7 @@ class Side:
         """First tokens of conversations, of which the first is not counted."""
         settings, engine = self.settings, self.llm.llm_engine
         found: dict[str, list[float]] = {"first_ttft_ms": [], "second_ttft_ms": [], "cached": []}
-        label = f"{self.side}{'' if preset is None else ' ' + preset.name} turns"
+        label = f"{self.label(preset)} turns"
         for number in range(settings.conversations + 1):
             prompt = self.prompts.draw(settings.input_len)
             first, _ = ask(
@@ -258,9 +265,7 @@ class Side:
                     waited = trace.deliveries[0][0] - trace.added
                     found[f"{turn}_ttft_ms"].append(1e3 * waited)
         return {
-            "side": self.side,
-            "preset": self.speculation if preset is None else preset.name,
-            "acceptance": "-" if preset is None else preset.acceptance,
+            **self.who(preset),
             **found,
         }
 
