@@ -44,6 +44,7 @@ from vllm_refusion.triton_kernels.acceptance_twin import (
     AcceptanceTables,
 )
 from vllm_refusion.triton_kernels.checks import check, check_rows
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.sizes import cdiv
 from vllm_refusion.triton_kernels.state_codes import (
     F_RESUME,
@@ -57,10 +58,10 @@ from vllm_refusion.triton_kernels.state_codes import (
     SERIAL,
 )
 
-_PICK = tl.constexpr(PICK)
-_OUTCOME = tl.constexpr(OUTCOME)
-_QUANTILES = tl.constexpr(QUANTILES)
-_QUANTILE_SHIFT = tl.constexpr(32 - QUANTILE_BITS)
+_PICK = Constant(PICK)
+_OUTCOME = Constant(OUTCOME)
+_QUANTILES = Constant(QUANTILES)
+_QUANTILE_SHIFT = Constant(32 - QUANTILE_BITS)
 # The interpreter pays per program and operation.
 GPU_ROWS = 128
 CPU_ROWS = 4096

@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_refusion.triton_kernels.constant import Constant
+
 GPU_TILE = 4096
 CPU_TILE = 65536  # the interpreter pays per operation
-WORD = tl.constexpr(32)
+WORD = Constant(32)
 
 
 # Chunks of rows may start anywhere: no compilation per alignment.

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.state_codes import ACCEPTED, BLANK, CHOSEN
 
-NOWHERE = tl.constexpr(2**30)  # beyond every lane
+NOWHERE = Constant(2**30)  # beyond every lane
 
 
 class Lanes(NamedTuple):

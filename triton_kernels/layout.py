@@ -14,6 +14,7 @@ import triton.language as tl
 
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.checks import check, check_starts
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.layout_twin import ASKED, UNSEEN
 from vllm_refusion.triton_kernels.state_codes import (
     DONE,
@@ -45,7 +46,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     START,
 )
 
-_UNSEEN = tl.constexpr(UNSEEN)
+_UNSEEN = Constant(UNSEEN)
 ROWS_PER_TILE = 1024
 
 

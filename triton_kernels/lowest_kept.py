@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.decoding.picking import PickLimits
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.token_stats_twin import FLOOR
 
-_FLOOR = tl.constexpr(FLOOR)
-_FLIP = tl.constexpr(0x7FFFFFFF)
+_FLOOR = Constant(FLOOR)
+_FLIP = Constant(0x7FFFFFFF)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_refusion.decoding.penalties import MAX_BAD_WORDS, Penalties
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.triton_kernels.checks import check
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.sizes import cdiv, next_power_of_2
 from vllm_refusion.triton_kernels.state_codes import (
     F_EMITTED,
@@ -24,7 +25,7 @@ from vllm_refusion.triton_kernels.state_codes import (
     R_RUN_END,
 )
 
-_WORDS = tl.constexpr(MAX_BAD_WORDS)
+_WORDS = Constant(MAX_BAD_WORDS)
 # The interpreter pays per program and operation.
 GPU_TILE = 2048
 CPU_TILE = 65536

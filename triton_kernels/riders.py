@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_refusion.decoding.speculation import CERTAIN, MAX_RIDERS
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.lanes import (
     NOWHERE,
     at_lane,
@@ -33,9 +34,9 @@ from vllm_refusion.triton_kernels.state_codes import (
 )
 from vllm_refusion.triton_kernels.worth import chance_of
 
-_CERTAIN = tl.constexpr(CERTAIN)
-_MAX_RIDERS = tl.constexpr(MAX_RIDERS)
-_FORCED = tl.constexpr(2**30)  # score of what belongs to the phase; riders' are below 2**25
+_CERTAIN = Constant(CERTAIN)
+_MAX_RIDERS = Constant(MAX_RIDERS)
+_FORCED = Constant(2**30)  # score of what belongs to the phase; riders' are below 2**25
 
 
 class Riders(NamedTuple):

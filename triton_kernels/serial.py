@@ -22,6 +22,7 @@ from vllm_refusion.decoding.speculation import (
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
 from vllm_refusion.triton_kernels.checks import check, check_pass
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.lanes import (
     NOWHERE,
     at_lane,
@@ -85,12 +86,12 @@ from vllm_refusion.triton_kernels.worth import acceptance, chance_of, level_of
 
 LANES_PER_WARP = 128
 SEARCH_STEPS = LARGEST_COST.bit_length()
-_ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
-_CERTAIN = tl.constexpr(CERTAIN)
-_GIVEN = tl.constexpr(GIVEN)
-_LARGEST_COST = tl.constexpr(LARGEST_COST)
-_LEVELS = tl.constexpr(LEVELS)
-_SEARCH_STEPS = tl.constexpr(SEARCH_STEPS)
+_ACCEPTANCE_WINDOW = Constant(ACCEPTANCE_WINDOW)
+_CERTAIN = Constant(CERTAIN)
+_GIVEN = Constant(GIVEN)
+_LARGEST_COST = Constant(LARGEST_COST)
+_LEVELS = Constant(LEVELS)
+_SEARCH_STEPS = Constant(SEARCH_STEPS)
 
 
 class Drafts(NamedTuple):

@@ -21,13 +21,14 @@ import triton.language as tl
 from vllm_refusion.decoding.noise import LARGEST_UNIFORM, NOISE_BOUND
 from vllm_refusion.decoding.picking import PickLimits
 from vllm_refusion.triton_kernels.checks import check, check_rows
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.lowest_kept import lowest_kept
 from vllm_refusion.triton_kernels.sizes import cdiv, next_power_of_2
 from vllm_refusion.triton_kernels.token_stats_twin import FLOOR, Stats, allocate_stats
 
-_FLOOR = tl.constexpr(FLOOR)
-_NOISE_BOUND = tl.constexpr(NOISE_BOUND)
-_LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
+_FLOOR = Constant(FLOOR)
+_NOISE_BOUND = Constant(NOISE_BOUND)
+_LARGEST_UNIFORM = Constant(LARGEST_UNIFORM)
 
 # Tokens of a row held at once: 16 per thread. The interpreter pays per operation instead, so a
 # CPU takes tiles as wide as its cache likes.

@@ -19,6 +19,7 @@ from vllm_refusion.decoding.speculation import MAX_PRICE, NO_RIDERS, Speculation
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, DecodeState
 from vllm_refusion.triton_kernels.checks import check_pass
 from vllm_refusion.triton_kernels.compose import compose
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.decisions import (
     Decision,
     decide,
@@ -105,7 +106,7 @@ from vllm_refusion.triton_kernels.state_codes import (
 from vllm_refusion.triton_kernels.worth import prices_of
 
 LANES_PER_WARP = 128
-_ACCEPTANCE_WINDOW = tl.constexpr(ACCEPTANCE_WINDOW)
+_ACCEPTANCE_WINDOW = Constant(ACCEPTANCE_WINDOW)
 
 
 class Fed(NamedTuple):

@@ -14,15 +14,16 @@ from vllm_refusion.decoding.speculation import (
     PRIOR,
     PRIOR_TESTED,
 )
+from vllm_refusion.triton_kernels.constant import Constant
 from vllm_refusion.triton_kernels.decisions import takes_test
 from vllm_refusion.triton_kernels.lanes import first
 from vllm_refusion.triton_kernels.state_codes import F_BLOCK_LENGTH
 
-_CERTAIN = tl.constexpr(CERTAIN)
-_LARGEST_COST = tl.constexpr(LARGEST_COST)
-_LEVELS = tl.constexpr(LEVELS)
-_PRIOR = tl.constexpr(PRIOR)
-_PRIOR_TESTED = tl.constexpr(PRIOR_TESTED)
+_CERTAIN = Constant(CERTAIN)
+_LARGEST_COST = Constant(LARGEST_COST)
+_LEVELS = Constant(LEVELS)
+_PRIOR = Constant(PRIOR)
+_PRIOR_TESTED = Constant(PRIOR_TESTED)
 
 
 class Prices(NamedTuple):
