@@ -54,6 +54,7 @@ def _monotone(table: np.ndarray) -> np.ndarray:
 _TOKENS, _ROWS = _monotone(TOKENS), _monotone(ROWS)
 
 
+NOTHING_DRAFTED = 1.0  # rows of a pass, about
 START = 0.8  # acceptance before anything is known
 LEAST_TOKENS = 1.1
 FORGETS = 0.002  # share of a step by which acceptance goes back there while nothing is drafted
@@ -94,6 +95,7 @@ class DraftPrice:
         self._chosen: deque[int | None] = deque(maxlen=LAG)
         self._passes: deque[tuple[int, int, int]] = deque(maxlen=PASSES_REMEMBERED)
         self._steps = self._requests = 0
+        self._rows = NOTHING_DRAFTED
 
     @property
     def price(self) -> float:
@@ -118,21 +120,24 @@ class DraftPrice:
                 seen = float(np.interp(made.sum(), expected, ACCEPTANCES))
                 self.acceptance += (seen - self.acceptance) / 2
 
-    def choose(self, requests: int, cost: Callable[[np.ndarray], np.ndarray]) -> None:
+    def choose(self, requests: int, cost: Callable[[np.ndarray], np.ndarray]) -> float:
         """Chooses for ``requests``, ``cost`` being the time of a step by their rows [K].
 
         Called in every step; between two lessons it stays with what it chose for as many.
+
+        Returns:
+            The rows of a pass at that price, by the table.
         """
-        if requests == self._requests and self._steps % LEARNS_EVERY:
-            self._chosen.append(self.index)
-            return
-        self._requests = requests
-        tokens, rows = rates(self.acceptance)
-        times = cost(requests * np.append(rows, 1.0))
-        rate = np.append(tokens, 1.0) / times
-        best = int(rate[:-1].argmax())
-        if self.index is not None and rate[self.index] > STAYS_AT * rate[best]:
-            best = self.index
-        least = rate[-1] * (BEGINS_AT if self.index is None else 1.0)
-        self.index = best if rate[best] > least else None
+        if requests != self._requests or self._steps % LEARNS_EVERY == 0:
+            self._requests = requests
+            tokens, rows = rates(self.acceptance)
+            times = cost(requests * np.append(rows, NOTHING_DRAFTED))
+            rate = np.append(tokens, 1.0) / times
+            best = int(rate[:-1].argmax())
+            if self.index is not None and rate[self.index] > STAYS_AT * rate[best]:
+                best = self.index
+            least = rate[-1] * (BEGINS_AT if self.index is None else 1.0)
+            self.index = best if rate[best] > least else None
+            self._rows = NOTHING_DRAFTED if self.index is None else float(rows[best])
         self._chosen.append(self.index)
+        return self._rows

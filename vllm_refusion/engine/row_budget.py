@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_refusion.decoding.draft_price import DraftPrice
+from vllm_refusion.decoding.draft_price import NOTHING_DRAFTED, DraftPrice
 from vllm_refusion.decoding.speculation import (
     CERTAIN,
     MAX_PRICE,
@@ -35,7 +35,7 @@ ROWS_APART = 64  # sizes of a step beyond those of the graphs
 LEAST_PRICE = 4
 RIDERS_WORTH = 0.5  # of a pass of parallel decoding
 FEW_REQUESTS = 16
-STEPS_FOLLOWED = 4  # the size of a step of serial decoding is that of so many before
+STEPS_FOLLOWED = 8  # the size of a step of serial decoding goes by so many before
 
 
 class RowBudget:
@@ -88,10 +88,13 @@ class RowBudget:
         self._totals_np = self._totals_host.numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._decoding = 0  # requests that the totals on the host are of; 0: no totals
-        # In the last steps, of a request: rows needed, rows with riders, what riders were worth.
-        self._past = np.zeros((3, STEPS_REMEMBERED))
+        # In the last steps, of a request: rows needed, rows with riders, what riders were worth,
+        # and rows with riders over those expected.
+        self._past = np.zeros((4, STEPS_REMEMBERED))
         self._remembered = 0  # steps; they are the last ones
         self.drafts = DraftPrice()
+        # of a request in serial mode: the canvases of this step, and those that are composed in it
+        self._expected = self._expected_next = NOTHING_DRAFTED
         self._step = 0
         self._rows = 0
         self.rows_run = 0  # of all steps, with those that nothing used
@@ -107,6 +110,7 @@ class RowBudget:
     def settle(self, decoding: int, scheduled: int) -> int:
         """Decode rows of a step in which so many requests decode, of so many scheduled rows."""
         self._learn()
+        self._expected = self._expected_next
         serial_alone = bool(self.serial) and len(self.serial) == len(self.requests)
         if serial_alone and self._remembered:
             self._rows = self._follow(decoding, scheduled)
@@ -183,23 +187,26 @@ class RowBudget:
         self.drafts.learn(serial, tokens)
         worth = RIDERS_WORTH * (self._decoding - serial) + max(0, tokens - serial)
         self._past[:, :-1] = self._past[:, 1:]
-        self._past[:, -1] = needed, wanted, worth
+        self._past[:, -1] = needed, wanted, worth, wanted / self._expected
         self._past[:, -1] /= self._decoding
         self._remembered = min(self._remembered + 1, STEPS_REMEMBERED)
 
     def _follow(self, decoding: int, scheduled: int) -> int:
-        """The size for what canvases hold of late: what they hold has been found worth its rows.
+        """The size for what canvases hold: what they hold has been found worth its rows.
 
-        A request that gets less than it needs waits, so that there is room for some more than on
-        average: where few requests run, or where nothing is drafted, rows that may need another.
+        They hold what is expected at the price they were composed at, times what was right for
+        those of late. A request that gets less than it needs waits: where nothing is drafted there
+        is room for some more than on average.
         """
-        drafts, few = self.drafts.index is not None, decoding <= FEW_REQUESTS
-        of_late = self._recent()[1 if drafts else 0]
-        each = of_late[-STEPS_FOLLOWED:].mean() + (0 if drafts and not few else of_late.std())
+        past, few = self._recent(), decoding <= FEW_REQUESTS
+        if self._expected == NOTHING_DRAFTED:
+            each = past[0, -STEPS_FOLLOWED:].mean() + past[0].std()
+        else:
+            each = self._expected * past[3, -STEPS_FOLLOWED:].mean()
         return min(self._size_of(max(decoding * each, decoding + int(few))), scheduled)
 
     def _recent(self) -> np.ndarray:
-        """[3, steps], the last step last."""
+        """[4, steps], the last step last."""
         return self._past[:, STEPS_REMEMBERED - self._remembered :]
 
     def _size_of(self, rows: float) -> int:
@@ -218,7 +225,7 @@ class RowBudget:
             return scheduled
         wide = range(self.sizes[-1] + ROWS_APART, scheduled, ROWS_APART)
         sizes = np.array([*(n for n in (*self.sizes, *wide) if n < scheduled), scheduled])
-        needed, wanted, worth = self._recent()[:, None]
+        needed, wanted, worth = self._recent()[:3, None]
         needed, wanted = decoding * np.maximum(needed, 1e-3), decoding * np.maximum(wanted, 1e-3)
         served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
         riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
@@ -246,4 +253,4 @@ class RowBudget:
         def cost(rows: np.ndarray) -> np.ndarray:
             return self.cost.of(np.array([self._size_of(others + each) for each in rows]))
 
-        self.drafts.choose(serial, cost)
+        self._expected_next = self.drafts.choose(serial, cost)

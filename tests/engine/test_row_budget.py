@@ -1,0 +1,89 @@
+"""The size of a step of serial decoding, from what canvases held in the steps before."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_refusion.decoding.draft_price import rates
+from vllm_refusion.decoding.state import DecodeState
+from vllm_refusion.engine.config_hook import CAPTURE_SIZES
+from vllm_refusion.engine.pass_cost import PassCost
+from vllm_refusion.engine.row_budget import RowBudget
+from vllm_refusion.engine.step_cost import StepCost
+from vllm_refusion.triton_kernels.dispatch import operations
+
+CANVAS = 256
+# about an 8B model's on an H200
+COST = PassCost((64, 128, 256, 512, 1024, 2048), (5.5, 6.5, 8.5, 13.5, 23.0, 45.0))
+
+
+class Load:
+    """Steps of serial requests, whose canvases hold what the test says."""
+
+    def __init__(self, requests: int) -> None:
+        state = DecodeState(256, CANVAS, 512, 49, "cpu")
+        self.serial: list[int] = []
+        self.budget = RowBudget(
+            state,
+            operations(state.device),
+            SimpleNamespace(num_computed_tokens=SimpleNamespace(gpu=torch.zeros(256))),
+            torch.zeros(257, dtype=torch.int32),
+            sizes=list(CAPTURE_SIZES),
+            cost=StepCost(COST, learns=False),
+            requests=self.serial,
+            serial=self.serial,
+            riders=True,
+        )
+        self.admit(requests)
+
+    def admit(self, requests: int) -> None:
+        self.serial[:] = range(requests)
+
+    def step(self, wanted: float, tokens: float, needed: float = 1.0) -> int:
+        """A step in which a request's canvas holds so many rows and its pass brings so many."""
+        requests = len(self.serial)
+        size = self.budget.settle(requests, requests * CANVAS)
+        each = requests * np.array((needed, wanted, 1.0, tokens))
+        self.budget._totals_np[:] = each.round()
+        self.budget._decoding = requests
+        return size
+
+    def expected(self) -> float:
+        """Rows of a canvas at the price of now, by the table."""
+        drafts = self.budget.drafts
+        return 1.0 if drafts.index is None else float(rates(drafts.acceptance)[1][drafts.index])
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0, 1.5])
+def test_a_step_has_room_for_what_canvases_hold(share):
+    load = Load(8)
+    for _ in range(60):
+        size = load.step(share * load.expected(), 4.5)
+    held = 8 * share * load.expected()
+    assert held <= size <= held + 32, (held, size)  # the next size
+
+
+@pytest.mark.parametrize("requests", [4, 16, 64])
+def test_wide_canvases_of_few_requests_say_nothing_about_many(requests):
+    """A lone request's canvases hold a hundred rows, now more, now less."""
+    load = Load(1)
+    for step in range(80):
+        load.step((0.5 + step % 2) * load.expected(), 6.0)
+    alone = load.expected()
+    load.admit(requests)
+    load.step(load.expected(), 4.0)  # its price is of many already
+    expected = load.expected()
+    assert requests * expected < requests * alone / 3
+    for _ in range(10):
+        size = load.step(load.expected(), 4.0)
+        assert size < 1.5 * requests * expected, (size, requests * expected)
+
+
+def test_room_for_masks_that_slots_begin_with_where_nothing_is_drafted():
+    load = Load(128)
+    for step in range(200):
+        size = load.step(load.expected() + 0.04 * (step % 2), 1.0, 1.0 + 0.04 * (step % 2))
+    assert load.budget.drafts.index is None
+    assert 128 * 1.04 <= size <= 160
