@@ -87,3 +87,23 @@ def test_room_for_masks_that_slots_begin_with_where_nothing_is_drafted():
         size = load.step(load.expected() + 0.04 * (step % 2), 1.0, 1.0 + 0.04 * (step % 2))
     assert load.budget.drafts.index is None
     assert 128 * 1.04 <= size <= 160
+
+
+def test_drafts_stay_within_the_graphs():
+    """Where a step seems to cost the host's time however wide it is."""
+    load = Load(64)
+    load.budget.cost.host = 30.0  # ms
+    load.step(2.0, 1.0)  # the first one goes by what is scheduled
+    for _ in range(40):
+        size = load.step(1.5 * load.expected(), 12.0)
+        assert size <= CAPTURE_SIZES[-1]
+    assert load.budget.drafts.index is not None
+    assert 64 * load.expected() <= CAPTURE_SIZES[-1]
+
+
+def test_only_steps_of_a_graph_say_what_steps_cost(monkeypatch):
+    load, marked = Load(1), []
+    monkeypatch.setattr(load.budget.cost, "end", marked.append)
+    for rows, tokens in ((64, 64), (64, 100), (2048, 2048), (2112, 2112)):
+        load.budget.end_step(rows, tokens)
+    assert marked == [64, 0, 2048, 0]

@@ -172,6 +172,13 @@ class RowBudget:
         self._decoding = decoding
         return logits_start, self.query_start_loc, self._rows
 
+    def end_step(self, rows: int, tokens: int) -> None:
+        """Marks the end of a step with so many decode rows among its tokens, for its cost.
+
+        What is asked is what steps of decode rows take in a graph.
+        """
+        self.cost.end(rows if rows == tokens <= self.sizes[-1] else 0)
+
     def _learn(self) -> None:
         """Takes the rows that the last step needed into account.
 
@@ -196,14 +203,17 @@ class RowBudget:
 
         They hold what is expected at the price they were composed at, times what was right for
         those of late. A request that gets less than it needs waits: where nothing is drafted there
-        is room for some more than on average.
+        is room for some more than on average. No drafts are fed beyond the graphs, where the host
+        launches every kernel.
         """
         past, few = self._recent(), decoding <= FEW_REQUESTS
         if self._expected == NOTHING_DRAFTED:
             each = past[0, -STEPS_FOLLOWED:].mean() + past[0].std()
         else:
             each = self._expected * past[3, -STEPS_FOLLOWED:].mean()
-        return min(self._size_of(max(decoding * each, decoding + int(few))), scheduled)
+        least = decoding + int(few)
+        rows = max(min(decoding * each, self.sizes[-1]), least)
+        return min(self._size_of(rows), scheduled)
 
     def _recent(self) -> np.ndarray:
         """[4, steps], the last step last."""
@@ -251,6 +261,8 @@ class RowBudget:
         others = (decoding - serial) * float(self._past[1, -1])
 
         def cost(rows: np.ndarray) -> np.ndarray:
-            return self.cost.of(np.array([self._size_of(others + each) for each in rows]))
+            sizes = np.array([self._size_of(others + each) for each in rows])
+            beyond = (sizes > self.sizes[-1]) & (rows > serial)
+            return np.where(beyond, np.inf, self.cost.of(sizes))
 
         self._expected_next = self.drafts.choose(serial, cost)

@@ -178,7 +178,7 @@ class CanvasSampler:
             if most < self.state.canvas_length:
                 output.sampled_token_ids = output.sampled_token_ids[:, :most].contiguous()
         if budget is not None:
-            budget.cost.end(rows if rows == input_batch.num_tokens else 0)
+            budget.end_step(rows, input_batch.num_tokens)
         if self.records:
             output.logprobs_tensors = self._emitted_logprobs(input_batch, output.num_sampled)
         return output
