@@ -11,9 +11,10 @@ programs that have nothing to do end at once.
 
 The shrink is cut along ``in`` into splits, whose sums the expand adds in order: any number of
 programs gives the same answer, without atomics. Both are so short that starting and waiting is
-most of their time. The shrink needs the linear layer's input alone, so it runs aside, on a
-stream of its own, while that layer is computed, and the expand behind both. In line instead, the
-programs of each are placed on Hopper while those of the kernel before it end.
+most of their time. The shrink needs the linear layer's input alone, so where few rows leave most
+of a GPU to it, it runs aside, on a stream of its own, while that layer is computed, and the expand
+behind both. In line instead, the programs of each are placed on Hopper while those of the kernel
+before it end.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ EMBED_TILE = 1024
 ROW_PROGRAMS = 8  # tiles of rows side by side; more of them take turns
 STEP = 128  # splits are multiples of it
 MAX_TILES = 4  # of a program of the expand, one after another: they share the sum over splits
+ASIDE_ROWS = 64  # of x, at most, that leave room for programs aside
 PROGRAMS = 132  # that keep a GPU busy: with fewer, no tile waits for another
 
 
@@ -213,6 +215,10 @@ def _tile(x: torch.Tensor, rank: int) -> tuple[int, int]:
     return 16 if len(x) <= 64 else 32, 32 if exact else 64 if rank > 128 else 128
 
 
+def _is_aside(x: torch.Tensor, asked: bool | None) -> bool:
+    return x.device.type != "cpu" and (len(x) <= ASIDE_ROWS if asked is None else asked)
+
+
 def _options(x: torch.Tensor, aside: bool) -> dict[str, bool | int]:
     interpreted = x.device.type == "cpu"
     overlap = not (interpreted or aside) and torch.cuda.get_device_capability(x.device) >= (9, 0)
@@ -230,13 +236,13 @@ def shrink_masks(
     rows: torch.Tensor,
     count: torch.Tensor,
     *,
-    aside: bool = True,
+    aside: bool | None = None,
 ) -> None:
     """Same arguments and effects as ``shrink_masks_twin``, as one kernel.
 
     The rank is a power of two of at least LEAST_RANK (zeros make up for what is missing), and rows
     of x are contiguous. ``aside``: on a stream of its own, beside what the current one is given
-    until ``expand_masks``, which waits for it; until then x must stay as it is.
+    until ``expand_masks``, which waits for it; until then x must stay as it is. None: by the rows.
     """
     (num_rows, columns), (blocks, rank, _) = x.shape, a.shape
     splits = len(parts)
@@ -248,6 +254,7 @@ def shrink_masks(
     check(count, (1,), torch.int32)
     if num_rows == 0:
         return
+    aside = _is_aside(x, aside)
     block_m, block_k = _tile(x, rank)
 
     def launch() -> None:
@@ -257,7 +264,7 @@ def shrink_masks(
             BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3, **_options(x, aside),
         )  # fmt: skip
 
-    if not aside or x.device.type == "cpu":
+    if not aside:
         return launch()
     side = _side_stream(x.device)
     side.wait_stream(torch.cuda.current_stream(x.device))
@@ -274,7 +281,7 @@ def expand_masks(
     scale: float,
     blocks: Sequence[int],
     *,
-    aside: bool = True,
+    aside: bool | None = None,
     programs: int = PROGRAMS,
 ) -> None:
     """Same arguments and effects as ``expand_masks_twin``, as one kernel.
@@ -292,7 +299,8 @@ def expand_masks(
     check(count, (1,), torch.int32)
     if num_rows == 0:
         return
-    if aside and y.device.type != "cpu":
+    aside = _is_aside(y, aside)
+    if aside:
         torch.cuda.current_stream(y.device).wait_stream(_side_stream(y.device))
     block_m, block_n = _tile(y, rank)
     row_programs = min(triton.cdiv(num_rows, block_m), ROW_PROGRAMS)

@@ -178,11 +178,11 @@ def test_aside_of_a_linear_layer(captured):
             x = y
         return x
 
-    expected, found = layers(first, aside=False), layers(first)
+    expected, found = layers(first, aside=False), layers(first, aside=True)
     if captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = layers(first)
+            found = layers(first, aside=True)
         graph.replay()
     assert torch.equal(found, expected)
 
