@@ -111,7 +111,8 @@ def test_mixed_requests_alone_and_together(checkpoints):
 def test_parallel_samples_are_those_of_their_seeds(checkpoints):
     """``n`` answers with seed s are the answers with seeds s, s+1, .."""
     checkpoint = checkpoints()
-    case = next(case for case in checkpoint.cases if case.temperature == 1.0)
+    # so warm that no two of 60 answers share more than their first 7 tokens; at 1.0 some are equal
+    case = next(case for case in checkpoint.cases if case.temperature == 1.5)
     params = sampling_params(case)
     params.n = 3
     with engine(checkpoint.path) as llm:
