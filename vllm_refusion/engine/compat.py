@@ -60,15 +60,16 @@ class Hooks:
     endpoints: str
 
 
-def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Puts the decorated function in place of a method or property of ``owner``, once.
+def _patch(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Puts the decorated function in place of a module's, or of a class's method or property, once.
 
     It is called with the original function before the arguments.
     """
 
     def install(function: Callable[..., Any]) -> None:
         found = inspect.getattr_static(owner, name)
-        original = found.fget if isinstance(found, property) else found
+        kind = type(found) if isinstance(found, property | staticmethod) else None
+        original = found.fget if isinstance(found, property) else getattr(owner, name)
         before = getattr(original, _PATCHED, None)
         if before is not None:
             assert before == function.__qualname__, (before, function.__qualname__)
@@ -79,7 +80,7 @@ def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
             return function(original, *args, **kwargs)
 
         setattr(patched, _PATCHED, function.__qualname__)
-        setattr(owner, name, property(patched) if isinstance(found, property) else patched)
+        setattr(owner, name, patched if kind is None else kind(patched))
 
     return install
 
@@ -129,18 +130,13 @@ def _exchange_models(hooks: Hooks) -> None:
     from vllm.tokenizers import registry
 
     look_up = arg_utils.get_model_path
-    if getattr(look_up, _PATCHED, False):
-        return
 
     def is_short(model: Any) -> bool:
         return hooks.published(model) != model
 
-    @functools.wraps(look_up)
-    def get_model_path(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return model if is_short(model) else look_up(model, *args, **kwargs)
-
-    setattr(get_model_path, _PATCHED, True)
-    arg_utils.get_model_path = get_model_path
+    @_patch(arg_utils, "get_model_path")
+    def get_model_path(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return model if is_short(model) else original(model, *args, **kwargs)
 
     def found(model: str, revision: str | None) -> str:
         model = hooks.published(model)
@@ -404,19 +400,12 @@ def _refuse_infinite_biases() -> None:
     """All endpoints make their parameters with ``from_optional``, which does the clamping."""
     from vllm.sampling_params import SamplingParams
 
-    original = SamplingParams.from_optional
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def from_optional(*args: Any, **kwargs: Any) -> Any:
+    @_patch(SamplingParams, "from_optional")
+    def from_optional(original: Any, *args: Any, **kwargs: Any) -> Any:
         for token, bias in (kwargs.get("logit_bias") or {}).items():
             if not math.isfinite(bias):
                 raise _unsupported("logit_bias", {token: bias}, "are finite numbers")
         return original(*args, **kwargs)
-
-    setattr(from_optional, _PATCHED, True)
-    SamplingParams.from_optional = staticmethod(from_optional)
 
 
 def _validate_responses_before_streams() -> None:
@@ -482,9 +471,7 @@ def _report_passes_of_requests() -> None:
         return original(self, engine_core_outputs, *args, **kwargs)
 
 
-_RESPONSES = tuple(
-    f"vllm.entrypoints.openai.{kind}.serving" for kind in ("chat_completion", "completion")
-)
+_RESPONSES = tuple(f"vllm.entrypoints.openai.{kind}.serving" for kind in _REQUESTS)
 
 
 @functools.cache
@@ -497,8 +484,7 @@ def _show_passes_in_responses() -> None:
     for name in _RESPONSES:
         module = sys.modules.get(name)
         if module is not None:
-            original = module.build_per_request_timing_metrics
-            module.build_per_request_timing_metrics = functools.partial(_with_passes, original)
+            _patch(module, "build_per_request_timing_metrics")(_with_passes)
 
 
 def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_tokens: int) -> Any:
@@ -518,18 +504,11 @@ def _attach_endpoints(hooks: Hooks) -> None:
     """
     from vllm import plugins
 
-    original = plugins.load_endpoint_plugins
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
+    @_patch(plugins, "load_endpoint_plugins")
+    def load_endpoint_plugins(original: Any, *args: Any, **kwargs: Any) -> list[Any]:
         module, name = hooks.endpoints.split(":")
         ours = getattr(importlib.import_module(module), name)
         return [*original(*args, **kwargs), ours()]
-
-    setattr(load_endpoint_plugins, _PATCHED, True)
-    plugins.load_endpoint_plugins = load_endpoint_plugins
 
 
 def _keep_stock_models_off_the_interpreter(hooks: Hooks) -> None:
