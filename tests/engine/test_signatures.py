@@ -140,14 +140,14 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
     )
     compat.install(
         compat.Hooks(
-            ARCHITECTURES,
+            ARCHITECTURES.values(),
             ReFusionConfig,
+            route=print,
             is_ours=bool,
             extends_texts=bool,
             admit=print,
             report=print,
             take_adapter=print,
-            adapter_option="",
             published=str,
             cpu_step=cpu_step,
             endpoints="",
