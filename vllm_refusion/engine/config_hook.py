@@ -56,8 +56,6 @@ def route(config: Any, overrides: Any) -> None:
     Raises:
         ValueError: the model is none of ours, and something beside its config asked for ReFusion.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     if _overridden(config, overrides, ADAPTER_OPTION) is not None:
         # one past the vocabulary: no row of the embedding, none of the logits
         config.mask_token_id = config.get_text_config().vocab_size
@@ -68,6 +66,8 @@ def route(config: Any, overrides: Any) -> None:
         own = getattr(config, "mask_token_id", None) is not None
         chosen = isinstance(overrides, dict) and "architectures" in overrides
         asked = "" if own or chosen else "hf_overrides give {} a mask_token_id"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
     routed = [ARCHITECTURES.get(name, name) for name in names if name]
     if asked and not set(routed) & set(ARCHITECTURES.values()):
