@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from vllm_refusion.files import write_text
-from vllm_refusion.stock import stock_environment
+from vllm_refusion.stock import responses
 
 LENGTHS = range(15, 401)  # of a question, in characters
 MAX_TOKENS = 128
@@ -72,15 +70,7 @@ def draw(model: str, count: int, temperature: float, seed: int, dtype: str) -> l
         "seed": seed,
         "eos_token_id": end,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder, "asked.json"), Path(folder, "written.jsonl")
-        write_text(request, json.dumps(asked))
-        command = [sys.executable, "-m", "vllm_refusion.stock", str(request), str(answer)]
-        ended = subprocess.run(command, env=stock_environment(), stdout=sys.stderr)
-        if ended.returncode:
-            raise ValueError(f"vLLM ended with exit status {ended.returncode}, see above")
-        written = [json.loads(line) for line in answer.read_text().splitlines()]
-    return questions(tokenizer, written, end)
+    return questions(tokenizer, responses(asked), end)
 
 
 def main() -> None:

@@ -96,24 +96,35 @@ def test_causal_losses_equal_those_of_training(model, method):
         assert_close(our_loss(model, method, objective(method)(items)), expected)
 
 
+def masked_literally(model, seed, items, batch):
+    """Of each example, padded with EOS and masked as ``batch`` has to be, what a loss is made of.
+
+    Yields:
+        its text, where the response starts, the masked places, how likely each was to be one, and
+        the log-probabilities of a model that sees all.
+    """
+    for row, (example, _) in enumerate(items):
+        text = [*example.prompt, *example.response]
+        drawn, start = chance(seed, row), len(example.prompt)
+        text += [EOS] * (start + 24 - len(text))
+        width = len(text)
+        masking = 0.999 * drawn.random() + 0.001
+        masked = {start + i for i, u in enumerate(drawn.random(width - start)) if u < masking}
+        fed = [MASK if i in masked else token for i, token in enumerate(text)]
+        assert batch["input_ids"][row, :width].tolist() == fed
+        assert batch["real"][row].sum() == width
+        given = log_probabilities(model, fed, list(range(width)), lambda q, k: True)
+        yield text, start, masked, masking, given
+
+
 def test_llada_loss_equals_the_literal_one(model):
     """Mean over examples of (sum over masked tokens of CE / p) / length, EOS padding included."""
     for seed in range(8):
         items = random_items(seed)
         batch = objective("llada")(items)
         total = 0
-        for row, (example, _) in enumerate(items):
-            text = [*example.prompt, *example.response]
-            drawn, start = chance(seed, row), len(example.prompt)
-            text += [EOS] * (start + 24 - len(text))
-            width = len(text)
-            masking = 0.999 * drawn.random() + 0.001
-            masked = {start + i for i, u in enumerate(drawn.random(width - start)) if u < masking}
-            fed = [MASK if i in masked else token for i, token in enumerate(text)]
-            assert batch["input_ids"][row, :width].tolist() == fed
-            assert batch["real"][row].sum() == width
-            given = log_probabilities(model, fed, list(range(width)), lambda q, k: True)
-            total -= sum(given[i, text[i]] / masking for i in masked) / (width - start)
+        for text, start, masked, masking, given in masked_literally(model, seed, items, batch):
+            total -= sum(given[i, text[i]] / masking for i in masked) / (len(text) - start)
         assert_close(our_loss(model, "llada", batch), torch.as_tensor(total / len(items)))
 
 
@@ -123,19 +134,9 @@ def test_dream_loss_equals_the_literal_one(model):
         items = random_items(seed)
         batch = objective("dream")(items)
         total, masks = 0, 0
-        for row, (example, _) in enumerate(items):
-            text = [*example.prompt, *example.response]
-            drawn, start = chance(seed, row), len(example.prompt)
-            text += [EOS] * (start + 24 - len(text))
-            width = len(text)
-            masking = 0.999 * drawn.random() + 0.001
-            masked = {start + i for i, u in enumerate(drawn.random(width - start)) if u < masking}
-            fed = [MASK if i in masked else token for i, token in enumerate(text)]
-            assert batch["input_ids"][row, :width].tolist() == fed
-            assert batch["real"][row].sum() == width
-            given = log_probabilities(model, fed, list(range(width)), lambda q, k: True)
+        for text, _, masked, _, given in masked_literally(model, seed, items, batch):
             for i in masked:
-                known = set(range(width)) - masked
+                known = set(range(len(text))) - masked
                 weight = sum(0.5 * 0.1 * 0.9 ** (abs(i - j) - 1) for j in known)
                 total -= weight * given[i - 1, text[i]]
             masks += len(masked)

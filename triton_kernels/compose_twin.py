@@ -5,7 +5,7 @@ The state and its fields are described in ``vllm_refusion.decoding.state``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple, Self
@@ -39,17 +39,29 @@ def compose_twin(state: DecodeState, req: int, speculation: Speculation) -> None
     request.save()
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A canvas row, see ``DecodeState``."""
 
     token: int
     position: int
     target: int
-    draw: int
+    draw: int = 0
     context: int = 0
     run_start: int = 0
     run_end: int = 0
     own_start: int = 0
+
+
+def write_canvas(
+    state: DecodeState, req: int, rows: Sequence[Row], **by_position: Sequence[int]
+) -> None:
+    """Stores the rows of a request's canvas, and fields that say where what is."""
+    for name, values in by_position.items():
+        getattr(state, name)[req] = torch.tensor(values, dtype=torch.int32)
+    state.row_position[req] = state.row_target[req] = -1
+    for name, column in zip(Row._fields, zip(*rows)):
+        target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
+        target[req, : len(rows)] = torch.tensor(column, dtype=target.dtype)
 
 
 class _Rider(NamedTuple):
@@ -116,7 +128,7 @@ class Request:
             rider_row[rider.at], rider_width[rider.at] = start + rider.lead, width - rider.lead
             for position in rider.positions:
                 mask = state.mask_token_id
-                row = _Row(mask, position, position, rider.draw, rider.context, *rider.run, start)
+                row = Row(mask, position, position, rider.draw, rider.context, *rider.run, start)
                 rows.append(row)
 
         most = min(state.canvas_length, self._guaranteed_rows())
@@ -134,16 +146,14 @@ class Request:
             if rider.score > 0 and pays and end <= state.canvas_length:
                 add(rider)
         ints[Field.CANVAS] = len(rows)
-        for name, values in (
-            ("rider_row", rider_row),
-            ("rider_width", rider_width),
-            ("canvas_row", self.canvas_row),
-        ):
-            getattr(state, name)[req] = torch.tensor(values, dtype=torch.int32)
-        state.row_position[req] = state.row_target[req] = -1
-        for name, column in zip(_Row._fields, zip(*rows)):
-            target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
-            target[req, : len(rows)] = torch.tensor(column, dtype=target.dtype)
+        write_canvas(
+            state,
+            req,
+            rows,
+            rider_row=rider_row,
+            rider_width=rider_width,
+            canvas_row=self.canvas_row,
+        )
 
     def positions(self, *statuses: Status) -> list[int]:
         return [p for p, status in enumerate(self.status) if status in statuses]
@@ -162,7 +172,7 @@ class Request:
     def block_length_at(self, start: int) -> int:
         return min(self.ints[Field.BLOCK_LENGTH], self.ints[Field.BUDGET] - start)
 
-    def _phase_rows(self) -> list[_Row]:
+    def _phase_rows(self) -> list[Row]:
         """The first rows of the canvas; fills ``canvas_row``."""
         ints, mask = self.ints, self.state.mask_token_id
         start, draw, size = ints[Field.BLOCK_START], ints[Field.DRAW], ints[Field.SLOT_SIZE]
@@ -172,7 +182,7 @@ class Request:
         for row, p in enumerate(members):
             self.canvas_row[p] = row
         return [
-            _Row(
+            Row(
                 mask if self.status[p] in MASKS else self.token[p],
                 start + p,
                 start + (told := self._told(p)),

@@ -30,7 +30,7 @@ from vllm_refusion.triton_kernels.lanes import (
     lanes_of,
 )
 from vllm_refusion.triton_kernels.serial_twin import GIVEN
-from vllm_refusion.triton_kernels.sizes import next_power_of_2
+from vllm_refusion.triton_kernels.sizes import lanes_of_canvas
 from vllm_refusion.triton_kernels.state_codes import (
     COUNT_DRAFTS_PASSED,
     COUNT_DRAFTS_TESTED,
@@ -84,7 +84,6 @@ from vllm_refusion.triton_kernels.state_codes import (
 )
 from vllm_refusion.triton_kernels.worth import acceptance, chance_of, level_of
 
-LANES_PER_WARP = 128
 SEARCH_STEPS = LARGEST_COST.bit_length()
 _ACCEPTANCE_WINDOW = Constant(ACCEPTANCE_WINDOW)
 _CERTAIN = Constant(CERTAIN)
@@ -435,7 +434,6 @@ def serial_transition(
     )
     assert 0 <= speculation.row_price <= CERTAIN, speculation
     assert 0 < speculation.prior < LEVELS, speculation
-    lanes = next_power_of_2(state.canvas_length)
     _serial_kernel[(len(idx_mapping),)](
         state.ints,
         state.by_position,
@@ -458,9 +456,7 @@ def serial_transition(
         state.mask_token_id,
         speculation.row_price,
         speculation.prior,
-        CANVAS=state.canvas_length,
-        LANES=lanes,
-        num_warps=max(1, lanes // LANES_PER_WARP),
+        **lanes_of_canvas(state.canvas_length),
     )
 
 
@@ -513,7 +509,6 @@ def give_drafts(
     check(reqs, reqs.shape, torch.int64)
     check(drafts, (len(reqs), state.canvas_length), torch.int32)
     assert 0 <= speculation.row_price <= CERTAIN, speculation
-    lanes = next_power_of_2(state.canvas_length)
     _give_drafts_kernel[(len(reqs),)](
         state.ints,
         state.by_position,
@@ -525,7 +520,5 @@ def give_drafts(
         state.mask_token_id,
         speculation.row_price,
         speculation.prior,
-        CANVAS=state.canvas_length,
-        LANES=lanes,
-        num_warps=max(1, lanes // LANES_PER_WARP),
+        **lanes_of_canvas(state.canvas_length),
     )

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
@@ -38,6 +37,7 @@ from vllm_refusion.decoding.speculation import (
     cost_table,
 )
 from vllm_refusion.decoding.state import ACCEPTANCE_WINDOW, Counter, DecodeState, Field, Phase
+from vllm_refusion.triton_kernels.compose_twin import Row, write_canvas
 
 GIVEN = 0.9375  # confidence in a draft that is not the model's own
 
@@ -117,19 +117,6 @@ def give_drafts_twin(
         request.token, request.confidence = given[:number], confidence
         request.compose(int(state.canvas_token[req, 0]))
         state.ints[req] = torch.tensor(request.ints, dtype=torch.int32)
-
-
-class _Row(NamedTuple):
-    """A canvas row, see ``DecodeState``."""
-
-    token: int
-    position: int
-    target: int
-    context: int = 0
-    draw: int = 0
-    run_start: int = 0
-    run_end: int = 0
-    own_start: int = 0
 
 
 @dataclass
@@ -264,7 +251,7 @@ class _Request:
         tests = self._worth_testing(costs)
         widths = self._chain_widths(costs, tests)
         rows = [
-            _Row(token, known - 1 + i, known + i)
+            Row(token, known - 1 + i, known + i)
             for i, token in enumerate([last, *self.token[:tests]])
         ]
         chain_row, chain_width = [-1] * state.canvas_length, [0] * state.canvas_length
@@ -278,22 +265,20 @@ class _Request:
             chain_row[accepted], chain_width[accepted], chain_at[start] = start, width, accepted
             first = known + accepted + 1 - self.leads(known + accepted)
             rows += [
-                _Row(mask, at, at, run_end=accepted + 1, own_start=start)
+                Row(mask, at, at, run_end=accepted + 1, own_start=start)
                 for at in range(first, first + width)
             ]
             if accepted == 0 and self.starts_slot(known):
                 ints[Field.ROWS] = start + 1
         ints[Field.TESTS], ints[Field.CANVAS] = tests, len(rows)
-        for name, by_lane in (
-            ("rider_row", chain_row),
-            ("rider_width", chain_width),
-            ("canvas_row", chain_at),
-        ):
-            getattr(state, name)[self.req] = torch.tensor(by_lane, dtype=torch.int32)
-        state.row_position[self.req] = state.row_target[self.req] = -1
-        for name, values in zip(_Row._fields, zip(*rows)):
-            target = state.canvas_token if name == "token" else getattr(state, f"row_{name}")
-            target[self.req, : len(rows)] = torch.tensor(values, dtype=target.dtype)
+        write_canvas(
+            state,
+            self.req,
+            rows,
+            rider_row=chain_row,
+            rider_width=chain_width,
+            canvas_row=chain_at,
+        )
 
     def _worth_testing(self, costs: list[int]) -> int:
         """How many drafts to feed: while what one brings exceeds the price of its rows."""

@@ -57,7 +57,7 @@ from vllm_refusion.triton_kernels.packed import (
     with_rounds,
     with_status,
 )
-from vllm_refusion.triton_kernels.sizes import next_power_of_2
+from vllm_refusion.triton_kernels.sizes import lanes_of_canvas
 from vllm_refusion.triton_kernels.state_codes import (
     ACCEPTED,
     CHOSEN,
@@ -105,7 +105,6 @@ from vllm_refusion.triton_kernels.state_codes import (
 )
 from vllm_refusion.triton_kernels.worth import prices_of
 
-LANES_PER_WARP = 128
 _ACCEPTANCE_WINDOW = Constant(ACCEPTANCE_WINDOW)
 
 
@@ -522,7 +521,6 @@ def transition(
         (emit_limit, num_sampled, num_rejected),
     )
     assert 0 <= speculation.pass_price <= MAX_PRICE, speculation
-    lanes = next_power_of_2(state.canvas_length)
     _transition_kernel[(len(idx_mapping),)](
         state.ints,
         state.floats,
@@ -548,7 +546,5 @@ def transition(
         state.mask_token_id,
         speculation.free_rows,
         speculation.pass_price,
-        CANVAS=state.canvas_length,
-        LANES=lanes,
-        num_warps=max(1, lanes // LANES_PER_WARP),
+        **lanes_of_canvas(state.canvas_length),
     )

@@ -1,21 +1,21 @@
-"""Stock vLLM in a process of its own; as a program: the responses that it writes to prompts.
+"""Stock vLLM in a process of its own, and the responses that it writes to prompts there.
 
-    python -m vllm_refusion.stock ASKED WRITTEN
-
-ASKED is JSON: ``model``, ``dtype``, ``prompts`` and ``max_tokens`` of each, ``max_model_len``,
-``temperature``, ``seed`` and ``eos_token_id``. WRITTEN gets a line for each prompt, the token ids
-of its response, EOS included where it was said. The device's memory is free when the program ends.
+``responses`` runs this file: ``python -m vllm_refusion.stock ASKED WRITTEN``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from vllm_refusion.files import read_json, writing
+from vllm_refusion.files import read_json, write_text, writing
 
 
 def stock_environment() -> dict[str, str]:
@@ -31,6 +31,29 @@ def stock_environment() -> dict[str, str]:
         environment.pop("TRITON_INTERPRET", None)
         environment["TRITON_BACKENDS_IN_TREE"] = "1"  # keeps the plugin's interpreter off
     return environment
+
+
+def responses(asked: Mapping[str, Any], folder: Path | None = None) -> list[list[int]]:
+    """Token ids of the response to each prompt, EOS included where it was said.
+
+    The device's memory is free afterwards.
+
+    Args:
+        asked: ``model``, ``dtype``, ``prompts`` and ``max_tokens`` of each, ``max_model_len``,
+            ``temperature``, ``seed`` and ``eos_token_id``.
+        folder: where files lie meanwhile, if not where temporary ones do.
+
+    Raises:
+        ValueError: vLLM failed.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as meanwhile:
+        request, answer = Path(meanwhile, "asked.json"), Path(meanwhile, "written.jsonl")
+        write_text(request, json.dumps(asked))
+        command = [sys.executable, "-m", "vllm_refusion.stock", str(request), str(answer)]
+        ended = subprocess.run(command, env=stock_environment(), stdout=sys.stderr)
+        if ended.returncode:
+            raise ValueError(f"vLLM ended with exit status {ended.returncode}, see above")
+        return [json.loads(line) for line in answer.read_text().splitlines()]
 
 
 def main(asked: Path, written: Path) -> None:

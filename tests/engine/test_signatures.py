@@ -140,14 +140,14 @@ def patches(monkeypatch) -> list[tuple[type, str, Any]]:
     )
     compat.install(
         compat.Hooks(
-            ARCHITECTURES,
+            ARCHITECTURES.values(),
             ReFusionConfig,
+            route=print,
             is_ours=bool,
             extends_texts=bool,
             admit=print,
             report=print,
             take_adapter=print,
-            adapter_option="",
             published=str,
             cpu_step=cpu_step,
             endpoints="",
@@ -165,7 +165,7 @@ def test_patches_take_what_vllm_passes(monkeypatch):
     assert len(found) > 12
     for owner, name, ours in found:
         static = inspect.getattr_static(owner, name)
-        patched = static.fget if isinstance(static, property) else static
+        patched = static.fget if isinstance(static, property) else plain(static)
         assert_takes(ours, patched.__wrapped__, first=("original",))
     source = inspect.getsource(importlib.import_module(compat._RESPONSES_PROTOCOL[:-8] + "serving"))
     for call in ast.walk(ast.parse(source)):

@@ -27,6 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from vllm_refusion import stock
 from vllm_refusion.adapters import adapter_tensors, check_base, find_base, read_adapter
 from vllm_refusion.cli import main
 from vllm_refusion.training.collator import Example
@@ -458,17 +459,15 @@ with open(sys.argv[2], "w") as file:
 @pytest.fixture
 def writer(tmp_path, monkeypatch):
     """Stands for vLLM: says the prompt's second token thrice. Counts its runs."""
-    from vllm_refusion.training import own_text
-
     program, runs = tmp_path / "writer.py", []
     program.write_text(WRITER)
-    run = own_text.subprocess.run
+    run = stock.subprocess.run
 
     def stand_in(command, **options):
         runs.append(command)
         return run([sys.executable, str(program), *command[-2:]], **options)
 
-    monkeypatch.setattr(own_text.subprocess, "run", stand_in)
+    monkeypatch.setattr(stock.subprocess, "run", stand_in)
     return runs
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_refusion import stock
+
 WRITER = """
 import json, sys
 what = json.load(open(sys.argv[1]))
@@ -42,9 +44,9 @@ def test_turns_that_are_kept(program, tiny_checkpoint, tmp_path, monkeypatch):
     turns += [ids[good[1]], [special, *ids[good[2]], None], []]
     writer = tmp_path / "writer.py"
     writer.write_text(WRITER.format(turns=turns))
-    run = program.subprocess.run
+    run = stock.subprocess.run
     monkeypatch.setattr(
-        program.subprocess,
+        stock.subprocess,
         "run",
         lambda command, **options: run([sys.executable, str(writer), *command[-2:]], **options),
     )
@@ -66,3 +68,12 @@ def test_the_turn_of_a_template(program, tiny_checkpoint):
     tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match="no user's turn between special tokens"):
         program.user_turn(tokenizer)
+
+
+def test_an_exit_status_of_vllm_is_named(tmp_path, monkeypatch):
+    run = stock.subprocess.run
+    fails = [sys.executable, "-c", "raise SystemExit(3)"]
+    monkeypatch.setattr(stock.subprocess, "run", lambda _, **options: run(fails, **options))
+    with pytest.raises(ValueError, match="^vLLM ended with exit status 3, see above$"):
+        stock.responses({}, tmp_path)
+    assert not list(tmp_path.iterdir())

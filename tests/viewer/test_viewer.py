@@ -126,7 +126,7 @@ def test_summary(timeline):
 
 
 def test_page_needs_no_network_and_cannot_be_broken_out_of():
-    text = page.html(synthetic_trace(["</script>", "<!--", "[[style]]", "\u2028"] * 4, 4, 16))
+    text = page.html(synthetic_trace(["</script>", "<!--", "[[page.css]]", "\u2028"] * 4, 4, 16))
     assert text.count("</script>") == 2 and "[[data]]" not in text and "\u2028" not in text
     assert not re.search(r"""(src|href)=|url\(|@import|https?://""", text)
     assert "default-src 'none'" in text

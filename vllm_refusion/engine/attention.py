@@ -11,6 +11,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -250,8 +251,9 @@ class CanvasAttentionImpl(AttentionImpl):
         first = tail.first_request
         self.flash_attention(
             query,
-            compat.canonicalize_singleton_dim_strides(key),
-            compat.canonicalize_singleton_dim_strides(value),
+            # its descriptors refuse the strides that PyTorch leaves on dimensions of one
+            canonicalize_singleton_dim_strides(key),
+            canonicalize_singleton_dim_strides(value),
             out=output,
             cu_seqlens_q=attn_metadata.query_start_loc[first:],
             max_seqlen_q=tail.max_query_len,

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 _PATCHED = "_vllm_refusion_patched"
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -32,43 +31,44 @@ class Hooks:
     """What of ours vLLM is to call.
 
     Attributes:
-        architectures: of stock backbones, each with the one that serves it as ReFusion.
-        config_hook: vLLM's per-architecture configuration hook for the latter.
+        architectures: those that serve as ReFusion.
+        config_hook: vLLM's per-architecture configuration hook for them.
+        route: names them in a checkpoint's configuration, given what overrides it.
         is_ours: whether a ``ModelConfig`` is of a ReFusion model.
         extends_texts: whether a response of a ``ModelConfig``'s may be made by requests of one
             token each.
         admit: checks a request under a ``VllmConfig``; raises VLLMValidationError.
         report: reports the figures of an ``AsyncLLM``.
         take_adapter: puts the base in the place of a mask adapter that ``EngineArgs`` name.
-        adapter_option: what it then calls the adapter, among the overrides of the configuration.
         published: what the Hugging Face Hub calls the checkpoint of a name, short or not.
         cpu_step: twins of the runner's kernels, by their names.
         endpoints: "module:class" of our endpoint plugin, which servers load; it adds routes only
             where an option asks for them.
     """
 
-    architectures: Mapping[str, str]
+    architectures: Collection[str]
     config_hook: type
+    route: Callable[[Any, Any], None]
     is_ours: Callable[[Any], bool]
     extends_texts: Callable[[Any], bool]
     admit: Callable[[Any, Any], None]
     report: Callable[[Any], Awaitable[None]]
     take_adapter: Callable[[Any], None]
-    adapter_option: str
     published: Callable[[str], str]
     cpu_step: Any
     endpoints: str
 
 
-def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Puts the decorated function in place of a method or property of ``owner``, once.
+def _patch(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Puts the decorated function in place of a module's, or of a class's method or property, once.
 
     It is called with the original function before the arguments.
     """
 
     def install(function: Callable[..., Any]) -> None:
         found = inspect.getattr_static(owner, name)
-        original = found.fget if isinstance(found, property) else found
+        kind = type(found) if isinstance(found, property | staticmethod) else None
+        original = found.fget if isinstance(found, property) else getattr(owner, name)
         before = getattr(original, _PATCHED, None)
         if before is not None:
             assert before == function.__qualname__, (before, function.__qualname__)
@@ -79,7 +79,7 @@ def _patch(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
             return function(original, *args, **kwargs)
 
         setattr(patched, _PATCHED, function.__qualname__)
-        setattr(owner, name, property(patched) if isinstance(found, property) else patched)
+        setattr(owner, name, patched if kind is None else kind(patched))
 
     return install
 
@@ -89,7 +89,7 @@ def install(hooks: Hooks) -> None:
     import triton
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for architecture in hooks.architectures.values():
+    for architecture in hooks.architectures:
         MODELS_CONFIG_MAP[architecture] = hooks.config_hook
     _exchange_models(hooks)
     _route_checkpoints(hooks)
@@ -129,18 +129,13 @@ def _exchange_models(hooks: Hooks) -> None:
     from vllm.tokenizers import registry
 
     look_up = arg_utils.get_model_path
-    if getattr(look_up, _PATCHED, False):
-        return
 
     def is_short(model: Any) -> bool:
         return hooks.published(model) != model
 
-    @functools.wraps(look_up)
-    def get_model_path(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return model if is_short(model) else look_up(model, *args, **kwargs)
-
-    setattr(get_model_path, _PATCHED, True)
-    arg_utils.get_model_path = get_model_path
+    @_patch(arg_utils, "get_model_path")
+    def get_model_path(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return model if is_short(model) else original(model, *args, **kwargs)
 
     def found(model: str, revision: str | None) -> str:
         model = hooks.published(model)
@@ -169,8 +164,8 @@ def _route_checkpoints(hooks: Hooks) -> None:
     """The published checkpoints say e.g. ``Qwen3ForCausalLM`` and differ only in mask_token_id.
 
     vLLM offers no hook between reading config.json and choosing the model class other than the
-    config parser of the format, so ours extends the one found. ``--hf-overrides``, which vLLM
-    applies to what the parser returns, may give or take the mask token and name the class.
+    config parser of the format, so ours extends the one found. vLLM applies ``--hf-overrides`` to
+    what the parser returns.
     """
     from vllm.transformers_utils import config as transformers_config
 
@@ -182,55 +177,11 @@ def _route_checkpoints(hooks: Hooks) -> None:
     class ReFusionConfigParser(base):
         def parse(self, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
             config_dict, config = super().parse(*args, **kwargs)
-            overrides = kwargs.get("hf_overrides") or {}
-            if _overridden(config, overrides, hooks.adapter_option) is not None:
-                # one past the vocabulary: no row of the embedding, none of the logits
-                config.mask_token_id = config.get_text_config().vocab_size
-                asked = "{} has a mask adapter"
-            elif _overridden(config, overrides, "mask_token_id") is None:
-                return config_dict, config
-            else:
-                own = getattr(config, "mask_token_id", None) is not None
-                chosen = isinstance(overrides, dict) and "architectures" in overrides
-                asked = "" if own or chosen else "hf_overrides give {} a mask_token_id"
-            config.architectures = _routed(config, hooks.architectures, asked)
+            hooks.route(config, kwargs.get("hf_overrides") or {})
             return config_dict, config
 
     setattr(ReFusionConfigParser, _PATCHED, True)
     parsers["hf"] = ReFusionConfigParser
-
-
-def _overridden(config: Any, overrides: Any, name: str) -> Any:
-    if callable(overrides):
-        return getattr(overrides(copy.deepcopy(config)), name, None)
-    return overrides.get(name, getattr(config, name, None))
-
-
-def _routed(config: Any, architectures: Mapping[str, str], asked: str) -> list[str]:
-    """The architectures of a config with a mask token, ours in place of its backbones'.
-
-    Raises:
-        ValueError: the model is none of ours, and something beside its config asked for ReFusion.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
-    routed = [architectures.get(name, name) for name in names if name]
-    if asked and not set(routed) & set(architectures.values()):
-        raise ValueError(
-            f"{asked.format(', '.join(routed) or config.model_type)}, but ReFusion models are "
-            f"built on {', '.join(architectures)}."
-        )
-    return routed
-
-
-def downloaded_folder(model: str, revision: str | None, download_dir: str | None) -> str:
-    """Where vLLM has put a model of the hub."""
-    import huggingface_hub
-
-    return huggingface_hub.snapshot_download(
-        model, revision=revision, cache_dir=download_dir, local_files_only=True
-    )
 
 
 def _validate_requests(hooks: Hooks) -> None:
@@ -404,19 +355,12 @@ def _refuse_infinite_biases() -> None:
     """All endpoints make their parameters with ``from_optional``, which does the clamping."""
     from vllm.sampling_params import SamplingParams
 
-    original = SamplingParams.from_optional
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def from_optional(*args: Any, **kwargs: Any) -> Any:
+    @_patch(SamplingParams, "from_optional")
+    def from_optional(original: Any, *args: Any, **kwargs: Any) -> Any:
         for token, bias in (kwargs.get("logit_bias") or {}).items():
             if not math.isfinite(bias):
                 raise _unsupported("logit_bias", {token: bias}, "are finite numbers")
         return original(*args, **kwargs)
-
-    setattr(from_optional, _PATCHED, True)
-    SamplingParams.from_optional = staticmethod(from_optional)
 
 
 def _validate_responses_before_streams() -> None:
@@ -482,9 +426,7 @@ def _report_passes_of_requests() -> None:
         return original(self, engine_core_outputs, *args, **kwargs)
 
 
-_RESPONSES = tuple(
-    f"vllm.entrypoints.openai.{kind}.serving" for kind in ("chat_completion", "completion")
-)
+_RESPONSES = tuple(f"vllm.entrypoints.openai.{kind}.serving" for kind in _REQUESTS)
 
 
 @functools.cache
@@ -497,8 +439,7 @@ def _show_passes_in_responses() -> None:
     for name in _RESPONSES:
         module = sys.modules.get(name)
         if module is not None:
-            original = module.build_per_request_timing_metrics
-            module.build_per_request_timing_metrics = functools.partial(_with_passes, original)
+            _patch(module, "build_per_request_timing_metrics")(_with_passes)
 
 
 def _with_passes(original: Callable[..., Any], metrics: Any, num_generation_tokens: int) -> Any:
@@ -518,18 +459,11 @@ def _attach_endpoints(hooks: Hooks) -> None:
     """
     from vllm import plugins
 
-    original = plugins.load_endpoint_plugins
-    if getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
+    @_patch(plugins, "load_endpoint_plugins")
+    def load_endpoint_plugins(original: Any, *args: Any, **kwargs: Any) -> list[Any]:
         module, name = hooks.endpoints.split(":")
         ours = getattr(importlib.import_module(module), name)
         return [*original(*args, **kwargs), ours()]
-
-    setattr(load_endpoint_plugins, _PATCHED, True)
-    plugins.load_endpoint_plugins = load_endpoint_plugins
 
 
 def _keep_stock_models_off_the_interpreter(hooks: Hooks) -> None:
@@ -787,7 +721,7 @@ def grammar_output(manager: Any, requests: Any, drafts: dict[str, list[int]]) ->
         manager.grammar_bitmask(requests, [name], {name: tokens})[: 1 + len(tokens)].copy()
         for name, tokens in drafts.items()
     ]
-    return GrammarOutput(list(drafts), np.concatenate(filled), [INT32_MAX] * len(drafts))
+    return GrammarOutput(list(drafts), np.concatenate(filled), [2**31 - 1] * len(drafts))
 
 
 def forced_tokens(manager: Any, request: Any, drafts: list[int], tokenizer: Any) -> list[int]:
@@ -980,12 +914,6 @@ def attention_backend(backend: type) -> Iterator[None]:
         attention.get_attn_backend = original
 
 
-def attention_layers(vllm_config: Any, implementation: type) -> list[Any]:
-    """vLLM's attention layers that have such an ``impl``; their ``kv_cache`` is bound."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    return [layer for layer in layers if isinstance(getattr(layer, "impl", None), implementation)]
-
-
 def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable: Any) -> None:
     """Adapts a stock scheduler object to a device whose KV is in commit order.
 
@@ -1075,13 +1003,6 @@ def flash_attention_3(head_size: int) -> Callable[..., Any] | None:
     from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
     return functools.partial(flash_attn_varlen_func, fa_version=3)
-
-
-def canonicalize_singleton_dim_strides(tensor: Any) -> Any:
-    """FlashAttention's descriptors refuse the strides that PyTorch leaves on dimensions of one."""
-    from vllm.utils.torch_utils import canonicalize_singleton_dim_strides as canonicalize
-
-    return canonicalize(tensor)
 
 
 def engine_core_of(llm: LLM) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vllm_refusion.backbones import ARCHITECTURES
 from vllm_refusion.decoding.params import ParameterError
 from vllm_refusion.engine.adapter_option import adapter_of, shape_of
 from vllm_refusion.engine.options import refuse_unsupported_options
 from vllm_refusion.engine.settings import (
+    ADAPTER_OPTION,
     PLAY_OPTION,
     canvas_length,
     fuses_passes,
@@ -42,6 +45,43 @@ SERIAL_DEFAULTS = (
     "presence_penalty",
     "frequency_penalty",
 )
+
+
+def route(config: Any, overrides: Any) -> None:
+    """Names our architectures in the configuration of a model with a mask token, or an adapter.
+
+    Args:
+        overrides: ``--hf-overrides``, which may give or take the mask token and name the class.
+
+    Raises:
+        ValueError: the model is none of ours, and something beside its config asked for ReFusion.
+    """
+    if _overridden(config, overrides, ADAPTER_OPTION) is not None:
+        # one past the vocabulary: no row of the embedding, none of the logits
+        config.mask_token_id = config.get_text_config().vocab_size
+        asked = "{} has a mask adapter"
+    elif _overridden(config, overrides, "mask_token_id") is None:
+        return
+    else:
+        own = getattr(config, "mask_token_id", None) is not None
+        chosen = isinstance(overrides, dict) and "architectures" in overrides
+        asked = "" if own or chosen else "hf_overrides give {} a mask_token_id"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    routed = [ARCHITECTURES.get(name, name) for name in names if name]
+    if asked and not set(routed) & set(ARCHITECTURES.values()):
+        raise ValueError(
+            f"{asked.format(', '.join(routed) or config.model_type)}, but ReFusion models are "
+            f"built on {', '.join(ARCHITECTURES)}."
+        )
+    config.architectures = routed
+
+
+def _overridden(config: Any, overrides: Any, name: str) -> Any:
+    if callable(overrides):
+        return getattr(overrides(copy.deepcopy(config)), name, None)
+    return overrides.get(name, getattr(config, name, None))
 
 
 class ReFusionConfig:

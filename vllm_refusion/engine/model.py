@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import snapshot_download
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
@@ -86,7 +87,10 @@ class ReFusionMixin:
         adapter = adapter_of(model)
         if adapter is not None and not Path(model.model).is_dir():
             cache = self._vllm_config.load_config.download_dir
-            check_base(adapter, compat.downloaded_folder(model.model, model.revision, cache))
+            folder = snapshot_download(
+                model.model, revision=model.revision, cache_dir=cache, local_files_only=True
+            )
+            check_base(adapter, folder)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Passes the rows on: the sampler computes logits in chunks, to bound their memory.

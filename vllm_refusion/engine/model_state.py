@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.structured_output.utils import strip_speculative_padding
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -35,7 +36,7 @@ from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.decoding.trace import Recorder, parameters_of
 from vllm_refusion.engine import compat
 from vllm_refusion.engine.adapter_option import adapter_of, chains_of
-from vllm_refusion.engine.attention import CanvasAttentionImpl, PromptTail
+from vllm_refusion.engine.attention import PromptTail
 from vllm_refusion.engine.grammar_masks import GrammarMasks
 from vllm_refusion.engine.lora_rows import LoraRows
 from vllm_refusion.engine.mask_adapter import apply_adapter
@@ -221,7 +222,7 @@ class ReFusionModelState(ModelState):
         self.pass_cost = measure_passes(run, self.max_num_tokens, self.device)
         if self.device.type == "cuda":
             hidden = self.model_config.get_hidden_size()
-            layer = compat.attention_layers(self.vllm_config, CanvasAttentionImpl)[0]
+            layer = next(iter(get_layers_from_vllm_config(self.vllm_config, Attention).values()))
             layer.impl.compile_for(
                 layer, self.model_config.dtype, self.max_num_tokens, self.max_num_reqs
             )

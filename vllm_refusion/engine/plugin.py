@@ -9,8 +9,8 @@ from vllm_refusion.backbones import ARCHITECTURES, is_refusion, published
 from vllm_refusion.engine import compat, cpu_step, metrics
 from vllm_refusion.engine.adapter_option import take_adapter
 from vllm_refusion.engine.admission import admit
-from vllm_refusion.engine.config_hook import ReFusionConfig
-from vllm_refusion.engine.settings import ADAPTER_OPTION, has_adapter
+from vllm_refusion.engine.config_hook import ReFusionConfig, route
+from vllm_refusion.engine.settings import has_adapter
 from vllm_refusion.triton_cpu_stub import INTERPRETER_NOTICE, interpreter_is_on
 
 logger = logging.getLogger("vllm.refusion")
@@ -29,14 +29,14 @@ def register() -> None:
             ModelRegistry.register_model(architecture, f"vllm_refusion.engine.model:{architecture}")
     compat.install(
         compat.Hooks(
-            architectures=ARCHITECTURES,
+            architectures=ARCHITECTURES.values(),
             config_hook=ReFusionConfig,
+            route=route,
             is_ours=is_refusion,
             extends_texts=has_adapter,
             admit=admit,
             report=metrics.report,
             take_adapter=take_adapter,
-            adapter_option=ADAPTER_OPTION,
             published=published,
             cpu_step=cpu_step,
             endpoints="vllm_refusion.viewer.play:PlayEndpoints",

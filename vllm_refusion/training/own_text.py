@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -14,9 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from vllm_refusion.files import damage, read_json, seal, write_text, writing
+from vllm_refusion.files import damage, read_json, seal, writing
 from vllm_refusion.rows import DataError, Row, check_texts, read_objects
-from vllm_refusion.stock import stock_environment
+from vllm_refusion.stock import responses
 from vllm_refusion.training.collator import Example
 from vllm_refusion.training.data import ABOUT, Encoder
 
@@ -103,13 +102,7 @@ def _written(
         "seed": asked["seed"] % 2**32,
         "eos_token_id": encoder.tokenizer.eos_token_id,
     }
-    request, answer = folder / "asked.json", folder / "written.jsonl"
-    write_text(request, json.dumps(what))
-    command = [sys.executable, "-m", "vllm_refusion.stock", str(request), str(answer)]
-    ended = subprocess.run(command, env=stock_environment(), stdout=sys.stderr)
-    if ended.returncode:
-        raise ValueError(f"--on-policy: vLLM ended with exit status {ended.returncode}, see above")
-    lines = [json.loads(line) for line in answer.read_text().splitlines()]
-    request.unlink()
-    answer.unlink()
-    return lines
+    try:
+        return responses(what, folder)
+    except ValueError as error:
+        raise ValueError(f"--on-policy: {error}") from error

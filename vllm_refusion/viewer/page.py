@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -19,20 +20,16 @@ def html(trace: Mapping[str, Any]) -> str:
     data = json.dumps(timelines, ensure_ascii=False, separators=(",", ":"))
     # inside a script element only "<" can end it or start a comment
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    parts = {"style": "page.css", "player": "player.js", "script": "page.js"}
-    return _filled("page.html", parts, data)
+    return _whole("page.html").replace("[[data]]", data, 1)
 
 
 def live_html() -> str:
     """The page that asks its own server for responses and shows them as they are decoded."""
-    parts = {"style": "page.css", "more-style": "live.css", "player": "player.js"}
-    return _filled("live.html", parts | {"script": "live.js"})
+    return _whole("live.html")
 
 
-def _filled(name: str, parts: Mapping[str, str], data: str = "") -> str:
-    """The page of that name with files in their places, and at last data, of which none is."""
+def _whole(name: str) -> str:
+    """The page of that name with the files that it names, as ``[[file]]``, in their places."""
     folder = files(__package__)
-    page = (folder / name).read_text(encoding="utf-8")
-    for place, file in parts.items():
-        page = page.replace(f"[[{place}]]", (folder / file).read_text(encoding="utf-8"), 1)
-    return page.replace("[[data]]", data, 1)
+    text = (folder / name).read_text(encoding="utf-8").rstrip("\n")
+    return re.sub(r"\[\[(\w+\.\w+)\]\]", lambda place: _whole(place[1]), text)
