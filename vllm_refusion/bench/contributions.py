@@ -21,8 +21,9 @@ from vllm_refusion.bench.simulate import (
     MASK,
     PROMPT,
     VOCAB,
-    drawn_statistics,
-    starts_of,
+    Batch,
+    Columns,
+    run_passes,
     tokens_per_forward,
 )
 from vllm_refusion.decoding.params import DecodingParams
@@ -34,7 +35,7 @@ from vllm_refusion.decoding.speculation import (
     Saving,
     Speculation,
 )
-from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
+from vllm_refusion.decoding.state import Counter, DecodeState
 from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
 from vllm_refusion.triton_kernels.transition_twin import transition_twin
 
@@ -80,31 +81,14 @@ def decode(
     tables = build_tables([profile], VOCAB, (), "cpu")
     for req in range(requests):
         state.add(req, PROMPT, params, max_tokens, None, seed=seed_of(0, req))
-    num_computed = torch.zeros(requests, dtype=torch.int32)
-    prompts = torch.full_like(num_computed, PROMPT)
-    behind_prompts = params.first_rows(max_tokens) if Saving.FIRST_PLAN in savings else 0
-    phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
-    while len(running := (phase != Phase.DONE).nonzero().flatten()):
-        prefills = phase[running] == Phase.PREFILL
-        decode_rows = torch.where(prefills, behind_prompts, width[running])
-        fed = decode_rows + prefills * PROMPT
-        num_sampled, num_rejected = torch.zeros_like(fed), torch.zeros_like(fed)
-        transition_twin(
-            state,
-            running,
-            starts_of(fed),
-            starts_of(decode_rows),
-            num_computed,
-            prompts,
-            *drawn_statistics(state, running, decode_rows, tables),
-            torch.full_like(fed, max_tokens),
-            torch.zeros(len(running), max_tokens, dtype=torch.int32),
-            num_sampled,
-            num_rejected,
-            speculation,
-            savings,
-        )
-        num_computed[running] += fed - num_rejected
+    plans_first = Saving.FIRST_PLAN in savings
+    behind_prompts = params.first_rows(max_tokens) if plans_first else 0
+
+    def transition(batch: Batch, statistics: Columns, results: Columns) -> None:
+        emit_limit = torch.full_like(results[1], max_tokens)
+        transition_twin(*batch, *statistics, emit_limit, *results, speculation, savings)
+
+    run_passes(state, tables, transition, with_prompts=plans_first)
     counts = state.counters.tolist()
     kinds = (Counter.PLAN, Counter.VERIFY, Counter.PREDICT, Counter.INFILL_VERIFY)
     rows = counts[Counter.ROWS_FED] + requests * behind_prompts

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 
-import torch
-
-from vllm_refusion.bench.simulate import CANVAS, MASK, PROMPT, VOCAB, drawn_statistics, starts_of
+from vllm_refusion.bench.simulate import CANVAS, MASK, PROMPT, VOCAB, Batch, Columns, run_passes
 from vllm_refusion.decoding.draft_price import ACCEPTANCES, PRICES
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.speculation import (
@@ -23,7 +21,7 @@ from vllm_refusion.decoding.speculation import (
     Speculation,
     prior_of,
 )
-from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
+from vllm_refusion.decoding.state import Counter, DecodeState
 from vllm_refusion.engine.acceptance import Profile, build_tables, seed_of
 from vllm_refusion.triton_kernels.serial_twin import serial_transition_twin
 
@@ -53,30 +51,11 @@ def decode_serially(
             last_token=1, seed=seed_of(0, req), skips_known=skips_known,
         )  # fmt: skip
     speculation = Speculation(row_price=round(CERTAIN * price), prior=prior_of(acceptance))
-    num_computed = torch.zeros(requests, dtype=torch.int32)
-    prompts = torch.full_like(num_computed, PROMPT)
-    phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
-    while len(running := (phase != Phase.DONE).nonzero().flatten()):
-        decode_rows = width[running].clone()
-        fed = decode_rows + (phase[running] == Phase.PREFILL) * PROMPT
-        picked, prob, _ = drawn_statistics(state, running, decode_rows, tables)
-        num_sampled, num_rejected = torch.zeros_like(fed), torch.zeros_like(fed)
-        serial_transition_twin(
-            state,
-            running,
-            starts_of(fed),
-            starts_of(decode_rows),
-            num_computed,
-            prompts,
-            picked,
-            prob,
-            torch.zeros(len(running), CANVAS, dtype=torch.int32),
-            num_sampled,
-            num_rejected,
-            speculation,
-            drafting,
-        )
-        num_computed[running] += fed - num_rejected
+
+    def transition(batch: Batch, statistics: Columns, results: Columns) -> None:
+        serial_transition_twin(*batch, *statistics[:2], *results, speculation, drafting)
+
+    run_passes(state, tables, transition)
     counts = state.counters
     passes = int(counts[Counter.SERIAL])
     return int(counts[Counter.TOKENS]) / passes, int(counts[Counter.ROWS_FED]) / passes

@@ -5,7 +5,7 @@ It calibrates the profiles of drawn acceptance and says what an engine that has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -25,6 +25,9 @@ NO_EOS = -1  # no token
 CANVAS, VOCAB, MASK = 256, 151936, 0  # what masks are called does not matter to drawn outcomes
 PROMPT = 1  # tokens
 
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Batch = tuple[DecodeState, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 def starts_of(counts: torch.Tensor) -> torch.Tensor:
     """Where each of consecutive parts of so many rows starts, and where the last one ends."""
@@ -33,7 +36,7 @@ def starts_of(counts: torch.Tensor) -> torch.Tensor:
 
 def drawn_statistics(
     state: DecodeState, running: torch.Tensor, widths: torch.Tensor, tables: AcceptanceTables
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Columns:
     """picked, picked_prob, given_prob of all canvas rows of a pass.
 
     Args:
@@ -57,6 +60,33 @@ def drawn_statistics(
         out=out,
     )
     return out
+
+
+def run_passes(
+    state: DecodeState,
+    tables: AcceptanceTables,
+    transition: Callable[[Batch, Columns, Columns], None],
+    with_prompts: bool = True,
+) -> None:
+    """Decodes all requests of ``state``, whose prompts are of PROMPT tokens.
+
+    Args:
+        transition: takes a pass: its batch, the statistics, and where the results go, in the order
+            of ``transition_twin``.
+        with_prompts: whether a canvas is fed behind a prompt.
+    """
+    num_computed = torch.zeros(state.max_requests, dtype=torch.int32)
+    prompts = torch.full_like(num_computed, PROMPT)
+    phase, width = state.ints[:, Field.PHASE], state.ints[:, Field.CANVAS]
+    while len(running := (phase != Phase.DONE).nonzero().flatten()):
+        prefills = phase[running] == Phase.PREFILL
+        decode_rows = width[running] * (with_prompts | ~prefills)
+        fed = decode_rows + prefills * PROMPT
+        sampled = torch.zeros(len(running), state.canvas_length, dtype=torch.int32)
+        results = (sampled, torch.zeros_like(fed), torch.zeros_like(fed))
+        batch = (state, running, starts_of(fed), starts_of(decode_rows), num_computed, prompts)
+        transition(batch, drawn_statistics(state, running, decode_rows, tables), results)
+        num_computed[running] += fed - results[-1]
 
 
 class Outcomes(Protocol):
