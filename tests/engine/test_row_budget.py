@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_refusion.decoding.draft_price import rates
+from vllm_refusion.decoding.draft_price import NOTHING_DRAFTED, rates
 from vllm_refusion.decoding.state import DecodeState
 from vllm_refusion.engine.config_hook import CAPTURE_SIZES
 from vllm_refusion.engine.pass_cost import PassCost
@@ -81,12 +81,25 @@ def test_wide_canvases_of_few_requests_say_nothing_about_many(requests):
         assert size < 1.5 * requests * expected, (size, requests * expected)
 
 
-def test_room_for_masks_that_slots_begin_with_where_nothing_is_drafted():
-    load = Load(128)
-    for step in range(200):
-        size = load.step(load.expected() + 0.04 * (step % 2), 1.0, 1.0 + 0.04 * (step % 2))
-    assert load.budget.drafts.index is None
-    assert 128 * 1.04 <= size <= 160
+# of a step: milliseconds, by rows, and the best size for 4% more rows than requests
+@pytest.mark.parametrize(
+    ("passes", "requests", "best"),
+    [
+        # a row above 256 costs more than that a request waits
+        (((256, 512), (8.5, 13.5)), 256, 256),
+        (((128, 512), (6.5, 6.6)), 128, 144),  # one that costs nothing does not
+        (((1, 64), (5.0, 5.1)), 4, 8),
+        (((1, 64), (5.0, 5.1)), 1, 2),
+    ],
+)
+def test_masks_that_slots_begin_with_may_wait_where_nothing_is_drafted(passes, requests, best):
+    load = Load(requests)
+    load.budget.cost = StepCost(PassCost(*passes), learns=False)
+    load.budget.drafts.choose = lambda *_: NOTHING_DRAFTED
+    for step in range(80):
+        needed = 1.0 + 0.08 * (step % 2)
+        size = load.step(needed, 1.0, needed)
+    assert size == best
 
 
 def test_drafts_stay_within_the_graphs():

@@ -202,17 +202,18 @@ class RowBudget:
         """The size for what canvases hold: what they hold has been found worth its rows.
 
         They hold what is expected at the price they were composed at, times what was right for
-        those of late. A request that gets less than it needs waits: where nothing is drafted there
-        is room for some more than on average. No drafts are fed beyond the graphs, where the host
+        those of late. Where nothing is drafted, a request that gets less than it needs waits: the
+        size that serves most of them in a time. No drafts are fed beyond the graphs, where the host
         launches every kernel.
         """
-        past, few = self._recent(), decoding <= FEW_REQUESTS
+        least = decoding + int(decoding <= FEW_REQUESTS)
         if self._expected == NOTHING_DRAFTED:
-            each = past[0, -STEPS_FOLLOWED:].mean() + past[0].std()
+            needed = self._recent()[0, -STEPS_FOLLOWED:]
+            most = min(scheduled, self._size_of(2 * decoding))  # a mask behind every last token
+            rows = max(self._best_size(decoding, most, needed, needed, 0.0), least)
         else:
-            each = self._expected * past[3, -STEPS_FOLLOWED:].mean()
-        least = decoding + int(few)
-        rows = max(min(decoding * each, self.sizes[-1]), least)
+            each = self._expected * self._recent()[3, -STEPS_FOLLOWED:].mean()
+            rows = max(min(decoding * each, self.sizes[-1]), least)
         return min(self._size_of(rows), scheduled)
 
     def _recent(self) -> np.ndarray:
@@ -227,15 +228,25 @@ class RowBudget:
         return self.sizes[bisect_left(self.sizes, rows - 1e-6)]
 
     def _choose(self, decoding: int, scheduled: int) -> int:
-        """The size that would have served requests of late best for its time.
-
-        A request served without its riders counts less than one with them.
-        """
+        """The size that would have served requests of late best for its time."""
         if not self._remembered or decoding == 0:
             return scheduled
+        return self._best_size(decoding, scheduled, *self._recent()[:3])
+
+    def _best_size(
+        self,
+        decoding: int,
+        scheduled: int,
+        needed: np.ndarray,
+        wanted: np.ndarray,
+        worth: np.ndarray | float,
+    ) -> int:
+        """The size that brings most in a time, a request without its riders less than one with.
+
+        Args: of a request, by step [S]: rows that it needs, and with riders, and their worth.
+        """
         wide = range(self.sizes[-1] + ROWS_APART, scheduled, ROWS_APART)
         sizes = np.array([*(n for n in (*self.sizes, *wide) if n < scheduled), scheduled])
-        needed, wanted, worth = self._recent()[:3, None]
         needed, wanted = decoding * np.maximum(needed, 1e-3), decoding * np.maximum(wanted, 1e-3)
         served = np.floor(decoding * np.minimum(1, sizes[:, None] / needed) + 1e-6) / decoding
         riders = np.clip((sizes[:, None] - needed) / np.maximum(wanted - needed, 1), 0, 1)
