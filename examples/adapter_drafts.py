@@ -111,7 +111,7 @@ def load(folder: Path, base: str, dtype: torch.dtype, device: str, chains: int) 
     backbone = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     cutting = Cutting(chains, adapter.chain_length, adapter.skips_known)
     layers = None if adapter.layers is None else list(adapter.layers)
-    model = MaskAdapterModel(backbone, cutting, adapter.rank, layers)
+    model = MaskAdapterModel(backbone, cutting, adapter.rank, layers, adapter.target_modules)
     model.load(adapter_tensors(folder))
     return model.to(device, dtype).eval()
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from vllm_refusion import stock
-from vllm_refusion.adapters import adapter_tensors, check_base, find_base, read_adapter
+from vllm_refusion.adapters import LINEARS, adapter_tensors, check_base, find_base, read_adapter
 from vllm_refusion.cli import main
 from vllm_refusion.training.collator import Example
 
@@ -147,19 +147,22 @@ def ours(model, rows, count=None):
 @pytest.mark.parametrize("divergence", [False, True], ids=["response", "kl"])
 @pytest.mark.parametrize("skips_known", [True, False], ids=["skips", "all"])
 @pytest.mark.parametrize(
-    ("kind", "tied", "layers"),
+    ("kind", "tied", "layers", "modules"),
     [
-        ("qwen3", True, None),
-        ("qwen2", False, None),
-        ("llama", True, [1, 2]),
-        ("llama", False, None),
+        ("qwen3", True, None, LINEARS),
+        ("qwen2", False, None, ("down_proj", "q_proj")),
+        ("llama", True, [1, 2], LINEARS),
+        ("llama", False, None, LINEARS),
     ],
 )
-def test_loss_and_gradients_are_the_literal_ones(kind, tied, layers, skips_known, divergence):
+def test_loss_and_gradients_are_the_literal_ones(
+    kind, tied, layers, modules, skips_known, divergence
+):
     cutting = Cutting(3, 4, skips_known)
     rows = cut_rows(cutting)
     model = backbone(kind, tied)
-    adapter = randomised(MaskAdapterModel(model, cutting, 3, layers, divergence, chunk_rows=5))
+    options = {"divergence": divergence, "chunk_rows": 5}
+    adapter = randomised(MaskAdapterModel(model, cutting, 3, layers, modules, **options))
     loss = ours(adapter, rows)
     loss.backward()
     assert not any(parameter.grad is not None for parameter in model.parameters())
@@ -169,7 +172,7 @@ def test_loss_and_gradients_are_the_literal_ones(kind, tied, layers, skips_known
         name.removeprefix("adapted.").replace(".default.weight", ""): p.detach().clone()
         for name, p in adapter.trained().items()
     }
-    assert len(factors) == 1 + 7 * 2 * len(layers or range(3))
+    assert len(factors) == 1 + len(modules) * 2 * len(layers or range(3))
     for tensor in factors.values():
         tensor.requires_grad_()
     literal = literal_loss(plain, factors, rows, cutting, divergence)
@@ -265,6 +268,7 @@ def test_what_is_written(base, data, tmp_path):
     dev = ("--dev", data / "dev.jsonl", "--eval-every", 30)
     options = ("--steps", 30, "--batch-size", 16, "--micro-batch-size", 16, "--learning-rate", 2e-2)
     options += ("--rank", 4, "--chain-length", 4, "--adapter-layers", "upper-half")
+    options += ("--adapter-modules", "down_proj,o_proj")
     train(base, data, tmp_path / "run", *options, *dev)
     assert (base / "model.safetensors").read_bytes() == before
     rows = [row for row in log(tmp_path / "run") if "loss_mask" in row]
@@ -276,7 +280,8 @@ def test_what_is_written(base, data, tmp_path):
     folder = tmp_path / "run/adapter"
     read, tensors = read_adapter(folder), adapter_tensors(folder)
     assert (read.rank, read.scale, read.chain_length, read.skips_known) == (4, 2.0, 4, True)
-    assert read.layers == (1, 2) and len(tensors) == 1 + 2 * 7 * 2
+    assert read.layers == (1, 2) and len(tensors) == 1 + 2 * 2 * 2
+    assert read.target_modules == ("o_proj", "down_proj")
     check_base(read, find_base(read))
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json",
@@ -518,6 +523,7 @@ def test_on_policy_text_is_what_the_backbone_writes(base, data, tmp_path):
         (("--rank", 0), "--rank 0: allowed is an integer above 0"),
         (("--chain-length", 0), "--chain-length 0: allowed is an integer above 0"),
         (("--chains-per-row", -1), "--chains-per-row -1: allowed is an integer above 0"),
+        (("--adapter-modules", "lm_head"), "--adapter-modules lm_head: allowed is all, or some of"),
         (("--labels", "own"), "--labels own: allowed is response or kl"),
         (("--on-policy", -1), "--on-policy -1.0: allowed is a temperature of at least 0"),
         *(

@@ -89,6 +89,7 @@ class AdapterTask:
             self._cutting,
             adapter.rank,
             self._layers,
+            adapter.modules,
             divergence=adapter.labels == "kl",
             compiled=self._execution.compile,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class MaskAdapterModel(torch.nn.Module):
         cutting: Cutting,
         rank: int,
         layers: list[int] | None = None,
+        modules: Sequence[str] = tuple(LINEARS),
         divergence: bool = False,
         compiled: bool = False,
         chunk_rows: int | None = None,
@@ -45,6 +46,7 @@ class MaskAdapterModel(torch.nn.Module):
 
         Args:
             layers: numbers of those that are adapted; None: all.
+            modules: names of the linear layers that are adapted, of LINEARS.
             divergence: the loss is the divergence from the backbone, not cross-entropy.
             compiled: as for ``loss.attach``.
         """
@@ -56,7 +58,7 @@ class MaskAdapterModel(torch.nn.Module):
         self.lora = LoraConfig(
             r=rank,
             lora_alpha=ALPHA * rank,
-            target_modules=list(LINEARS),
+            target_modules=list(modules),
             layers_to_transform=layers,
             task_type="CAUSAL_LM",
         )
@@ -137,7 +139,8 @@ class MaskAdapterModel(torch.nn.Module):
         self.lora.base_model_name_or_path, self.lora.inference_mode = base, True
         self.lora.save_pretrained(str(folder))
         about = json.loads((folder / CONFIG).read_text())
-        about["target_modules"] = list(LINEARS)  # PEFT has a set, in no order
+        kept = self.lora.target_modules or ()
+        about["target_modules"] = [name for name in LINEARS if name in kept]  # of a set
         about[OURS] = {
             "version": VERSION,
             "base_fingerprint": base_fingerprint,

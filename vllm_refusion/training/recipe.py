@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_refusion.adapters import LINEARS
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.training.order import OBJECTIVES
 
@@ -32,6 +33,7 @@ class AdapterRecipe:
 
     Attributes:
         adapter_layers: "all", "upper-half", or "N-M" with the last one included.
+        adapter_modules: "all", or names of the linear layers that are adapted, with commas.
         chain_length: masks behind a cut.
         chains_per_row: cuts of an example each time it is seen.
         labels: what a mask predicts: "response", its token; "kl", what the backbone predicts there.
@@ -43,6 +45,7 @@ class AdapterRecipe:
 
     rank: int = 64
     adapter_layers: str = "all"
+    adapter_modules: str = "all"
     chain_length: int = 16
     chains_per_row: int = 8
     labels: str = "response"
@@ -54,7 +57,9 @@ class AdapterRecipe:
         counts = ("rank", "chain_length", "chains_per_row", "max_tokens")
         checks = {n: (getattr(self, n), getattr(self, n) > 0, "an integer above 0") for n in counts}
         temperature = self.on_policy
+        modules = f"all, or some of {', '.join(LINEARS)}"
         refuse(
+            adapter_modules=(self.adapter_modules, set(self.modules) <= set(LINEARS), modules),
             labels=(self.labels, self.labels in LABELS, " or ".join(LABELS)),
             on_policy=(
                 temperature,
@@ -63,6 +68,11 @@ class AdapterRecipe:
             ),
             **checks,
         )
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the linear layers that are adapted."""
+        return list(LINEARS) if self.adapter_modules == "all" else self.adapter_modules.split(",")
 
     def layers(self, count: int) -> list[int] | None:
         """Numbers of the layers that are adapted, of a backbone of ``count``; None: all.

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter.add_argument("--mask-adapter", action="store_true", help="train one")
     adapter.add_argument("--rank", type=int, help="default: 64")
     adapter.add_argument("--adapter-layers", help="all (default), upper-half or N-M")
+    adapter.add_argument("--adapter-modules", help="all (default), or e.g. o_proj,down_proj")
     adapter.add_argument("--chain-length", type=int, help="masks behind a cut; default: 16")
     adapter.add_argument("--chains-per-row", type=int, help="cuts of an example; default: 8")
     adapter.add_argument("--labels", help="response (default) or kl, the model's distribution")
