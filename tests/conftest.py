@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 for name, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine starts faster in this process
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes what is free
+    # any memory node for any rank: vLLM 0.33 wants node i for data parallel rank i
+    "VLLM_CPU_SIM_MULTI_NUMA": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }.items():
