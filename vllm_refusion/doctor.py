@@ -262,7 +262,13 @@ def _answer_of(model: str) -> dict[str, object]:
 
     from vllm_refusion.backbones import is_refusion
 
-    llm = LLM(model, enforce_eager=True, max_model_len=512, max_num_seqs=1)
+    llm = LLM(
+        model,
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=2**29,  # of one request; else most of what the machine has
+    )
     if not is_refusion(llm.llm_engine.model_config):
         advice = "Make a ReFusion checkpoint of it, with vllm-refusion convert and train."
         return {"ok": False, "found": f"{model} is no ReFusion model", "advice": advice}
