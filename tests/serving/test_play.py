@@ -94,7 +94,8 @@ def test_passes_stream_while_the_request_runs(server, reference, questions, mode
     assert found[0][1] == "start" and found[-1][1] == "end"
     assert found[-1][2]["finish_reason"] == "stop"
     with_pass = [when for when, _, data in found if "pass" in data]
-    assert with_pass[0] < 0.7 * with_pass[-1], "not all at the end"
+    # all at the end they would be read in a tenth of a millisecond each
+    assert with_pass[-1] - with_pass[0] > 0.001 * len(with_pass)
 
 
 def test_another_servers_model(server, chat, questions):
