@@ -9,6 +9,7 @@ from vllm_refusion.bench.draft_table import decode_serially
 from vllm_refusion.decoding.draft_price import (
     ACCEPTANCES,
     LAG,
+    NO_MASKS,
     PRICES,
     ROWS,
     TOKENS,
@@ -74,7 +75,7 @@ def test_the_price_comes_close_to_the_best(requests: int, acceptance: float):
 def test_nothing_is_drafted_where_nothing_passes():
     price = DraftPrice()
     course(price, 64, 0.2, 200, random.Random(2))
-    assert price.index is None and price.price == 1
+    assert price.index is None and price.price == NO_MASKS
 
 
 def test_drafting_begins_anew_when_fewer_requests_run():

@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from engine import assert_idle, engine, free_pages, model_state_of, scheduler_of
+from vllm_refusion.decoding.draft_price import NOTHING_DRAFTED, DraftPrice
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.decoding.state import Counter
@@ -180,6 +181,16 @@ def test_answers_of_stock_vllm(examples, asked, stock, tokenizer, backend):
             assert answer.reason == reason, (one, answer)
             assert EOS not in answer.tokens
             assert len(answer.logprobs or ()) == ("logprobs" in one.options) * len(answer.tokens)
+
+
+def test_what_is_forced_is_fed_where_no_masks_are(examples, asked, stock, monkeypatch):
+    """As in a full batch, where masks do not pay."""
+    monkeypatch.setattr(DraftPrice, "choose", lambda *_: NOTHING_DRAFTED)
+    with engine(examples / "stock-tiny-adapter", **options()) as llm:
+        answers = ask(llm, asked)
+        counts = model_state_of(llm).decode_state.counters.tolist()
+    assert_same(answers, stock("xgrammar"), asked)
+    assert counts[Counter.SERIAL] < 0.9 * counts[Counter.TOKENS]
 
 
 def test_ahead_of_the_device_with_little_memory(

@@ -11,9 +11,10 @@ from simulated_engine import Request, SimulatedEngine, Weather
 from test_transition import BOTH, MASK_TOKEN_ID, TWINS, WEATHERS, build_request, tiny_model
 from twins import same
 
+from vllm_refusion.decoding.draft_price import NO_MASKS
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import Decoded, decode
-from vllm_refusion.decoding.speculation import CERTAIN, Speculation
+from vllm_refusion.decoding.speculation import CERTAIN, LEVELS, Speculation
 from vllm_refusion.decoding.state import Counter, DecodeState, Field, Phase
 from vllm_refusion.triton_kernels.serial import give_drafts, serial_transition
 from vllm_refusion.triton_kernels.serial_twin import (
@@ -164,6 +165,21 @@ def test_given_drafts_keep_their_confidence():
     assert state.confidence[1, :3].tolist() == [0.5, GIVEN, GIVEN]
     assert state.canvas_token[1, :4].tolist() == [7, 4, 5, 6]
     assert state.ints[1, Field.TESTS] == state.ints[1, Field.DRAFTS] == 3
+
+
+@pytest.mark.parametrize("prior", [0, 40, LEVELS])
+@pytest.mark.parametrize("skips_known", [False, True])
+def test_where_masks_do_not_pay_likely_drafts_are_fed_alone(prior: int, skips_known: bool):
+    state = DecodeState(1, 32, 64, MASK_TOKEN_ID, "cpu")
+    params = DecodingParams(8, 8, mode="serial", slot_start="next")
+    state.add_serial(0, 5, params, 40, None, last_token=7, known=1, skips_known=skips_known)
+    state.ints[0, Field.PHASE] = Phase.SERIAL
+    drafts = torch.tensor([[4, 5, 6, 4, 5, 6, -1]], dtype=torch.int32)
+    speculation = Speculation(row_price=int(CERTAIN * NO_MASKS), prior=prior)
+    give_drafts_twin(state, torch.tensor([0]), drafts, speculation)
+    tests = int(state.ints[0, Field.TESTS])
+    assert GIVEN**tests > NO_MASKS > GIVEN ** (tests + 1)
+    assert state.ints[0, Field.CANVAS] == 1 + tests
 
 
 # The kernel against its twin

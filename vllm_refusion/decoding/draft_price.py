@@ -55,6 +55,10 @@ _TOKENS, _ROWS = _monotone(TOKENS), _monotone(ROWS)
 
 
 NOTHING_DRAFTED = 1.0  # rows of a pass, about
+# The price where masks do not pay: too high for any, which would have to bring two rows' worth, and
+# more than a row of a full batch costs. Drafts that are there anyway, as what a grammar forces, are
+# fed if they are likely.
+NO_MASKS = 0.75
 START = 0.8  # acceptance before anything is known
 LEAST_TOKENS = 1.1
 FORGETS = 0.002  # share of a step by which acceptance goes back there while nothing is drafted
@@ -91,7 +95,7 @@ class DraftPrice:
 
     def __init__(self) -> None:
         self.acceptance = START
-        self.index: int | None = None  # in PRICES; None: nothing is drafted
+        self.index: int | None = None  # in PRICES; None: no masks draft
         self._chosen: deque[int | None] = deque(maxlen=LAG)
         self._passes: deque[tuple[int, int, int]] = deque(maxlen=PASSES_REMEMBERED)
         self._steps = self._requests = 0
@@ -99,8 +103,8 @@ class DraftPrice:
 
     @property
     def price(self) -> float:
-        """Of a row, in tokens; 1 where nothing is drafted."""
-        return 1.0 if self.index is None else float(PRICES[self.index])
+        """Of a row, in tokens."""
+        return NO_MASKS if self.index is None else float(PRICES[self.index])
 
     def learn(self, requests: int, tokens: int) -> None:
         """Takes a step's passes into account: of ``requests`` that made ``tokens`` in all."""

@@ -202,15 +202,17 @@ class RowBudget:
         """The size for what canvases hold: what they hold has been found worth its rows.
 
         They hold what is expected at the price they were composed at, times what was right for
-        those of late. Where nothing is drafted, a request that gets less than it needs waits: the
-        size that serves most of them in a time. No drafts are fed beyond the graphs, where the host
-        launches every kernel.
+        those of late. Where no masks draft, a request that gets less than it needs waits: the size
+        that brings most in a time, a likely draft being as good as a token. No drafts are fed
+        beyond the graphs, where the host launches every kernel.
         """
         least = decoding + int(decoding <= FEW_REQUESTS)
         if self._expected == NOTHING_DRAFTED:
-            needed = self._recent()[0, -STEPS_FOLLOWED:]
-            most = min(scheduled, self._size_of(2 * decoding))  # a mask behind every last token
-            rows = max(self._best_size(decoding, most, needed, needed, 0.0), least)
+            needed, _, _, wanted = self._recent()[:, -STEPS_FOLLOWED:]
+            drafted = np.maximum(wanted - needed, 0)
+            # room for a mask behind every last token, and for the drafts
+            most = min(scheduled, self._size_of(decoding * (2 + drafted.max())))
+            rows = max(self._best_size(decoding, most, needed, needed + drafted, drafted), least)
         else:
             each = self._expected * self._recent()[3, -STEPS_FOLLOWED:].mean()
             rows = max(min(decoding * each, self.sizes[-1]), least)
@@ -239,7 +241,7 @@ class RowBudget:
         scheduled: int,
         needed: np.ndarray,
         wanted: np.ndarray,
-        worth: np.ndarray | float,
+        worth: np.ndarray,
     ) -> int:
         """The size that brings most in a time, a request without its riders less than one with.
 
