@@ -11,7 +11,7 @@ class Constant(tl.constexpr):
     """A ``constexpr`` that costs nothing to compare with itself.
 
     At each launch Triton compares what a kernel reads from its module with what it was when it was
-    compiled: some forty values in the largest ones, half a microsecond each.
+    compiled: 63 values of serial decoding's, 157 of the parallel one's, half a microsecond each.
     """
 
     def __ne__(self, other: Any) -> Any:

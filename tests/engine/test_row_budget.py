@@ -114,6 +114,16 @@ def test_drafts_stay_within_the_graphs():
     assert 64 * load.expected() <= CAPTURE_SIZES[-1]
 
 
+def test_so_do_drafts_that_are_there_without_masks():
+    load = Load(200)
+    load.budget.cost.host = 100.0  # ms: rows cost nothing
+    load.budget.drafts.choose = lambda *_: NOTHING_DRAFTED
+    load.step(1.0, 1.0)
+    for _ in range(20):
+        size = load.step(14.0, 12.0)
+    assert 200 < size <= CAPTURE_SIZES[-1]
+
+
 def test_only_steps_of_a_graph_say_what_steps_cost(monkeypatch):
     load, marked = Load(1), []
     monkeypatch.setattr(load.budget.cost, "end", marked.append)

@@ -207,16 +207,16 @@ class RowBudget:
         beyond the graphs, where the host launches every kernel.
         """
         least = decoding + int(decoding <= FEW_REQUESTS)
+        most = min(scheduled, max(self.sizes[-1], least))
         if self._expected == NOTHING_DRAFTED:
             needed, _, _, wanted = self._recent()[:, -STEPS_FOLLOWED:]
             drafted = np.maximum(wanted - needed, 0)
             # room for a mask behind every last token, and for the drafts
-            most = min(scheduled, self._size_of(decoding * (2 + drafted.max())))
-            rows = max(self._best_size(decoding, most, needed, needed + drafted, drafted), least)
+            widest = min(most, self._size_of(decoding * (2 + drafted.max())))
+            rows = self._best_size(decoding, widest, needed, needed + drafted, drafted)
         else:
-            each = self._expected * self._recent()[3, -STEPS_FOLLOWED:].mean()
-            rows = max(min(decoding * each, self.sizes[-1]), least)
-        return min(self._size_of(rows), scheduled)
+            rows = decoding * self._expected * self._recent()[3, -STEPS_FOLLOWED:].mean()
+        return min(self._size_of(min(max(rows, least), most)), scheduled)
 
     def _recent(self) -> np.ndarray:
         """[4, steps], the last step last."""
