@@ -7,6 +7,7 @@ The result is written after every level. Lines that start with ``bench:`` are fo
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import random
@@ -117,6 +118,9 @@ class Side:
         self.llm = LLM(**args)
         self.start_s = time.perf_counter() - begin
         say(f"{side}: started in {self.start_s:.0f} s")
+        # as vLLM's server: a collection of all that was imported would hold a step up
+        gc.collect()
+        gc.freeze()
         self.prompts = prompts
         prompts.prepare(self.llm)
         self.args = args
