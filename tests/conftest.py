@@ -20,6 +20,7 @@ for name, value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes what is free
     # any memory node for any rank: vLLM 0.33 wants node i for data parallel rank i
     "VLLM_CPU_SIM_MULTI_NUMA": "0",
+    "TRITON_F32_DEFAULT": "ieee",  # on a GPU: stock's float32 attention would round to TF32
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }.items():

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from device import ON_GPU
 from lora_requests import MODEL, OPTIONS, Adapted, Mixed, ask
 from mask_adapters import write_adapter
 from transformers import AutoModelForCausalLM
@@ -15,6 +16,9 @@ import conformance
 from engine import NARROW, assert_idle, engine, free_pages, sampling_params
 
 MASK = conformance.MODELS[MODEL].mask_token_id
+NEAR_TIE = 0.05  # between log-probabilities in bfloat16
+
+in_float32 = pytest.mark.skipif(ON_GPU, reason="vLLM's LoRA kernels take 16-bit models only")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def questions():
         SamplingParams(
             temperature=0,
             max_tokens=rng.randint(8, 40),
-            logprobs=(None, 2)[i % 2],
+            logprobs=2 if ON_GPU else (None, 2)[i % 2],
             logit_bias={MASK: -100.0},
             ignore_eos=i % 4 == 0,
         )
@@ -61,9 +65,21 @@ def assert_same(answers, expected, numbers):
     for i, ((tokens, logprobs, _), (stock, stock_logprobs, _)) in enumerate(
         zip(answers, expected, strict=True)
     ):
+        if ON_GPU:
+            assert_near(tokens, stock, stock_logprobs, f"request {i}, adapter {numbers[i]}")
+            continue
         assert tokens == stock, f"request {i}, adapter {numbers[i]}"
         for entry, stock_entry in zip(logprobs, stock_logprobs, strict=True):
             assert entry == pytest.approx(stock_entry, abs=1e-3), f"request {i}"
+
+
+def assert_near(tokens, stock, stock_logprobs, label):
+    """In bfloat16: where they first differ, what was picked is as good as stock's pick."""
+    for ours, theirs, scores in zip(tokens, stock, stock_logprobs):
+        if ours != theirs:
+            assert scores.get(ours, -1e9) > scores[theirs] - NEAR_TIE, label
+            return
+    assert len(tokens) == len(stock), label
 
 
 def test_answers_of_stock_vllm(adapted, questions, of_stock, async_scheduling):
@@ -78,7 +94,7 @@ def test_answers_of_stock_vllm(adapted, questions, of_stock, async_scheduling):
         assert_idle(llm, pages)
     assert_same(answers, of_stock, numbers)
     for i, number in enumerate(numbers):
-        if number == numbers[::-1][i]:
+        if number == numbers[::-1][i] and not ON_GPU:
             assert again[i][0] == answers[i][0], f"request {i}"
 
 
@@ -91,6 +107,7 @@ def test_beside_a_mask_adapter(adapted, questions, of_stock, tmp_path):
         assert_same(ask(llm, adapted, prompts, params, numbers), of_stock, numbers)
 
 
+@in_float32
 def test_answers_of_merged_weights_in_both_modes(adapted):
     """With fewer places for adapters than there are; masks are fed through the adapter as well."""
     mixed = Mixed.of(adapted)
@@ -112,6 +129,7 @@ def test_answers_of_merged_weights_in_both_modes(adapted):
             assert found == pytest.approx(wanted.tolist(), abs=1e-3), mixed.cases[i].label
 
 
+@in_float32
 @pytest.mark.slow
 def test_preempted(adapted, async_scheduling, preemptions):
     """Computed again, or replayed in commit order, through the request's own adapter."""

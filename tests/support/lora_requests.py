@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 
+from device import ON_GPU
 from loras import LAYERS, merge, write_lora
 from vllm import TokensPrompt
 from vllm.lora.request import LoRARequest
@@ -15,7 +16,8 @@ from engine import sampling_params
 from vllm_refusion.decoding.params import DecodingParams
 
 MODEL = "qwen3-gqa2"
-OPTIONS = {"enable_lora": True, "max_lora_rank": 8}
+# vLLM's kernels for GPUs take 16-bit models only
+OPTIONS = {"enable_lora": True, "max_lora_rank": 8} | ({"dtype": "bfloat16"} if ON_GPU else {})
 
 
 class Adapted:
