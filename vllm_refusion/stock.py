@@ -17,6 +17,10 @@ from typing import Any
 
 from vllm_refusion.files import read_json, write_text, writing
 
+REQUESTS = 256  # answered at a time
+SPARE_TOKENS = 256  # of the last pages of a request
+LITTLE = 0.25  # of the memory that is free
+
 
 def stock_environment() -> dict[str, str]:
     """Of a process in which vLLM runs without this plugin, as if it were not installed."""
@@ -56,12 +60,40 @@ def responses(asked: Mapping[str, Any], folder: Path | None = None) -> list[list
         return [json.loads(line) for line in answer.read_text().splitlines()]
 
 
+def cache_options(what: Mapping[str, Any]) -> dict[str, Any]:
+    """Of vLLM: pages for what is asked, where that is little, so that others may use the device.
+
+    Nor does vLLM then look for what is left of it. Otherwise it takes what it takes.
+    """
+    import psutil
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(what["model"]).get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    of_token = 2 * config.num_hidden_layers * kv_heads * size
+    of_token *= 4 if what["dtype"] == "float32" else 2
+    together = min(len(what["prompts"]), REQUESTS)
+    needed = together * (what["max_model_len"] + SPARE_TOKENS) * of_token
+    on_gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    if needed > LITTLE * free:
+        return {}
+    return {
+        "max_num_seqs": together,
+        "kv_cache_memory_bytes": needed,
+        "gpu_memory_utilization": 0.05,  # only checked
+    }
+
+
 def main(asked: Path, written: Path) -> None:
     from vllm import LLM, SamplingParams
 
     what = read_json(asked)
     names = ("model", "dtype", "max_model_len", "seed")
-    llm = LLM(**{name: what[name] for name in names})
+    llm = LLM(**{name: what[name] for name in names}, **cache_options(what))
     limits = [
         SamplingParams(
             temperature=what["temperature"],

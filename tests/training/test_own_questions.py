@@ -77,3 +77,14 @@ def test_an_exit_status_of_vllm_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="^vLLM ended with exit status 3, see above$"):
         stock.responses({}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_few_prompts_take_little_of_the_device():
+    """Of a device with room for them; what fills it takes what vLLM takes."""
+    model = Path(__file__).parents[2] / "examples/stock-tiny"
+    asked = {"model": str(model), "dtype": "float32", "prompts": [[1]] * 3}
+    few = stock.cache_options(asked | {"max_model_len": 100})
+    layers, kv_heads, size = 5, 1, 64  # of its config.json
+    needed = 3 * (100 + stock.SPARE_TOKENS) * 2 * layers * kv_heads * size * 4
+    assert few["kv_cache_memory_bytes"] == needed and few["max_num_seqs"] == 3
+    assert stock.cache_options(asked | {"max_model_len": 10**9}) == {}
