@@ -424,6 +424,56 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         )
         for name, more in variants.items()
     ]
+    hybrid = (
+        *common,
+        *(() if trial else ("--micro-batch-size", 32)),
+        "--learning-rate",
+        5e-4,
+        "--adam-beta2",
+        0.99,
+        "--data",
+        data,
+    )
+    settings = ("serial/8", "serial/32", "8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2")
+    settings += tuple(f"{setting}/correct" for setting in settings[2:])
+
+    def hybrid_steps(name: str, seconds: int, count: int, gpu: str, *more: Any) -> list[Step]:
+        trained = out / name
+        evaluate = (sys.executable, "-P", EXAMPLES / "evaluate.py", trained / "model")
+        evaluate += ("--problems", dev, "--json", out / f"{name}.json", "--settings")
+        evaluate += settings[:1] if trial else settings
+        evaluate += ("--count", 2, "--max-tokens", 16) if trial else ("--max-tokens", 320)
+        return [
+            Step(
+                name,
+                seconds,
+                (*train, base, "-o", trained, *hybrid, "--steps", 2 if trial else count, *more),
+                gpu,
+                ("base",),
+            ),
+            Step(f"{name}-answers", 300, evaluate, gpu, (name,)),
+        ]
+
+    added = {
+        "section6": (),
+        "joined": ("--joined-slots", "--ordered-share", 0.25),
+        "infill": ("--infill-weight", 1),
+        "certainty": ("--slot-certainty", 2),
+        "blocks": ("--block-share", 0.5),
+    }
+    hybrids, together = [], ()
+    for name, more in added.items():
+        together += more
+        for seed in (1, 2):
+            options_of = (*together, "--seed", seed)
+            hybrids.append(hybrid_steps(f"hybrid-{name}-{seed}", 600, 1000, "1", *options_of))
+    full = hybrid_steps("full", 1500, 4500, "0", *together)
+    compare = (EXAMPLES / "controlled_comparison/compare.py", "--data", data, "--dev", dev)
+    compare += ("--output", out / "comparison")
+    if not trial:
+        compare += ("--start-steps", 1000, "--train-seconds", 240, "--decode-seconds", 170)
+        compare += ("--time-seconds", 45, "--problems", 200, "--main-only", "--gpu-workers", 6)
+    comparison = [Step("comparison", 700, (sys.executable, *compare), "1")]
     tree = ("--rootdir", ROOT, "-c", ROOT / "pyproject.toml")
     engine = [ROOT / f"tests/engine/test_{name}.py" for name in EXACT.split()]
     newer = [
@@ -528,6 +578,10 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         "soak": soaks,
         "sweeps": sweeps[::2],
         "more-sweeps": sweeps[1::2],
+        "full": full,
+        "hybrids": sum(hybrids[::2], []),
+        "more-hybrids": sum(hybrids[1::2], []),
+        "comparison": comparison,
     }
     return lanes | ({"next": of_next} if options.next else {})
 

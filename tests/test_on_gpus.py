@@ -1,0 +1,54 @@
+"""tests/support/on_gpus.py: its plan, and a trial of a lane."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import on_gpus
+import pytest
+
+
+@pytest.fixture
+def problems(dev_problems_file, tmp_path) -> Path:
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(dev_problems_file.read_text().splitlines(keepends=True)[:12]))
+    return path
+
+
+@pytest.mark.parametrize("trial", [True, False])
+def test_steps_need_steps_that_there_are(problems, tmp_path, trial):
+    options = argparse.Namespace(
+        data=problems, dev=problems, gguf=problems, next=tmp_path, trial=trial
+    )
+    lanes = on_gpus.plan(options, tmp_path)
+    names = [step.name for lane in lanes.values() for step in lane]
+    assert len(set(names)) == len(names) > 20
+    assert {name for lane in lanes.values() for step in lane for name in step.needs} <= set(names)
+
+
+def test_what_fails_leaves_out_what_needs_it(tmp_path):
+    def step(name: str, code: str, *needs: str) -> on_gpus.Step:
+        return on_gpus.Step(name, 2, (sys.executable, "-c", code), needs=needs)
+
+    runner = on_gpus.Runner(tmp_path, minutes=1)
+    first = [step("fails", "raise SystemExit(3)"), step("late", "import time; time.sleep(60)")]
+    second = [step("waits", "", "fails"), step("goes on", "print('here')", "waits too")]
+    threads = [runner.lane(lane, [0]) for lane in (first, second)]
+    threads.append(runner.lane([step("waits too", "")], [0]))
+    for thread in threads:
+        thread.join()
+    assert runner.ended == {"fails": 3, "late": -9, "waits": -1, "waits too": 0, "goes on": 0}
+    assert (tmp_path / "goes on.log").read_text() == "here\n"
+    assert "left out waits" in (tmp_path / "steps.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_trial(problems, tmp_path):
+    command = [sys.executable, "-P", on_gpus.__file__, tmp_path / "out", "--trial"]
+    command += ["--data", problems, "--dev", problems, "--lanes", "models"]
+    subprocess.run([str(part) for part in command], check=True, timeout=500)
+    steps = (tmp_path / "out/steps.txt").read_text().splitlines()
+    assert [line.rsplit(" ", 1)[1] for line in steps if " end " in line] == ["0"] * 5
