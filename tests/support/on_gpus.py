@@ -15,6 +15,7 @@ import argparse
 import gzip
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,14 +29,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-RUN = (sys.executable, "-P", "-m", "vllm_refusion")
-PYTEST = (sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--dist=loadfile")
-SLOW = ("-m", "slow or not slow")
 EXACT = (
     "serial_mode adapted_models stock_contract lora fp8_kv structured_outputs engine "
     "engine_scheduling engine_sampling early_delivery row_budget lora_rows"
 )
-NEXT = "signatures compat engine serial_mode structured_outputs lora adapted_models launch_keys"
+NEXT = "signatures compat engine serial_mode structured_outputs lora adapted_models"
 
 
 @dataclass
@@ -112,484 +110,173 @@ class Runner:
 def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     """Lanes by name."""
     trial = options.trial
-    base, plain = out / "base", out / "plain"
+
+    def sized(real: Any, toy: Any) -> Any:
+        return toy if trial else real
+
+    python, run = f"{sys.executable} -P", f"{sys.executable} -P -m vllm_refusion"
     data, dev = options.data.resolve(), options.dev.resolve()
-    problems, questions = out / "dev.jsonl", out / "questions"
+    base, twin, adapter = out / "base", out / "twin/model", out / "adapter/adapter"
+    plain, questions, own = out / "plain", out / "questions", out / "own/adapter"
+    lanes: dict[str, list[Step]] = {}
+
+    def add(
+        lane: str,
+        name: str,
+        seconds: int,
+        command: str,
+        gpus: str = "1",
+        needs: str = "",
+        **env: str,
+    ) -> None:
+        step = Step(name, seconds, shlex.split(command), gpus, tuple(needs.split()), env)
+        lanes.setdefault(lane, []).append(step)
+
+    # figures
     small = {"kv_cache_memory_bytes": 2**27, "enforce_eager": True, "max_model_len": 512}
-    toy = ("--engine-args", json.dumps(small)) if trial else ()
-    shape = ("--shape", shape_file(out) if trial else "qwen3-8b")
-    lengths = ("--input-len", 16, "--output-len", 8) if trial else ("--input-len", 128)
-    bench = (*RUN, "bench", "--out", out, *toy)
-    levels = ("--concurrency", "1,2" if trial else "1,4,16,64")
-    share = () if trial else ("--gpu-memory-utilization", 0.4)
-    large = (*bench, *shape, *lengths, "--fast-start", "--presets", "serial/32@0.866")
-    large += () if trial else ("--gpu-memory-utilization", 0.8, "--max-num-batched-tokens", 16384)
-    fp8 = () if trial else ("--quantization", "fp8")
-    answers = ("--prompts", problems, "--stop-at-eos", "--input-len", 512, *share)
-    answers += ("--output-len", 16, "--requests", 2) if trial else ("--output-len", 320)
-
-    def adapter_bench(name: str, folder: Path, *more: Any) -> tuple[Any, ...]:
-        serial = ("--presets", "serial/16")
-        return (*bench, "--model", folder, *serial, *answers, *more, "--name", name)
-
+    bench = f"{run} bench --out {out}" + sized("", f" --engine-args '{json.dumps(small)}'")
+    shape = f"--fast-start --shape {sized('qwen3-8b', EXAMPLES / 'refusion-tiny/config.json')}"
+    shape += sized(" --input-len 128", " --input-len 16 --output-len 8")
+    large = f"{bench} {shape} --presets serial/32@0.866" + sized(
+        " --quantization fp8 --gpu-memory-utilization 0.8 --max-num-batched-tokens 16384", ""
+    )
+    levels = f"--concurrency {sized('1,4,16,64', '1,2')}"
+    answers = f"{bench} --stop-at-eos --presets serial/16 --input-len 512" + sized(
+        " --output-len 320 --gpu-memory-utilization 0.4", " --output-len 16 --requests 2"
+    )
+    adapted = f"{answers} --model {adapter} --prompts {out}/dev.jsonl"
     ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
-    adapter, own = out / "adapter/adapter", out / "own/adapter"
-    figures = [
-        Step(
-            "8b-fp8-serial",
-            240,
-            (*large, *fp8, "--concurrency", "1,16,64,128,256", "--name", "8b-fp8-serial"),
-        ),
-        Step(
-            "8b-fp8-adapter",
-            150,
-            (
-                *large,
-                *fp8,
-                *levels,
-                "--sides",
-                "refusion",
-                "--adapter",
-                "random:64",
-                "--name",
-                "8b-fp8-adapter",
-            ),
-        ),
-        Step(
-            "smollm2-adapter",
-            300,
-            adapter_bench("smollm2-adapter", adapter, *levels),
-            needs=("adapter",),
-        ),
-        Step(
-            "smollm2-ngram",
-            150,
-            adapter_bench(
-                "smollm2-adapter-ngram",
-                adapter,
-                *levels,
-                "--sides",
-                "stock",
-                "--speculative-config",
-                json.dumps(ngram),
-            ),
-            needs=("adapter",),
-        ),
-        Step(
-            "smollm2-natural",
-            200,
-            (
-                *bench,
-                "--model",
-                own,
-                "--presets",
-                "serial/16",
-                *answers,
-                *levels,
-                "--prompts",
-                questions / "dev.jsonl",
-                "--name",
-                "smollm2-natural",
-            ),
-            needs=("own",),
-        ),
-        Step(
-            "adapter-float32",
-            150,
-            adapter_bench(
-                "smollm2-adapter-float32",
-                adapter,
-                "--dtype",
-                "float32",
-                "--concurrency",
-                2 if trial else 64,
-                *(() if trial else ("--requests", 390)),
-                "--fast-start",
-            ),
-            needs=("adapter",),
-        ),
-        Step(
-            "adapter-fp8",
-            150,
-            adapter_bench(
-                "smollm2-adapter-fp8",
-                adapter,
-                *fp8,
-                "--concurrency",
-                2 if trial else 16,
-                "--fast-start",
-            ),
-            needs=("adapter",),
-        ),
-        Step(
-            "served",
-            400,
-            (sys.executable, "-P", __file__, out, "--served", *(("--trial",) if trial else ())),
-        ),
-        Step(
-            "preemptions",
-            200,
-            (
-                sys.executable,
-                "-P",
-                __file__,
-                out,
-                "--preemptions",
-                *(("--trial",) if trial else ()),
-                "--dev",
-                dev,
-            ),
-        ),
-    ]
-    train = (*RUN, "train")
-    common: tuple[Any, ...] = ("--quiet", "--save-every", 10**6)
-    steps = (
-        {"twin": 2, "adapter": 2, "own": 2, "sweep": 2}
-        if trial
-        else {"twin": 1000, "adapter": 900, "own": 500, "sweep": 300}
-    )
-    if trial:
-        common += ("--batch-size", 4, "--micro-batch-size", 4)
-    else:
-        common += ("--bf16", "--compile", "--workers", 2, "--batch-size", 128)
-        common += ("--micro-batch-size", 64, "--warmup-steps", 50)
-    plainly = ("--objective", "autoregressive", "--learning-rate", 5e-4, "--adam-beta2", 0.99)
-    masks = ("--mask-adapter", *common, "--dev", dev, "--eval-every", 2 if trial else 100)
-    twin = out / "twin/model"
-    convert = (*RUN, "convert", options.gguf)
-    if trial:
-        convert = (*RUN, "convert", EXAMPLES / "stock-tiny")
-    models = [
-        Step("base", 120, (*convert, "-o", base, "--slot-size", 8, "--block-length", 32)),
-        Step(
-            "twin",
-            420,
-            (
-                *train,
-                base,
-                "-o",
-                out / "twin",
-                "--data",
-                data,
-                *common,
-                *plainly,
-                "--steps",
-                steps["twin"],
-            ),
-            "1",
-            ("base",),
-        ),
-        Step(
-            "adapter",
-            600,
-            (
-                *train,
-                twin,
-                "-o",
-                out / "adapter",
-                "--data",
-                data,
-                *masks,
-                "--steps",
-                steps["adapter"],
-            ),
-            "1",
-            ("twin",),
-        ),
-        Step(
-            "twin-answers",
-            120,
-            (
-                sys.executable,
-                "-P",
-                EXAMPLES / "evaluate.py",
-                twin,
-                "--problems",
-                dev,
-                "--max-tokens",
-                16 if trial else 320,
-                "--token-by-token",
-                *(("--count", 4) if trial else ()),
-                "--json",
-                out / "twin.json",
-            ),
-            "1",
-            ("twin",),
-        ),
-        Step(
-            "adapter-drafts",
-            200,
-            (
-                sys.executable,
-                "-P",
-                EXAMPLES / "adapter_drafts.py",
-                adapter,
-                "--problems",
-                dev,
-                "--count",
-                2 if trial else 390,
-                "--max-tokens",
-                16 if trial else 320,
-            ),
-            "1",
-            ("adapter",),
-        ),
-    ]
-    natural = [
-        Step("plain", 120, (*convert, "-o", plain, "--plain")),
-        Step(
-            "questions",
-            300,
-            (
-                sys.executable,
-                "-P",
-                EXAMPLES / "own_questions.py",
-                plain,
-                "-o",
-                questions,
-                "--count",
-                60 if trial else 12000,
-            ),
-            "1",
-            ("plain",),
-        ),
-        Step(
-            "own",
-            600,
-            (
-                *train,
-                plain,
-                "-o",
-                out / "own",
-                "--data",
-                questions / "train.jsonl",
-                *masks,
-                "--dev",
-                questions / "dev.jsonl",
-                "--on-policy",
-                "--max-tokens",
-                16 if trial else 256,
-                "--steps",
-                steps["own"],
-            ),
-            "1",
-            ("questions",),
-        ),
-        Step(
-            "own-drafts",
-            200,
-            (
-                sys.executable,
-                "-P",
-                EXAMPLES / "adapter_drafts.py",
-                own,
-                "--problems",
-                questions / "dev.jsonl",
-                "--max-tokens",
-                16 if trial else 256,
-            ),
-            "1",
-            ("own",),
-        ),
-    ]
-    variants = {
-        "base": (),
-        "rank16": ("--rank", 16),
-        "rank128": ("--rank", 128),
-        "upper": ("--adapter-layers", "upper-half"),
-        "chain8": ("--chain-length", 8),
-        "chain32": ("--chain-length", 32),
-        "kl": ("--labels", "kl"),
-        "policy": ("--on-policy", "--max-tokens", 320, "--data", out / "part.jsonl"),
-        "cuts16": ("--chains-per-row", 16),
-    }
-    sweeps = [
-        Step(
-            f"sweep-{name}",
-            300,
-            (
-                *train,
-                twin,
-                "-o",
-                out / f"sweep-{name}",
-                "--data",
-                data,
-                *masks,
-                "--steps",
-                steps["sweep"],
-                *more,
-            ),
-            "1",
-            ("adapter",),
-        )
-        for name, more in variants.items()
-    ]
-    hybrid = (
-        *common,
-        *(() if trial else ("--micro-batch-size", 32)),
-        "--learning-rate",
-        5e-4,
-        "--adam-beta2",
-        0.99,
-        "--data",
-        data,
-    )
-    settings = ("serial/8", "serial/32", "8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2")
-    settings += tuple(f"{setting}/correct" for setting in settings[2:])
+    fp8, whole = sized("--quantization fp8", ""), sized("64 --requests 390", "2")
 
-    def hybrid_steps(name: str, seconds: int, count: int, gpu: str, *more: Any) -> list[Step]:
-        trained = out / name
-        evaluate = (sys.executable, "-P", EXAMPLES / "evaluate.py", trained / "model")
-        evaluate += ("--problems", dev, "--json", out / f"{name}.json", "--settings")
-        evaluate += settings[:1] if trial else settings
-        evaluate += ("--count", 2, "--max-tokens", 16) if trial else ("--max-tokens", 320)
-        return [
-            Step(
-                name,
-                seconds,
-                (*train, base, "-o", trained, *hybrid, "--steps", 2 if trial else count, *more),
-                gpu,
-                ("base",),
-            ),
-            Step(f"{name}-answers", 300, evaluate, gpu, (name,)),
-        ]
+    def figure(name: str, seconds: int, command: str, needs: str = "") -> None:
+        add("figures", name, seconds, f"{command} --name {name}", "0", needs)
+
+    figure("8b-fp8-serial", 240, f"{large} --concurrency 1,16,64,128,256")
+    figure("8b-fp8-adapter", 150, f"{large} {levels} --sides refusion --adapter random:64")
+    figure("smollm2-adapter", 300, f"{adapted} {levels}", "adapter")
+    speculating = f"--sides stock --speculative-config '{json.dumps(ngram)}'"
+    figure("smollm2-ngram", 150, f"{adapted} {levels} {speculating}", "adapter")
+    asked = f"--model {own} --prompts {questions}/dev.jsonl"
+    if not trial:  # the toy asks itself nothing
+        figure("smollm2-natural", 200, f"{answers} {levels} {asked}", "own")
+    exactly = f"--dtype float32 --fast-start --concurrency {whole}"
+    figure("smollm2-float32", 150, f"{adapted} {exactly}", "adapter")
+    rounded = f"{fp8} --fast-start --concurrency {sized(16, 2)}"
+    figure("smollm2-fp8", 150, f"{adapted} {rounded}", "adapter")
+    mine = f"{python} {__file__} {out} --dev {dev}" + sized("", " --trial")
+    add("figures", "served", 400, f"{mine} --served", "0")
+    add("figures", "preemptions", 200, f"{mine} --preemptions", "0")
+
+    # mask adapters
+    train = f"{run} train --quiet --save-every 1000000" + sized(
+        " --bf16 --compile --workers 2 --batch-size 128 --micro-batch-size 64 --warmup-steps 50",
+        " --batch-size 4 --micro-batch-size 4",
+    )
+    masks = f"{train} --mask-adapter --dev {dev} --eval-every {sized(100, 2)}"
+    convert = f"{run} convert {sized(options.gguf, EXAMPLES / 'stock-tiny')}"
+    add("models", "base", 120, f"{convert} -o {base} --slot-size 8 --block-length 32")
+    twins = f"{train} {base} -o {out}/twin --data {data} --objective autoregressive"
+    twins += f" --learning-rate 5e-4 --adam-beta2 0.99 --steps {sized(1000, 2)}"
+    add("models", "twin", 420, twins, needs="base")
+    masked = f"{masks} {twin} --data {data}"
+    run_of = f"-o {out}/adapter --steps {sized(900, 2)}"
+    add("models", "adapter", 600, f"{masked} {run_of}", needs="twin")
+    evaluate = f"{python} {EXAMPLES}/evaluate.py --problems {dev}"
+    evaluate += sized(" --max-tokens 320", " --max-tokens 16 --count 2")
+    twins = f"{evaluate} {twin} --token-by-token --json {out}/twin.json"
+    add("models", "twin-answers", 120, twins, needs="twin")
+    drafts = f"{python} {EXAMPLES}/adapter_drafts.py --max-tokens {sized(320, 16)}"
+    counted = f"{drafts} {adapter} --problems {dev} --count {sized(390, 2)}"
+    add("models", "adapter-drafts", 200, counted, needs="adapter")
+    if not trial:
+        add("natural", "plain", 120, f"{convert} -o {plain} --plain")
+        asks = f"{python} {EXAMPLES}/own_questions.py {plain} -o {questions} --count 12000"
+        add("natural", "questions", 300, asks, needs="plain")
+        writes = f"{masks} {plain} -o {out}/own --on-policy --max-tokens 256 --steps 500"
+        writes += f" --data {questions}/train.jsonl --dev {questions}/dev.jsonl"
+        add("natural", "own", 600, writes, needs="questions")
+        counted = f"{drafts} {own} --problems {questions}/dev.jsonl"
+        add("natural", "own-drafts", 200, counted, needs="own")
+    variants = {
+        "base": "",
+        "rank16": "--rank 16",
+        "rank128": "--rank 128",
+        "upper": "--adapter-layers upper-half",
+        "chain8": "--chain-length 8",
+        "chain32": "--chain-length 32",
+        "kl": "--labels kl",
+        "policy": f"--on-policy --max-tokens 320 --data {out}/part.jsonl",
+        "cuts16": "--chains-per-row 16",
+    }
+    for i, (name, more) in enumerate(variants.items()):
+        name = f"sweep-{name}"
+        command = f"{masked} -o {out}/{name} --steps {sized(300, 2)} {more}"
+        add(("sweeps", "more-sweeps")[i % 2], name, 300, command, needs="adapter")
+
+    # the hybrid objective: what each option adds to those before it
+    settings = ["serial/8", "serial/32", "8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2"]
+    settings = sized(settings + [f"{one}/correct" for one in settings[2:]], settings[:1])
+
+    def hybrid(lane: str, name: str, seconds: int, steps: int, options: str, gpu: str) -> None:
+        command = f"{train} {base} -o {out}/{name} --data {data} --learning-rate 5e-4"
+        command += f" --adam-beta2 0.99 --steps {sized(steps, 2)} {options}"
+        command += sized(" --micro-batch-size 32", "")
+        add(lane, name, seconds, command, gpu, "base")
+        command = f"{evaluate} {out}/{name}/model --settings {' '.join(settings)}"
+        add(lane, f"{name}-answers", 300, f"{command} --json {out}/{name}.json", gpu, name)
 
     added = {
-        "section6": (),
-        "joined": ("--joined-slots", "--ordered-share", 0.25),
-        "infill": ("--infill-weight", 1),
-        "certainty": ("--slot-certainty", 2),
-        "blocks": ("--block-share", 0.5),
+        "section6": "",
+        "joined": "--joined-slots --ordered-share 0.25",
+        "infill": "--infill-weight 1",
+        "certainty": "--slot-certainty 2",
+        "blocks": "--block-share 0.5",
     }
-    hybrids, together = [], ()
+    together = ""
     for name, more in added.items():
-        together += more
-        for seed in (1, 2):
-            options_of = (*together, "--seed", seed)
-            hybrids.append(hybrid_steps(f"hybrid-{name}-{seed}", 600, 1000, "1", *options_of))
-    full = hybrid_steps("full", 1500, 4500, "0", *together)
-    compare = (EXAMPLES / "controlled_comparison/compare.py", "--data", data, "--dev", dev)
-    compare += ("--output", out / "comparison")
-    if not trial:
-        compare += ("--start-steps", 1000, "--train-seconds", 240, "--decode-seconds", 170)
-        compare += ("--time-seconds", 45, "--problems", 200, "--main-only", "--gpu-workers", 6)
-    comparison = [Step("comparison", 700, (sys.executable, *compare), "1")]
-    tree = ("--rootdir", ROOT, "-c", ROOT / "pyproject.toml")
-    engine = [ROOT / f"tests/engine/test_{name}.py" for name in EXACT.split()]
-    newer = [
-        ROOT / f"tests/{'kernels' if name == 'launch_keys' else 'engine'}/test_{name}.py"
-        for name in NEXT.split()
-    ]
-    collect = ("--collect-only",) if trial else ("-n", 5)
-    kernels = ROOT / "tests/kernels"
-    pages = ("--kv-cache-memory-bytes", "1G")
-    soak = (sys.executable, ROOT / "tests/support/soak.py", "--clients", 24)
-    minutes = ("--minutes", 0.2 if trial else 5, "--requests", 4 if trial else 64)
-    paths = os.environ.get("PYTHONPATH", "")
-    newest = {"PYTHONPATH": f"{options.next}:{paths}", "VLLM_CACHE_ROOT": str(out / "cache-next")}
-    tests = [
-        Step("exact", 420, (*PYTEST, *tree, *collect, *SLOW, *engine), "1"),
-        Step("kernels", 240, (*PYTEST, *tree, *collect, kernels), "1"),
-        Step(
-            "parallel",
-            400,
-            (
-                *PYTEST,
-                *tree,
-                *collect[:1],
-                *("0",) * (not trial),
-                "-x",
-                *SLOW,
-                ROOT / "tests/engine/test_parallel.py",
-            ),
-            "1,0",
-            ("served",),
-        ),
-    ]
-    of_next = [
-        Step("next-engine", 400, (*PYTEST, *tree, *collect, *newer), "1", env=newest),
-        Step(
-            "next-sweep",
-            150,
-            (
-                *bench,
-                *shape,
-                *lengths,
-                "--fast-start",
-                "--presets",
-                "serial/32@0.866",
-                "32/128/0.9/0.4",
-                "--concurrency",
-                "1,2",
-                *(() if trial else ("--gpu-memory-utilization", 0.3)),
-                "--name",
-                "next",
-            ),
-            "1",
-            env=newest,
-        ),
-        Step("next-kernels", 300, (*PYTEST, *tree, *collect, kernels), "1", env=newest),
-    ]
-    soaks = [
-        Step(
-            "soak",
-            600,
-            (
-                *soak,
-                *minutes,
-                "--without-lora",
-                "--output",
-                out / "soak.json",
-                "--log",
-                out / "soak-server.log",
-                "--",
-                *pages,
-            ),
-            "1",
-        ),
-        Step(
-            "soak-lora",
-            400,
-            (
-                *soak,
-                "--minutes",
-                0.2 if trial else 2,
-                "--requests",
-                4 if trial else 64,
-                "--dtype",
-                "bfloat16",
-                "--output",
-                out / "soak-lora.json",
-                "--log",
-                out / "soak-lora-server.log",
-                "--",
-                *pages,
-            ),
-            "1",
-        ),
-    ]
-    if trial:  # the toy asks itself nothing
-        natural, figures = [], [step for step in figures if step.name != "smollm2-natural"]
-    lanes = {
-        "figures": figures,
-        "models": models,
-        "natural": natural,
-        "tests": tests,
-        "soak": soaks,
-        "sweeps": sweeps[::2],
-        "more-sweeps": sweeps[1::2],
-        "full": full,
-        "hybrids": sum(hybrids[::2], []),
-        "more-hybrids": sum(hybrids[1::2], []),
-        "comparison": comparison,
-    }
-    return lanes | ({"next": of_next} if options.next else {})
+        together = f"{together} {more}"
+        for seed, lane in enumerate(("hybrids", "more-hybrids"), 1):
+            hybrid(lane, f"hybrid-{name}-{seed}", 600, 1000, f"{together} --seed {seed}", "1")
+    hybrid("full", "full", 1500, 4500, together, "0")
+    compare = f"{sys.executable} {EXAMPLES}/controlled_comparison/compare.py --data {data}"
+    compare += f" --dev {dev} --output {out}/comparison" + sized(
+        " --start-steps 1000 --train-seconds 240 --decode-seconds 170 --time-seconds 45"
+        " --problems 200 --main-only --gpu-workers 6",
+        "",
+    )
+    add("comparison", "comparison", 700, compare)
 
+    # tests
+    pytest = f"{python} -m pytest -q -p no:cacheprovider --rootdir {ROOT} -c {ROOT}/pyproject.toml"
+    pytest += sized("", " --collect-only")
+    several, slow = f"{pytest} -n 5 --dist loadfile", '-m "slow or not slow"'
+    several = sized(several, pytest)
 
-def shape_file(out: Path) -> Path:
-    config = json.loads((EXAMPLES / "refusion-tiny/config.json").read_text())
-    (out / "shape.json").write_text(json.dumps(config))
-    return out / "shape.json"
+    def files(names: str) -> str:
+        return " ".join(f"{ROOT}/tests/engine/test_{name}.py" for name in names.split())
+
+    add("tests", "exact", 420, f"{several} {slow} {files(EXACT)}")
+    add("tests", "kernels", 240, f"{several} {ROOT}/tests/kernels")
+    # on both GPUs: once no figures are disturbed
+    add("tests", "parallel", 400, f"{pytest} -x {slow} {files('parallel')}", "1,0", "preemptions")
+    if options.next:
+        paths = f"{options.next}:{os.environ.get('PYTHONPATH', '')}"
+        newer = {"PYTHONPATH": paths, "VLLM_CACHE_ROOT": f"{out}/cache-next"}
+        add("next", "next-engine", 400, f"{several} {files(NEXT)}", **newer)
+        sweep = f"{bench} {shape} --presets serial/32@0.866 32/128/0.9/0.4 --concurrency 1,16"
+        sweep += sized(" --gpu-memory-utilization 0.3", "")
+        add("next", "next-sweep", 150, f"{sweep} --name next", **newer)
+        add("next", "next-kernels", 300, f"{several} {ROOT}/tests/kernels", **newer)
+    # its folder is on sys.path: not with -P
+    soak = f"{sys.executable} {ROOT}/tests/support/soak.py --requests {sized(64, 4)}"
+    for name, minutes, more in (
+        ("soak", 5, "--without-lora"),
+        ("soak-lora", 2, "--dtype bfloat16"),
+    ):
+        command = f"{soak} --minutes {sized(minutes, 0.2)} {more} --output {out}/{name}.json"
+        command += f" --log {out}/{name}-server.log -- --kv-cache-memory-bytes 1G"
+        add("soak", name, 60 * minutes + 240, command)
+    return lanes
 
 
 def served(out: Path, trial: bool) -> None:
@@ -622,7 +309,8 @@ def served(out: Path, trial: bool) -> None:
                     time.sleep(1)
             lengths = ("--input-len", "128", "--output-len", "128")
             levels = ("--concurrency", "1" if trial else "1,16,64")
-            command = [*RUN, "bench", "--out", str(out), "--model", str(model), *lengths, *levels]
+            command = [sys.executable, "-P", "-m", "vllm_refusion", "bench", "--out", str(out)]
+            command += ["--model", str(model), *lengths, *levels]
             subprocess.run([*command, url, f"http://localhost:{port}", "--name", f"{name}-served"])
     finally:
         for server in servers:
