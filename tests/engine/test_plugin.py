@@ -8,8 +8,10 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm
 from packaging.requirements import Requirement
 from vllm.engine.arg_utils import EngineArgs
@@ -17,6 +19,7 @@ from vllm.platforms import current_platform
 
 from vllm_refusion import backbones
 from vllm_refusion.decoding.params import DecodingParams
+from vllm_refusion.engine import options as engine_options
 from vllm_refusion.engine import plugin, settings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -274,6 +277,17 @@ def test_engine_options_that_cannot_work(checkpoint, monkeypatch, options, messa
         vllm_config(checkpoint(), dtype="float32", **options)
     documented = (DOCS / "serving.md").read_text()
     assert [name for name in options if f"`{name}`" not in documented] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_on_a_gpu_wants_16_bits(monkeypatch, dtype):
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype), lora_config=None)
+    (without,) = engine_options._lora_options(config)
+    config.lora_config = object()
+    (with_lora,) = engine_options._lora_options(config)
+    assert without.works and with_lora.works == (dtype == torch.bfloat16)
+    assert str(with_lora).endswith("(with LoRA on a GPU allowed are float16 and bfloat16)")
 
 
 def test_the_same_type_for_the_kv_cache(checkpoint):

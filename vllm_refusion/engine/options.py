@@ -34,6 +34,7 @@ def refuse_unsupported_options(vllm_config: VllmConfig) -> None:
         *_parallel_options(vllm_config),
         *_cache_options(vllm_config),
         *_model_options(vllm_config),
+        *_lora_options(vllm_config),
         *_step_options(vllm_config),
     ]
     problems = [str(option) for option in options if not option.works]
@@ -109,6 +110,21 @@ def _kv_types(vllm_config: VllmConfig) -> list[_Option]:
         # pages of two sizes
         _unset("kv_cache_dtype_skip_layers", fp8 and bool(skipped), skipped),
     ]
+
+
+def _lora_options(vllm_config: VllmConfig) -> list[_Option]:
+    """vLLM's kernels for GPUs only assert it, once the engine has loaded."""
+    import torch
+    from vllm.platforms import current_platform
+
+    dtype = vllm_config.model_config.dtype
+    works = (
+        vllm_config.lora_config is None
+        or not current_platform.is_cuda_alike()
+        or dtype in (torch.float16, torch.bfloat16)
+    )
+    shown = str(dtype).removeprefix("torch.")
+    return [_Option("dtype", shown, works, "with LoRA on a GPU allowed are float16 and bfloat16")]
 
 
 def _model_options(vllm_config: VllmConfig) -> list[_Option]:
