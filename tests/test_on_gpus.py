@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +31,15 @@ def test_steps_need_steps_that_there_are(problems, tmp_path, trial):
 
 
 def test_what_fails_leaves_out_what_needs_it(tmp_path):
-    def step(name: str, code: str, *needs: str) -> on_gpus.Step:
-        return on_gpus.Step(name, 2, (sys.executable, "-c", code), needs=needs)
+    def step(name: str, code: str, *needs: str, seconds: int = 60) -> on_gpus.Step:
+        return on_gpus.Step(name, seconds, (sys.executable, "-c", code), needs=needs)
 
-    runner = on_gpus.Runner(tmp_path, minutes=1)
-    first = [step("fails", "raise SystemExit(3)"), step("late", "import time; time.sleep(60)")]
+    runner = on_gpus.Runner(tmp_path, minutes=5)
+    late = step("late", "import time; time.sleep(300)", seconds=1)
+    first = [step("fails", "raise SystemExit(3)"), late]
     second = [step("waits", "", "fails"), step("goes on", "print('here')", "waits too")]
-    threads = [runner.lane(lane, [0]) for lane in (first, second)]
-    threads.append(runner.lane([step("waits too", "")], [0]))
+    cores = os.sched_getaffinity(0)
+    threads = [runner.lane(lane, cores) for lane in (first, second, [step("waits too", "")])]
     for thread in threads:
         thread.join()
     assert runner.ended == {"fails": 3, "late": -9, "waits": -1, "waits too": 0, "goes on": 0}

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,12 @@ class Runner:
         with self.news, (self.out / "steps.txt").open("a") as file:
             file.write(f"{time.monotonic() - self.began:.0f} {line}\n")
 
-    def lane(self, steps: Sequence[Step], cores: Sequence[int]) -> threading.Thread:
+    def lane(self, steps: Sequence[Step], cores: Collection[int]) -> threading.Thread:
         thread = threading.Thread(target=lambda: [self._run(step, cores) for step in steps])
         thread.start()
         return thread
 
-    def _run(self, step: Step, cores: Sequence[int]) -> None:
+    def _run(self, step: Step, cores: Collection[int]) -> None:
         with self.news:
             self.news.wait_for(
                 lambda: all(name in self.ended for name in step.needs),
@@ -84,7 +84,7 @@ class Runner:
             self.ended[step.name] = status
             self.news.notify_all()
 
-    def _execute(self, step: Step, cores: Sequence[int]) -> int:
+    def _execute(self, step: Step, cores: Collection[int]) -> int:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": step.gpus} | step.env
         with (self.out / f"{step.name}.log").open("w") as log:
             process = subprocess.Popen(
