@@ -274,7 +274,8 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         ("soak-lora", 2, "--dtype bfloat16"),
     ):
         command = f"{soak} --minutes {sized(minutes, 0.2)} {more} --output {out}/{name}.json"
-        command += f" --log {out}/{name}-server.log -- --kv-cache-memory-bytes 1G --gpu-memory-utilization 0.1"
+        command += f" --log {out}/{name}-server.log -- --kv-cache-memory-bytes 1G"
+        command += " --gpu-memory-utilization 0.1"  # only checked
         add("soak", name, 60 * minutes + 240, command)
     return lanes
 
