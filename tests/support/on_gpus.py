@@ -56,6 +56,13 @@ class Runner:
         self.began = time.monotonic()
         self.ended: dict[str, int] = {}
         self.news = threading.Condition()
+        self.running: set[int] = set()  # process groups
+
+    def stop(self, *_: Any) -> None:
+        """Ends everything, as a handler of a signal."""
+        for group in list(self.running):
+            os.killpg(group, signal.SIGKILL)
+        os._exit(1)
 
     def say(self, line: str) -> None:
         with self.news, (self.out / "steps.txt").open("a") as file:
@@ -96,11 +103,13 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=lambda: os.sched_setaffinity(0, cores),
             )
+            self.running.add(process.pid)
             try:
                 return process.wait(step.seconds)
             except subprocess.TimeoutExpired:
                 return -signal.SIGKILL
             finally:
+                self.running.discard(process.pid)
                 try:
                     os.killpg(process.pid, signal.SIGKILL)  # servers and workers too
                 except ProcessLookupError:
@@ -404,6 +413,8 @@ def main() -> None:
     first = cores[: max(1, len(cores) // 4)]  # of the lane whose figures count
     others = cores[len(first) :] or cores
     runner = Runner(out, options.minutes)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, runner.stop)
     kept = [name for name in chosen if name != "figures"]
     threads = []
     if "figures" in chosen:
