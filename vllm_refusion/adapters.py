@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from vllm_refusion.backbones import head_shape
 from vllm_refusion.files import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -264,14 +265,14 @@ def fingerprint(base_folder: str | Path) -> str:
 
 def _shaping(config: Any) -> dict[str, Any]:
     """The values of a configuration that decide what a model of these weights computes."""
-    heads = config.num_attention_heads
+    heads, kv_heads, head_dim = head_shape(config)
     rope = dict(config.rope_parameters)
     layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     return {
         "model_type": config.model_type,
         "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
         "eps": config.rms_norm_eps,
         "activation": config.hidden_act,
         "tied": config.tie_word_embeddings,

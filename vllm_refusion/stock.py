@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_refusion.backbones import head_shape
 from vllm_refusion.files import read_json, write_text, writing
 
 REQUESTS = 256  # answered at a time
@@ -70,9 +71,7 @@ def cache_options(what: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(what["model"]).get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    _, kv_heads, size = head_shape(config)
     of_token = 2 * config.num_hidden_layers * kv_heads * size
     of_token *= 4 if what["dtype"] == "float32" else 2
     together = min(len(what["prompts"]), REQUESTS)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from device import ON_GPU
-from lora_requests import MODEL, OPTIONS, Adapted, Mixed, ask
+from lora_requests import MODEL, OPTIONS, Adapted, Mixed, ask, in_float32
 from mask_adapters import write_adapter
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
@@ -17,8 +17,6 @@ from engine import NARROW, assert_idle, engine, free_pages, sampling_params
 
 MASK = conformance.MODELS[MODEL].mask_token_id
 NEAR_TIE = 0.05  # between log-probabilities in bfloat16
-
-in_float32 = pytest.mark.skipif(ON_GPU, reason="vLLM's LoRA kernels take 16-bit models only")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from device import ON_GPU
 from lora_requests import OPTIONS as LORA
-from lora_requests import Adapted, Mixed
+from lora_requests import Adapted, Mixed, in_float32
 from server import DEFAULTS, MODEL_NAME, engines_elsewhere, extras, free_port, serve
 from test_adapted_models import Base, ask_all, assert_same, parameters
 from vllm import SamplingParams
@@ -91,7 +91,7 @@ def test_tensor_parallel_mask_adapter(name, tmp_path):
     assert counters == [counts, counts] and counts[Counter.DRAFTS_PASSED]
 
 
-@pytest.mark.skipif(ON_GPU, reason="vLLM's LoRA kernels take 16-bit models only")
+@in_float32
 def test_tensor_parallel_lora(tmp_path):
     """Both ranks map the rows to adapters alike, in both modes."""
     adapted = Adapted(tmp_path)

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 
+import pytest
 from device import ON_GPU
 from loras import LAYERS, merge, write_lora
 from vllm import TokensPrompt
@@ -16,8 +17,8 @@ from engine import sampling_params
 from vllm_refusion.decoding.params import DecodingParams
 
 MODEL = "qwen3-gqa2"
-# vLLM's kernels for GPUs take 16-bit models only
 OPTIONS = {"enable_lora": True, "max_lora_rank": 8} | ({"dtype": "bfloat16"} if ON_GPU else {})
+in_float32 = pytest.mark.skipif(ON_GPU, reason="vLLM's LoRA kernels take 16-bit models only")
 
 
 class Adapted:

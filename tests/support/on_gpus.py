@@ -12,7 +12,6 @@ tree, which has a top-level triton_kernels. ``--trial`` does all of it with toys
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import shlex
@@ -21,11 +20,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm_refusion.rows import read_objects
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -153,7 +153,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     answers = f"{bench} --stop-at-eos --presets serial/16 --input-len 512" + sized(
         " --output-len 320 --gpu-memory-utilization 0.4", " --output-len 16 --requests 2"
     )
-    adapted = f"{answers} --model {adapter} --prompts {out}/dev.jsonl"
+    adapted = f"{answers} --model {adapter} --prompts {dev}"
     ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
     fp8, whole = sized("--quantization fp8", ""), sized("64 --requests 390", "2")
 
@@ -172,7 +172,8 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     figure("smollm2-float32", 150, f"{adapted} {exactly}", "adapter")
     rounded = f"{fp8} --fast-start --concurrency {sized(16, 2)}"
     figure("smollm2-fp8", 150, f"{adapted} {rounded}", "adapter")
-    mine = f"{python} {__file__} {out} --dev {dev}" + sized("", " --trial")
+    # its folder is on sys.path, as the soak's below: not with -P
+    mine = f"{sys.executable} {__file__} {out} --dev {dev}" + sized("", " --trial")
     add("figures", "served", 400, f"{mine} --served", "0")
     add("figures", "preemptions", 200, f"{mine} --preemptions", "0")
 
@@ -276,7 +277,6 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         sweep += sized(" --gpu-memory-utilization 0.3", "")
         add("next", "next-sweep", 150, f"{sweep} --name next", **newer)
         add("next", "next-kernels", 300, f"{several} {ROOT}/tests/kernels", **newer)
-    # its folder is on sys.path: not with -P
     soak = f"{sys.executable} {ROOT}/tests/support/soak.py --requests {sized(64, 4)}"
     for name, minutes, more in (
         ("soak", 5, "--without-lora"),
@@ -291,6 +291,8 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
 
 def served(out: Path, trial: bool) -> None:
     """Three servers of one small model, started together and measured one after the other."""
+    from server import Server
+
     model = EXAMPLES / "refusion-tiny"
     stock = json.dumps({"architectures": ["Qwen3ForCausalLM"]})
     serial = json.dumps({"mode": "serial", "slot_size": 32})
@@ -306,25 +308,21 @@ def served(out: Path, trial: bool) -> None:
             command += ["--model", str(model), "--port", str(port), "--kv-cache-memory-bytes"]
             command += ["256M" if trial else "8G", "--gpu-memory-utilization", "0.05", *more]
             command += ["--enforce-eager"] if trial else []
-            with (out / f"served-{name}-server.log").open("w") as log:
-                servers.append(
-                    subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log)
-                )
-        for port, (name, (_, _, url)) in enumerate(sides.items(), 8101):
-            for _ in range(240):
-                try:
-                    urllib.request.urlopen(f"http://localhost:{port}/health", timeout=2)
-                    break
-                except OSError:
-                    time.sleep(1)
+            path = out / f"served-{name}-server.log"
+            with path.open("w") as log:
+                process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log)
+            servers.append(Server(process, f"http://127.0.0.1:{port}", path))
+        for one in servers:
+            one.wait_until_ready()
+        for port, (name, (_, _, option)) in enumerate(sides.items(), 8101):
             lengths = ("--input-len", "128", "--output-len", "128")
             levels = ("--concurrency", "1" if trial else "1,16,64")
             command = [sys.executable, "-P", "-m", "vllm_refusion", "bench", "--out", str(out)]
-            command += ["--model", str(model), *lengths, *levels]
-            subprocess.run([*command, url, f"http://localhost:{port}", "--name", f"{name}-served"])
+            command += ["--model", str(model), *lengths, *levels, "--name", f"{name}-served"]
+            subprocess.run([*command, option, f"http://127.0.0.1:{port}"])
     finally:
-        for server in servers:
-            server.terminate()
+        for one in servers:
+            one.terminate()
 
 
 def preemptions(out: Path, dev: Path, trial: bool) -> None:
@@ -343,9 +341,8 @@ def preemptions(out: Path, dev: Path, trial: bool) -> None:
         return original(self, *args, **more)
 
     Scheduler._preempt_request = preempt
-    opened = gzip.open(dev, "rt") if dev.suffix == ".gz" else dev.open()
-    questions = [json.loads(line)["query"] for line in opened][:count]
-    chats: list[Any] = [[{"role": "user", "content": text}] for text in questions]
+    rows = list(read_objects([dev]))[:count]
+    chats: list[Any] = [[{"role": "user", "content": row.values["query"]}] for row in rows]
     modes: dict[str, dict[str, Any]] = {
         "parallel": dict(slot_size=4, block_length=16, slot_threshold=0.6, token_threshold=0.3),
         "serial": dict(mode="serial", slot_size=32),
@@ -400,12 +397,8 @@ def main() -> None:
     if options.preemptions:
         preemptions(out, options.dev, options.trial)
         return
-    opened = gzip.open(options.data, "rt") if options.data.suffix == ".gz" else options.data.open()
-    with opened as rows:
-        (out / "part.jsonl").write_text("".join(list(rows)[::12]))
-    opened = gzip.open(options.dev, "rt") if options.dev.suffix == ".gz" else options.dev.open()
-    with opened as rows:
-        (out / "dev.jsonl").write_text(rows.read())
+    part = [json.dumps(row.values) + "\n" for row in read_objects([options.data])][::12]
+    (out / "part.jsonl").write_text("".join(part))
     os.environ.update(TRITON_F32_DEFAULT="ieee", VLLM_NO_USAGE_STATS="1", PYTHONUNBUFFERED="1")
     lanes = plan(options, out)
     chosen = options.lanes.split(",") if options.lanes else list(lanes)

@@ -92,9 +92,7 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-def make_requests(
-    count: int, draw: random.Random, loras: Sequence[str] = LORAS
-) -> list[dict[str, Any]]:
+def make_requests(count: int, draw: random.Random, loras: Sequence[str]) -> list[dict[str, Any]]:
     """Distinct bodies for the completions endpoint, of all kinds and lengths."""
     lines = (EXAMPLES / "dev_problems.jsonl").read_text().splitlines()
     questions = [json.loads(line)["query"] for line in lines]
@@ -311,8 +309,7 @@ async def soak(url: str, process: subprocess.Popen, options: argparse.Namespace)
         base_url=url, timeout=REQUEST_SECONDS, limits=limits, trust_env=False
     ) as client:
         await ready(client, process)
-        loras = () if options.without_lora else LORAS
-        made = Soak(client, make_requests(options.requests, draw, loras), draw)
+        made = Soak(client, make_requests(options.requests, draw, options.loras), draw)
         await made.learn()
         before = await made.counters()
         server = psutil.Process(process.pid)
@@ -381,11 +378,12 @@ def kinds(bodies: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def start(options: argparse.Namespace, folder: str) -> tuple[subprocess.Popen, str]:
     model = Path(options.model).resolve()
-    loras: list[str] = []
-    if not options.without_lora:
-        loras += ("--enable-lora", "--max-lora-rank", "8", "--lora-modules")
-        for seed, name in enumerate(LORAS):
-            loras.append(f"{name}={write_lora(Path(folder) / name, model, seed)}")
+    loras = [
+        f"{name}={write_lora(Path(folder) / name, model, seed)}"
+        for seed, name in enumerate(options.loras)
+    ]
+    if loras:
+        loras = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", *loras]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -422,7 +420,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=64, help="distinct requests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--without-lora", action="store_true")
+    parser.add_argument(
+        "--without-lora", dest="loras", action="store_const", const=(), default=LORAS
+    )
     parser.add_argument("--output", help="file for the figures, written after every window")
     parser.add_argument("--log", help="file for what the server writes")
     parser.add_argument("server_args", nargs="*", help="behind --: further options of the server")

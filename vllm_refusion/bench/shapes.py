@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_refusion.backbones import head_shape
 from vllm_refusion.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def matrix_parameters(config: Any) -> int:
     Args:
         config: a Hugging Face config of Qwen3, Qwen2 or Llama.
     """
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv_heads, head_dim = head_shape(config)
     attention = 2 * config.hidden_size * (heads + kv_heads) * head_dim
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
