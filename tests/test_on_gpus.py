@@ -25,19 +25,21 @@ def test_steps_need_steps_that_there_are(problems, tmp_path, trial):
         data=problems, dev=problems, gguf=problems, next=tmp_path, trial=trial
     )
     lanes = on_gpus.plan(options, tmp_path)
-    names = [step.name for lane in lanes.values() for step in lane]
+    steps = [step for lane in lanes.values() for step in lane]
+    names = [step.name for step in steps]
     assert len(set(names)) == len(names) > 20
-    assert {name for lane in lanes.values() for step in lane for name in step.needs} <= set(names)
+    assert {name for step in steps for name in step.needs + step.after} <= set(names)
 
 
 def test_what_fails_leaves_out_what_needs_it(tmp_path):
-    def step(name: str, code: str, *needs: str, seconds: int = 60) -> on_gpus.Step:
-        return on_gpus.Step(name, seconds, (sys.executable, "-c", code), needs=needs)
+    def step(name: str, code: str, *needs: str, seconds: int = 60, after=()) -> on_gpus.Step:
+        return on_gpus.Step(name, seconds, (sys.executable, "-c", code), needs=needs, after=after)
 
     runner = on_gpus.Runner(tmp_path, minutes=5)
     late = step("late", "import time; time.sleep(300)", seconds=1)
     first = [step("fails", "raise SystemExit(3)"), late]
-    second = [step("waits", "", "fails"), step("goes on", "print('here')", "waits too")]
+    here = step("goes on", "print('here')", "waits too", after=("fails", "waits"))
+    second = [step("waits", "", "fails"), here]
     cores = os.sched_getaffinity(0)
     threads = [runner.lane(lane, cores) for lane in (first, second, [step("waits too", "")])]
     for thread in threads:

@@ -2,11 +2,12 @@
 
     python tests/support/on_gpus.py OUT --data train.jsonl.gz --dev dev.jsonl.gz --gguf model.gguf
 
-Each lane takes its steps one after the other, on cores and a GPU of its own; those whose figures
-count have GPU 0 for themselves. A step that needs another waits for it. ``OUT/steps.txt`` says what
-began and ended, ``OUT/NAME.log`` what a step wrote, ``OUT/*.json`` what was measured; nothing
-begins once ``--minutes`` are over. vLLM and this package must be importable; run it outside of the
-tree, which has a top-level triton_kernels. ``--trial`` does all of it with toys, on a CPU too.
+Each lane takes its steps one after the other; those whose figures count have a quarter of the
+cores, and GPU 0 while they last. A step that needs another, or a file under way, waits for it.
+``OUT/steps.txt`` says what began and ended, ``OUT/NAME.log`` what a step wrote, ``OUT/*.json`` what
+was measured; nothing begins once ``--minutes`` are over. vLLM and this package must be importable;
+run it outside of the tree, which has a top-level triton_kernels. ``--trial`` does all of it with
+toys, on a CPU too.
 """
 
 from __future__ import annotations
@@ -29,22 +30,26 @@ from vllm_refusion.rows import read_objects
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-EXACT = (
-    "serial_mode adapted_models stock_contract lora fp8_kv structured_outputs engine "
-    "engine_scheduling engine_sampling early_delivery row_budget lora_rows"
-)
+EXACT = "serial_mode adapted_models stock_contract lora lora_rows fp8_kv structured_outputs"
+ENGINE = "engine engine_scheduling engine_sampling early_delivery row_budget"
 NEXT = "signatures compat engine serial_mode structured_outputs lora adapted_models"
 
 
 @dataclass
 class Step:
-    """Args: seconds: at most; gpus: as CUDA_VISIBLE_DEVICES; needs: names of other steps."""
+    """Args:
+    seconds: At most.
+    gpus: As CUDA_VISIBLE_DEVICES.
+    needs: Names of steps that must have gone well before.
+    after: Names of steps that must have ended before, however.
+    """
 
     name: str
     seconds: int
     command: Sequence[Any]
     gpus: str = "0"
     needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,7 +81,7 @@ class Runner:
     def _run(self, step: Step, cores: Collection[int]) -> None:
         with self.news:
             self.news.wait_for(
-                lambda: all(name in self.ended for name in step.needs),
+                lambda: all(name in self.ended for name in step.needs + step.after),
                 timeout=max(0, self.end - time.monotonic()),
             )
             ready = all(self.ended.get(name) == 0 for name in step.needs)
@@ -129,6 +134,10 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     plain, questions, own = out / "plain", out / "questions", out / "own/adapter"
     lanes: dict[str, list[Step]] = {}
 
+    def waiting(*paths: Path) -> str:
+        there = " -a ".join(f"-e {path}" for path in paths)
+        return f"bash -c 'until test {there}; do sleep 1; done'"
+
     def add(
         lane: str,
         name: str,
@@ -136,9 +145,11 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         command: str,
         gpus: str = "1",
         needs: str = "",
+        after: str = "",
         **env: str,
     ) -> None:
-        step = Step(name, seconds, shlex.split(command), gpus, tuple(needs.split()), env)
+        before = tuple(needs.split()), tuple(after.split())
+        step = Step(name, seconds, shlex.split(command), gpus, *before, env)
         lanes.setdefault(lane, []).append(step)
 
     # figures
@@ -158,24 +169,27 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     fp8, whole = sized("--quantization fp8", ""), sized("64 --requests 390", "2")
 
     def figure(name: str, seconds: int, command: str, needs: str = "") -> None:
-        add("figures", name, seconds, f"{command} --name {name}", "0", needs)
+        add("figures", name, seconds, f"{command} --name {name}", "0", needs, "parallel")
 
-    figure("8b-fp8-serial", 240, f"{large} --concurrency 1,16,64,128,256")
-    figure("8b-fp8-adapter", 150, f"{large} {levels} --sides refusion --adapter random:64")
-    figure("smollm2-adapter", 300, f"{adapted} {levels}", "adapter")
-    speculating = f"--sides stock --speculative-config '{json.dumps(ngram)}'"
-    figure("smollm2-ngram", 150, f"{adapted} {levels} {speculating}", "adapter")
-    asked = f"--model {own} --prompts {questions}/dev.jsonl"
-    if not trial:  # the toy asks itself nothing
-        figure("smollm2-natural", 200, f"{answers} {levels} {asked}", "own")
-    exactly = f"--dtype float32 --fast-start --concurrency {whole}"
-    figure("smollm2-float32", 150, f"{adapted} {exactly}", "adapter")
-    rounded = f"{fp8} --fast-start --concurrency {sized(16, 2)}"
-    figure("smollm2-fp8", 150, f"{adapted} {rounded}", "adapter")
+    # what needs nothing: the GPU is quiet until the first of those that train or test on it too
+    command = f"{large} --concurrency 1,16,64,128,256 --name 8b-fp8-serial"
+    add("figures", "8b-fp8-serial", 300, command, "0")
+    command = f"{large} {levels} --sides refusion --adapter random:64 --name 8b-fp8-adapter"
+    add("figures", "8b-fp8-adapter", 200, command, "0")
     # its folder is on sys.path, as the soak's below: not with -P
     mine = f"{sys.executable} {__file__} {out} --dev {dev}" + sized("", " --trial")
     add("figures", "served", 400, f"{mine} --served", "0")
+    figure("smollm2-adapter", 300, f"{adapted} {levels}", "adapter")
+    speculating = f"--sides stock --speculative-config '{json.dumps(ngram)}'"
+    figure("smollm2-ngram", 150, f"{adapted} {levels} {speculating}", "adapter")
+    rounded = f"{fp8} --fast-start --concurrency {sized(16, 2)}"
+    figure("smollm2-fp8", 150, f"{adapted} {rounded}", "adapter")
+    asked = f"--model {own} --prompts {questions}/dev.jsonl"
+    if not trial:  # the toy asks itself nothing
+        figure("smollm2-natural", 200, f"{answers} {levels} {asked}", "own")
     add("figures", "preemptions", 200, f"{mine} --preemptions", "0")
+    exactly = f"--dtype float32 --fast-start --concurrency {whole}"
+    figure("smollm2-float32", 150, f"{adapted} {exactly}", "adapter")
 
     # mask adapters
     train = f"{run} train --quiet --save-every 1000000" + sized(
@@ -184,13 +198,16 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     )
     masks = f"{train} --mask-adapter --dev {dev} --eval-every {sized(100, 2)}"
     convert = f"{run} convert {sized(options.gguf, EXAMPLES / 'stock-tiny')}"
-    add("models", "base", 120, f"{convert} -o {base} --slot-size 8 --block-length 32")
+    add("models", "files", 600, waiting(options.gguf, data))
+    command = f"{convert} -o {base} --slot-size 8 --block-length 32"
+    add("models", "base", 120, command, needs="files")
     twins = f"{train} {base} -o {out}/twin --data {data} --objective autoregressive"
-    twins += f" --learning-rate 5e-4 --adam-beta2 0.99 --steps {sized(1000, 2)}"
-    add("models", "twin", 420, twins, needs="base")
+    twins += f" --learning-rate 5e-4 --adam-beta2 0.99 --steps {sized(700, 2)}"
+    add("models", "twin", 480, twins, needs="base")
     masked = f"{masks} {twin} --data {data}"
     run_of = f"-o {out}/adapter --steps {sized(900, 2)}"
-    add("models", "adapter", 600, f"{masked} {run_of}", needs="twin")
+    # on the GPU of the figures, while there are none
+    add("models", "adapter", 600, f"{masked} {run_of}", "0", "twin", "served")
     evaluate = f"{python} {EXAMPLES}/evaluate.py --problems {dev}"
     evaluate += sized(" --max-tokens 320", " --max-tokens 16 --count 2")
     twins = f"{evaluate} {twin} --token-by-token --json {out}/twin.json"
@@ -199,14 +216,17 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     counted = f"{drafts} {adapter} --problems {dev} --count {sized(390, 2)}"
     add("models", "adapter-drafts", 200, counted, needs="adapter")
     if not trial:
-        add("natural", "plain", 120, f"{convert} -o {plain} --plain")
+        add("natural", "plain", 120, f"{convert} -o {plain} --plain", needs="files")
         asks = f"{python} {EXAMPLES}/own_questions.py {plain} -o {questions} --count 12000"
         add("natural", "questions", 300, asks, needs="plain")
-        writes = f"{masks} {plain} -o {out}/own --on-policy --max-tokens 256 --steps 500"
+        writes = f"{masks} {plain} -o {out}/own --on-policy --max-tokens 256 --steps 600"
         writes += f" --data {questions}/train.jsonl --dev {questions}/dev.jsonl"
-        add("natural", "own", 600, writes, needs="questions")
+        add("natural", "own", 700, writes, needs="questions", after="twin")
         counted = f"{drafts} {own} --problems {questions}/dev.jsonl"
         add("natural", "own-drafts", 200, counted, needs="own")
+    # a twelfth, for the backbone to answer
+    part = f"zcat -f {data} | awk NR%12==1 >{out}/part.jsonl"
+    add("sweeps", "part", 120, f'bash -c "{part}"', needs="files")
     variants = {
         "base": "",
         "rank16": "--rank 16",
@@ -220,8 +240,10 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     }
     for i, (name, more) in enumerate(variants.items()):
         name = f"sweep-{name}"
-        command = f"{masked} -o {out}/{name} --steps {sized(300, 2)} {more}"
-        add(("sweeps", "more-sweeps")[i % 2], name, 300, command, needs="adapter")
+        command = f"{masked} -o {out}/{name} --steps {sized(400, 2)} {more}"
+        command += sized(" --batch-size 32 --micro-batch-size 32", "")
+        after = sized("own exact", "exact")  # whose GPU they would slow
+        add(("sweeps", "more-sweeps")[i % 2], name, 240, command, "1", "twin part", after)
 
     # the hybrid objective: what each option adds to those before it
     settings = ["serial/8", "serial/32", "8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2"]
@@ -257,7 +279,8 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     add("comparison", "comparison", 700, compare)
 
     # tests
-    pytest = f"{python} -m pytest -q -p no:cacheprovider --rootdir {ROOT} -c {ROOT}/pyproject.toml"
+    pytest = f"{python} -m pytest -v --tb=short -p no:cacheprovider"
+    pytest += f" --rootdir {ROOT} -c {ROOT}/pyproject.toml"
     pytest += sized("", " --collect-only")
     several, slow = f"{pytest} -n 5 --dist loadfile", '-m "slow or not slow"'
     several = sized(several, pytest)
@@ -265,13 +288,16 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     def files(names: str) -> str:
         return " ".join(f"{ROOT}/tests/engine/test_{name}.py" for name in names.split())
 
-    add("tests", "exact", 420, f"{several} {slow} {files(EXACT)}")
+    add("tests", "exact", 480, f"{several} {slow} {files(EXACT)}")
+    # on both GPUs, while there are no figures
+    parallel = f"{pytest} {slow} {files('parallel')}"
+    add("tests", "parallel", 400, parallel, "1,0", after="served")
+    add("tests", "engine", 400, f"{several} {slow} {files(ENGINE)}")
     add("tests", "kernels", 240, f"{several} {ROOT}/tests/kernels")
-    # on both GPUs: once no figures are disturbed
-    add("tests", "parallel", 400, f"{pytest} -x {slow} {files('parallel')}", "1,0", "preemptions")
     if options.next:
         paths = f"{options.next}:{os.environ.get('PYTHONPATH', '')}"
         newer = {"PYTHONPATH": paths, "VLLM_CACHE_ROOT": f"{out}/cache-next"}
+        add("next", "next-files", 900, waiting(options.next / "vllm"), after="exact")
         add("next", "next-engine", 400, f"{several} {files(NEXT)}", **newer)
         sweep = f"{bench} {shape} --presets serial/32@0.866 32/128/0.9/0.4 --concurrency 1,16"
         sweep += sized(" --gpu-memory-utilization 0.3", "")
@@ -285,7 +311,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         command = f"{soak} --minutes {sized(minutes, 0.2)} {more} --output {out}/{name}.json"
         command += f" --log {out}/{name}-server.log -- --kv-cache-memory-bytes 1G"
         command += " --gpu-memory-utilization 0.1"  # only checked
-        add("soak", name, 60 * minutes + 240, command)
+        add("soak", name, 60 * minutes + 240, command, after="twin")
     return lanes
 
 
@@ -397,11 +423,14 @@ def main() -> None:
     if options.preemptions:
         preemptions(out, options.dev, options.trial)
         return
-    part = [json.dumps(row.values) + "\n" for row in read_objects([options.data])][::12]
-    (out / "part.jsonl").write_text("".join(part))
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # steps share cores
     os.environ.update(TRITON_F32_DEFAULT="ieee", VLLM_NO_USAGE_STATS="1", PYTHONUNBUFFERED="1")
     lanes = plan(options, out)
     chosen = options.lanes.split(",") if options.lanes else list(lanes)
+    planned = {step.name for name in chosen for step in lanes[name]}
+    for steps in lanes.values():
+        for step in steps:
+            step.after = tuple(name for name in step.after if name in planned)
     cores = sorted(os.sched_getaffinity(0))
     first = cores[: max(1, len(cores) // 4)]  # of the lane whose figures count
     others = cores[len(first) :] or cores
@@ -412,8 +441,8 @@ def main() -> None:
     threads = []
     if "figures" in chosen:
         threads.append(runner.lane(lanes["figures"], first))
-    for i, name in enumerate(kept):
-        threads.append(runner.lane(lanes[name], others[i :: len(kept)] or others))
+    for name in kept:
+        threads.append(runner.lane(lanes[name], others))
     for thread in threads:
         thread.join()
 
