@@ -38,7 +38,7 @@ def questions():
         SamplingParams(
             temperature=0,
             max_tokens=rng.randint(8, 40),
-            logprobs=2 if ON_GPU else (None, 2)[i % 2],
+            logprobs=20 if ON_GPU else (None, 2)[i % 2],
             logit_bias={MASK: -100.0},
             ignore_eos=i % 4 == 0,
         )
@@ -51,7 +51,9 @@ def questions():
 def of_stock(adapted, questions):
     """Stock vLLM's answers, of which most are not those without adapters."""
     prompts, params, numbers = questions
-    with engine(adapted.stock, max_loras=4, **OPTIONS) as llm:
+    # in graphs of whole prompts its FlashAttention in bfloat16 answers all of them alike
+    graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+    with engine(adapted.stock, max_loras=4, **OPTIONS, **(graphs if ON_GPU else {})) as llm:
         answers = ask(llm, adapted, prompts, params, numbers)
         plain = ask(llm, adapted, prompts, params, [0] * len(prompts))
     changed = [a[0] != b[0] for a, b, number in zip(answers, plain, numbers) if number]
@@ -75,7 +77,8 @@ def assert_near(tokens, stock, stock_logprobs, label):
     """In bfloat16: where they first differ, what was picked is as good as stock's pick."""
     for ours, theirs, scores in zip(tokens, stock, stock_logprobs):
         if ours != theirs:
-            assert scores.get(ours, -1e9) > scores[theirs] - NEAR_TIE, label
+            gap = scores[theirs] - scores.get(ours, -1e9)
+            assert gap < NEAR_TIE, f"{label}: {gap}"
             return
     assert len(tokens) == len(stock), label
 

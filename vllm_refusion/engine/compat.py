@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 import sys
+from codecs import getincrementaldecoder
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -749,10 +750,13 @@ def forced_tokens(manager: Any, request: Any, drafts: list[int], tokenizer: Any)
 
 
 def _forced_text(grammar: Any) -> str:
-    if hasattr(grammar, "matcher"):
-        return grammar.matcher.find_jump_forward_string()
-    if hasattr(grammar, "ll_matcher"):
-        return grammar.ll_matcher.compute_ff_bytes().decode(errors="ignore")
+    try:
+        if hasattr(grammar, "matcher"):
+            return grammar.matcher.find_jump_forward_string()
+        if hasattr(grammar, "ll_matcher"):
+            return getincrementaldecoder("utf-8")().decode(grammar.ll_matcher.compute_ff_bytes())
+    except UnicodeDecodeError:
+        pass  # it begins within a character
     return ""
 
 
@@ -950,6 +954,25 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable:
 
 
 _OF_RUNNING = {"num_lookahead_tokens"}  # what the scheduler says of a running request's slots
+
+
+@contextlib.contextmanager
+def fewer_loras(scheduler: Scheduler, count: int) -> Iterator[None]:
+    """So many fewer adapters may be in the step that is scheduled meanwhile.
+
+    vLLM admits requests by the adapters of those that the step has, and asserts that the next one,
+    with those that sat out, has no more than there are places.
+    """
+    config = scheduler.lora_config
+    if not count:
+        yield
+        return
+    scheduler.lora_config = copy.copy(config)
+    object.__setattr__(scheduler.lora_config, "max_loras", config.max_loras - count)
+    try:
+        yield
+    finally:
+        scheduler.lora_config = config
 
 
 def _holds(manager: Any, request: Any, end: int) -> bool:
