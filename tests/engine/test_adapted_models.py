@@ -20,12 +20,13 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from conformance import build_model, write_tokenizer
-from engine import assert_idle, engine, free_pages, model_state_of
+from engine import assert_idle, engine, free_pages, model_runner_of, model_state_of
 from vllm_refusion.adapters import CONFIG, TENSORS, adapter_tensors, read_adapter
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
 from vllm_refusion.decoding.state import Counter, Field
 from vllm_refusion.engine import mask_adapter
+from vllm_refusion.engine.pass_cost import measure_passes
 from vllm_refusion.triton_kernels.mask_lora_twin import (
     allocate_parts,
     expand_masks_twin,
@@ -380,6 +381,58 @@ def test_masks_are_computed_with_the_adapter(bases, name, kind, monkeypatch):
         torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-4)
         changed = max(changed, (expected - plain(tokens, positions)).abs().max().item())
     assert changed > 0.1
+
+
+class Clock:
+    """As CUDA's events: each run takes as many milliseconds as masks were adapted in it."""
+
+    masks = 0
+
+    def __init__(self, **_):
+        self.at = None
+
+    def record(self, *_):
+        self.at = self.masks
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_passes_with_masks_are_timed(bases, monkeypatch):
+    """Half of their rows are masks to every layer; steps afterwards have their own again."""
+    base = bases("qwen3-gqa2")
+    masks_of_step, shrinks = mask_adapter._masks_of_step, []
+
+    def watched(count):
+        masks = masks_of_step(count)
+        shrinks.append(0 if masks is None else int(masks))
+        Clock.masks += shrinks[-1]
+        return masks
+
+    monkeypatch.setattr(mask_adapter, "_masks_of_step", watched)
+    parameters = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in base.prompts(3)]
+    with engine(base.adapter) as llm:
+        expected = [
+            o.outputs[0].token_ids for o in llm.generate(prompts, parameters, use_tqdm=False)
+        ]
+        drafted = model_state_of(llm).decode_state.counters[Counter.DRAFTS_PASSED].item()
+        state, run = model_state_of(llm), model_runner_of(llm)._dummy_run
+        device = SimpleNamespace(type="cuda")
+        monkeypatch.setattr(torch.cuda, "Event", Clock)
+        shrinks.clear()
+        run(64)
+        each = len(shrinks)  # of a pass
+        cost = measure_passes(state._with_masks(run), 128, device)
+        state._masks_are_set = False
+        assert cost.milliseconds == tuple(each * rows / 2 for rows in cost.rows)
+        assert measure_passes(run, 128, device).milliseconds[0] == 0
+        again = [o.outputs[0].token_ids for o in llm.generate(prompts, parameters, use_tqdm=False)]
+        assert state.decode_state.counters[Counter.DRAFTS_PASSED].item() > drafted
+    assert again == expected
 
 
 class Product:

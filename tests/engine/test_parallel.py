@@ -88,7 +88,9 @@ def test_tensor_parallel_mask_adapter(name, tmp_path):
     parallel, counters = answers(base.adapter, **TWO_RANKS)
     assert_same(alone, expected)
     assert_same(parallel, expected)
-    assert counters == [counts, counts] and counts[Counter.DRAFTS_PASSED]
+    assert counters[0] == counters[1] and counts[Counter.DRAFTS_PASSED]
+    # on a GPU what is drafted depends on the time that passes took
+    assert ON_GPU or counters[0] == counts
 
 
 @in_float32

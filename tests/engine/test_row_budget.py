@@ -126,7 +126,19 @@ def test_so_do_drafts_that_are_there_without_masks():
 
 def test_only_steps_of_a_graph_say_what_steps_cost(monkeypatch):
     load, marked = Load(1), []
-    monkeypatch.setattr(load.budget.cost, "end", marked.append)
+    monkeypatch.setattr(load.budget.cost, "end", lambda rows, drafts: marked.append(rows))
     for rows, tokens in ((64, 64), (64, 100), (2048, 2048), (2112, 2112)):
         load.budget.end_step(rows, tokens)
     assert marked == [64, 0, 2048, 0]
+
+
+def test_masks_that_an_adapter_makes_dear_are_fed_where_they_pay():
+    """Not by what passes without masks take: with FP8 weights that is far less."""
+    passes = PassCost((64, 128, 256, 512), (5.4, 6.9, 8.0, 11.0))
+    drafting = PassCost((64, 128, 256, 512), (6.5, 8.5, 11.0, 15.5))
+    for requests, cost, pays in ((64, passes, True), (64, drafting, False), (4, drafting, True)):
+        load = Load(requests)
+        load.budget.cost = StepCost(passes, learns=False, drafting=cost)
+        for _ in range(40):
+            load.step(load.expected(), 2.8 if load.expected() > 1 else 1.0)
+        assert (load.budget.drafts.index is not None) == pays, (requests, cost)

@@ -49,3 +49,11 @@ def test_a_shorter_step_shows_at_once_that_the_host_takes_no_more():
         cost.observe(64, took=14.0, late=True)
     cost.observe(32, took=4.1, late=False)
     assert cost.host == pytest.approx(4.1, rel=0.02)
+
+
+def test_steps_that_draft_are_learned_from_by_what_drafting_costs():
+    cost = StepCost(PASSES, learns=False, drafting=PassCost((32, 64, 256), (6.0, 7.5, 16.5)))
+    for _ in range(200):
+        cost.observe(64, took=9.0, late=False, drafts=True)
+    assert of(cost, 32, 64, 256) == pytest.approx([4.8, 6.0, 13.2])
+    assert cost.of(np.array((64, 64)), np.array((True, False))) == pytest.approx([9.0, 6.0])

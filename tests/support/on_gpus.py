@@ -309,27 +309,27 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         ("soak-lora", 2, "--dtype bfloat16"),
     ):
         command = f"{soak} --minutes {sized(minutes, 0.2)} {more} --output {out}/{name}.json"
-        command += f" --log {out}/{name}-server.log -- --kv-cache-memory-bytes 1G"
+        # so little that vLLM's prefix cache, whose entries count as objects, is soon full
+        command += f" --log {out}/{name}-server.log -- --kv-cache-memory-bytes 128M"
         command += " --gpu-memory-utilization 0.1"  # only checked
         add("soak", name, 60 * minutes + 240, command, after="twin")
     return lanes
 
 
 def served(out: Path, trial: bool) -> None:
-    """Three servers of one small model, started together and measured one after the other."""
+    """Two servers of one small model, started together and measured one after the other."""
     from server import Server
 
     model = EXAMPLES / "refusion-tiny"
     stock = json.dumps({"architectures": ["Qwen3ForCausalLM"]})
-    serial = json.dumps({"mode": "serial", "slot_size": 32})
-    sides: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {
-        "refusion": ((), {}, "--base-url"),
-        "serial": (("--override-generation-config", serial), {}, "--base-url"),
-        "stock": (("--hf-overrides", stock), {"VLLM_PLUGINS": "none"}, "--stock-base-url"),
+    presets = ("--presets", "32/128/0.9/0.4", "serial/32")
+    sides: dict[str, tuple[tuple[str, ...], dict[str, str], tuple[str, ...], str]] = {
+        "refusion": ((), {}, presets, "--base-url"),
+        "stock": (("--hf-overrides", stock), {"VLLM_PLUGINS": "none"}, (), "--stock-base-url"),
     }
     servers = []
     try:
-        for port, (name, (more, env, _)) in enumerate(sides.items(), 8101):
+        for port, (name, (more, env, _, _)) in enumerate(sides.items(), 8101):
             command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
             command += ["--model", str(model), "--port", str(port), "--kv-cache-memory-bytes"]
             command += ["256M" if trial else "8G", "--gpu-memory-utilization", "0.05", *more]
@@ -340,11 +340,11 @@ def served(out: Path, trial: bool) -> None:
             servers.append(Server(process, f"http://127.0.0.1:{port}", path))
         for one in servers:
             one.wait_until_ready()
-        for port, (name, (_, _, option)) in enumerate(sides.items(), 8101):
+        for port, (name, (_, _, more, option)) in enumerate(sides.items(), 8101):
             lengths = ("--input-len", "128", "--output-len", "128")
             levels = ("--concurrency", "1" if trial else "1,16,64")
             command = [sys.executable, "-P", "-m", "vllm_refusion", "bench", "--out", str(out)]
-            command += ["--model", str(model), *lengths, *levels, "--name", f"{name}-served"]
+            command += ["--model", str(model), *lengths, *levels, "--name", f"{name}-served", *more]
             subprocess.run([*command, option, f"http://127.0.0.1:{port}"])
     finally:
         for one in servers:

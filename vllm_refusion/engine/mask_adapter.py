@@ -56,6 +56,12 @@ class MaskRows:
         self.rows = torch.zeros(most_rows, dtype=torch.int32, device=device)
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
 
+    def spread(self, rows: int) -> None:
+        """Every second of so many rows is one."""
+        count = rows // 2
+        torch.arange(0, 2 * count, 2, out=self.rows[:count])
+        self.count.fill_(count)
+
     def share_with(self, module: nn.Module) -> None:
         module.register_buffer("mask_rows", self.rows, persistent=False)
         module.register_buffer("mask_count", self.count, persistent=False)

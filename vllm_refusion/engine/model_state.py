@@ -86,6 +86,8 @@ class ReFusionModelState(ModelState):
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self.visibility = torch.zeros(self.max_num_tokens, 4, dtype=torch.int32, device=device)
         self.pass_cost: PassCost | None = None
+        self.drafting_cost: PassCost | None = None  # where a mask adapter makes it another
+        self._masks_are_set = False
         self._req_of: dict[str, int] = {}  # request id -> its index in all tables, a ``req``
         # by req: its prefill repeats committed tokens, which saw what their slots could see
         self._repeats_tokens = np.zeros(self.max_num_reqs, dtype=bool)
@@ -220,6 +222,11 @@ class ReFusionModelState(ModelState):
         Then it compiles what the first request would have to wait for.
         """
         self.pass_cost = measure_passes(run, self.max_num_tokens, self.device)
+        if self.mask_rows is not None:
+            run = self._with_masks(run)
+            label = "Those with masks"
+            self.drafting_cost = measure_passes(run, self.max_num_tokens, self.device, label)
+            self._masks_are_set = False
         if self.device.type == "cuda":
             hidden = self.model_config.get_hidden_size()
             layer = next(iter(get_layers_from_vllm_config(self.vllm_config, Attention).values()))
@@ -233,6 +240,16 @@ class ReFusionModelState(ModelState):
             self.start_row_budget(starts, []).compile()
             self.sampler.row_budget = None
 
+    def _with_masks(self, run: Callable[[int], Any]) -> Callable[[int], Any]:
+        """``run`` with masks in half of its rows, about what drafting feeds."""
+
+        def with_masks(rows: int) -> Any:
+            self.mask_rows.spread(rows)
+            self._masks_are_set = True
+            return run(rows)
+
+        return with_masks
+
     def start_row_budget(self, query_start_loc: torch.Tensor, sizes: list[int]) -> RowBudget:
         """The row budget, in its beginning; see there."""
         self.sampler.row_budget = RowBudget(
@@ -241,7 +258,7 @@ class ReFusionModelState(ModelState):
             self.req_states,
             query_start_loc,
             sizes,
-            StepCost(self.pass_cost or ASSUMED_COST, learns=self._learns_cost()),
+            StepCost(self.pass_cost or ASSUMED_COST, self._learns_cost(), self.drafting_cost),
             self._req_of,
             self.serial,
             fuses_passes(self.vllm_config),
@@ -356,7 +373,7 @@ class ReFusionModelState(ModelState):
             slot_mappings,
             self.sampler.asked,
         )
-        if self.mask_rows is not None:
+        if self.mask_rows is not None and not self._masks_are_set:
             self.operations.find_masks(
                 input_batch.input_ids,
                 input_batch.num_tokens,

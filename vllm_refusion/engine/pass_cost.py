@@ -58,7 +58,7 @@ ASSUMED_COST = PassCost((1, 128, 1024), (1.0, 1.0, 3.0))
 
 
 def measure_passes(
-    run: Callable[[int], Any], most_rows: int, device: torch.device
+    run: Callable[[int], Any], most_rows: int, device: torch.device, label: str = "Forward passes"
 ) -> PassCost | None:
     """Times ``run(rows)``, a forward pass of at most ``most_rows``; None on a CPU.
 
@@ -82,7 +82,8 @@ def measure_passes(
     smooth = tuple(float(ms) for ms in np.minimum.accumulate(fastest[::-1])[::-1])
     cost = get_tp_group().broadcast_object(PassCost(tuple(sizes), smooth), src=0)
     logger.info(
-        "Forward passes, rows: ms: %s",
+        "%s, rows: ms: %s",
+        label,
         ", ".join(f"{rows}: {ms:.2f}" for rows, ms in zip(cost.rows, cost.milliseconds)),
     )
     return cost

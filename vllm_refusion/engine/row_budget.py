@@ -177,7 +177,8 @@ class RowBudget:
 
         What is asked is what steps of decode rows take in a graph.
         """
-        self.cost.end(rows if rows == tokens <= self.sizes[-1] else 0)
+        in_a_graph = rows == tokens <= self.sizes[-1]
+        self.cost.end(rows if in_a_graph else 0, self._expected != NOTHING_DRAFTED)
 
     def _learn(self) -> None:
         """Takes the rows that the last step needed into account.
@@ -275,7 +276,8 @@ class RowBudget:
 
         def cost(rows: np.ndarray) -> np.ndarray:
             sizes = np.array([self._size_of(others + each) for each in rows])
-            beyond = (sizes > self.sizes[-1]) & (rows > serial)
-            return np.where(beyond, np.inf, self.cost.of(sizes))
+            drafts = rows > serial * NOTHING_DRAFTED
+            beyond = (sizes > self.sizes[-1]) & drafts
+            return np.where(beyond, np.inf, self.cost.of(sizes, drafts))
 
         self._expected_next = self.drafts.choose(serial, cost)

@@ -18,11 +18,13 @@ class _Marks(NamedTuple):
     """Of a step: its end on the device; rows, 0 if some are of prompts.
 
     ``late``: whether the device had nothing left to do when the host launched the pass.
+    ``drafts``: whether masks of drafts were among the rows.
     """
 
     late: bool
     ended: torch.cuda.Event
     rows: int
+    drafts: bool
 
 
 class StepCost:
@@ -33,34 +35,38 @@ class StepCost:
     the host's time rows cost nothing. Marks are read once they have passed: nothing waits for them.
 
     Args:
+        drafting: of passes with as many masks as drafts need, where an adapter makes masks dearer
+            than tokens; None: ``passes``.
         learns: False where nothing can be learned: on a CPU, or in a tensor parallel group, whose
             workers must choose alike while their clocks differ; or where the host prepares a step
             after the one before, so that both their times count.
     """
 
-    def __init__(self, passes: PassCost, learns: bool) -> None:
-        self.passes = passes
+    def __init__(self, passes: PassCost, learns: bool, drafting: PassCost | None = None) -> None:
+        self.passes, self.drafting = passes, drafting or passes
         self.scale, self.host = 1.0, 0.0
         self._learns = learns
-        self._of_passes: dict[int, float] = {}  # by rows, as far as asked
+        # by rows and whether there are drafts, as far as asked
+        self._of_passes: dict[tuple[int, bool], float] = {}
         self._late: bool | None = None  # of the step that is being launched
         self._steps: deque[_Marks] = deque()  # the last one learned from, and those after it
 
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """Milliseconds of steps of so many rows each."""
-        return np.maximum(self.passes.of(rows) * self.scale, self.host)
+    def of(self, rows: np.ndarray, drafts: np.ndarray | bool = False) -> np.ndarray:
+        """Milliseconds of steps of so many rows each, with masks of drafts or without."""
+        passes = np.where(drafts, self.drafting.of(rows), self.passes.of(rows))
+        return np.maximum(passes * self.scale, self.host)
 
     def launch(self) -> None:
         """Called before a forward pass is launched."""
         if self._learns:
             self._late = bool(self._steps) and self._steps[-1].ended.query()
 
-    def end(self, rows: int) -> None:
+    def end(self, rows: int, drafts: bool) -> None:
         """Marks the end of a step, of ``rows``, or 0 if some are of prompts."""
         if self._late is not None:
             ended = torch.cuda.Event(enable_timing=True)
             ended.record()
-            self._steps.append(_Marks(self._late, ended, rows))
+            self._steps.append(_Marks(self._late, ended, rows, drafts))
             self._late = None
 
     def learn(self) -> None:
@@ -68,9 +74,10 @@ class StepCost:
         while len(self._steps) > 1 and self._steps[1].ended.query():
             before, step = self._steps.popleft(), self._steps[0]
             if before.rows and step.rows:
-                self.observe(step.rows, before.ended.elapsed_time(step.ended), step.late)
+                took = before.ended.elapsed_time(step.ended)
+                self.observe(step.rows, took, step.late, step.drafts)
 
-    def observe(self, rows: int, took: float, late: bool) -> None:
+    def observe(self, rows: int, took: float, late: bool, drafts: bool = False) -> None:
         """A step of ``rows`` that ended ``took`` ms after the one before.
 
         The host's time is only seen where the device waits for it. Else the step says what the
@@ -80,6 +87,8 @@ class StepCost:
             self.host += FOLLOWS * (took - self.host)
             return
         self.host = min(self.host, took) * (1 - FORGETS)
-        if rows not in self._of_passes:
-            self._of_passes[rows] = float(self.passes.of(np.array(rows)))
-        self.scale += FOLLOWS * (took / self._of_passes[rows] - self.scale)
+        kind = rows, drafts
+        if kind not in self._of_passes:
+            passes = self.drafting if drafts else self.passes
+            self._of_passes[kind] = float(passes.of(np.array(rows)))
+        self.scale += FOLLOWS * (took / self._of_passes[kind] - self.scale)

@@ -42,8 +42,8 @@ class WorkerExtension:
             + len(state.prompt_scores.token_id_scores),
             "penalties": len(state.penalties._row_of),
         }
-        gc.collect()
         device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+        gc.collect()  # what was made to tell those bytes, too
         return held | {"objects": len(gc.get_objects()), "device_bytes": device_bytes}
 
     def refusion_recordings(self) -> list[dict[str, Any]]:
