@@ -12,6 +12,7 @@ import pytest
 import torch
 from device import DEVICE
 from mask_adapters import write_adapter
+from near_ties import assert_near_stock, bfloat16_error
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vllm import SamplingParams, TokensPrompt
@@ -20,7 +21,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from conformance import build_model, write_tokenizer
-from engine import assert_idle, engine, free_pages, model_runner_of, model_state_of
+from engine import STOCK_GRAPHS, assert_idle, engine, free_pages, model_runner_of, model_state_of
 from vllm_refusion.adapters import CONFIG, TENSORS, adapter_tensors, read_adapter
 from vllm_refusion.decoding.params import DecodingParams
 from vllm_refusion.decoding.reference import decode
@@ -255,6 +256,26 @@ def test_200_requests(bases, name, async_scheduling):
             wanted = [base.sample(prompts[i], parameters, child) for child in range(parameters.n)]
         assert_same(answers[i], wanted, f"request {i}")
     assert counts[Counter.DRAFTS_PASSED] > 50
+
+
+@pytest.mark.slow
+def test_bfloat16_differs_from_stock_by_near_ties_alone(bases, capsys):
+    base = bases("qwen3-gqa2")
+    prompts = base.prompts(100)
+    asked = [parameters(i, max_tokens=40, ignore_eos=True, logprobs=20) for i in range(100)]
+    with engine(base.path, dtype="bfloat16", **STOCK_GRAPHS) as llm:
+        expected = ask_all(llm, prompts, asked)
+    with engine(base.adapter, dtype="bfloat16") as llm:
+        answers = ask_all(llm, prompts, asked)
+    differing = 0
+    for i, ([(tokens, _)], [(stock, logprobs)]) in enumerate(zip(answers, expected, strict=True)):
+        if tokens != stock:
+            error, _ = bfloat16_error(base.path, prompts[i], stock)
+            assert_near_stock(tokens, stock, logprobs, 2 * error, f"request {i}")
+            differing += 1
+    assert differing, "this set has answers that bfloat16 changes"
+    with capsys.disabled():
+        print(f"\nbfloat16: {differing} of 100 answers differ, each from a near tie on")
 
 
 def test_small_steps_and_preemptions(bases, preemptions):

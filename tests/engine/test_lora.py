@@ -9,11 +9,12 @@ import torch
 from device import ON_GPU
 from lora_requests import MODEL, OPTIONS, Adapted, Mixed, ask, in_float32
 from mask_adapters import write_adapter
+from near_ties import assert_near_stock
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 import conformance
-from engine import NARROW, assert_idle, engine, free_pages, sampling_params
+from engine import NARROW, STOCK_GRAPHS, assert_idle, engine, free_pages, sampling_params
 
 MASK = conformance.MODELS[MODEL].mask_token_id
 NEAR_TIE = 0.05  # between log-probabilities in bfloat16
@@ -51,9 +52,7 @@ def questions():
 def of_stock(adapted, questions):
     """Stock vLLM's answers, of which most are not those without adapters."""
     prompts, params, numbers = questions
-    # in graphs of whole prompts its FlashAttention in bfloat16 answers all of them alike
-    graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
-    with engine(adapted.stock, max_loras=4, **OPTIONS, **(graphs if ON_GPU else {})) as llm:
+    with engine(adapted.stock, max_loras=4, **OPTIONS, **STOCK_GRAPHS) as llm:
         answers = ask(llm, adapted, prompts, params, numbers)
         plain = ask(llm, adapted, prompts, params, [0] * len(prompts))
     changed = [a[0] != b[0] for a, b, number in zip(answers, plain, numbers) if number]
@@ -66,21 +65,12 @@ def assert_same(answers, expected, numbers):
         zip(answers, expected, strict=True)
     ):
         if ON_GPU:
-            assert_near(tokens, stock, stock_logprobs, f"request {i}, adapter {numbers[i]}")
+            label = f"request {i}, adapter {numbers[i]}"
+            assert_near_stock(tokens, stock, stock_logprobs, NEAR_TIE, label)
             continue
         assert tokens == stock, f"request {i}, adapter {numbers[i]}"
         for entry, stock_entry in zip(logprobs, stock_logprobs, strict=True):
             assert entry == pytest.approx(stock_entry, abs=1e-3), f"request {i}"
-
-
-def assert_near(tokens, stock, stock_logprobs, label):
-    """In bfloat16: where they first differ, what was picked is as good as stock's pick."""
-    for ours, theirs, scores in zip(tokens, stock, stock_logprobs):
-        if ours != theirs:
-            gap = scores[theirs] - scores.get(ours, -1e9)
-            assert gap < NEAR_TIE, f"{label}: {gap}"
-            return
-    assert len(tokens) == len(stock), label
 
 
 def test_answers_of_stock_vllm(adapted, questions, of_stock, async_scheduling):

@@ -30,16 +30,37 @@ def assert_near_tie(llm: LLM, checkpoint: Path, prompt: Sequence[int], answer: D
             break
         common += 1
     decisive = [r for r in answer.rounds if r.committed <= common][-1]
-    logit_error, probability_error = bfloat16_error(checkpoint, prompt, answer)
+    logit_error, probability_error = bfloat16_error(checkpoint, prompt, answer.tokens)
     assert (
         decisive.threshold_margin <= 2 * probability_error
         or decisive.argmax_margin <= 2 * logit_error
     ), f"{decisive} is no near tie: errors {probability_error=:.3g} {logit_error=:.3g}"
 
 
-def bfloat16_error(checkpoint: Path, prompt: Sequence[int], answer: Decoded) -> tuple[float, float]:
-    """Largest error of logits and of probabilities, over the prompt and the answer."""
-    tokens = torch.tensor([[*prompt, *answer.tokens]])
+def assert_near_stock(
+    tokens: Sequence[int],
+    stock: Sequence[int],
+    logprobs: Sequence[dict[int, float]],
+    error: float,
+    label: str,
+) -> None:
+    """Where an answer leaves stock vLLM's, its pick is less likely by ``error`` at most.
+
+    Args: logprobs: of stock's answer, by token.
+    """
+    for ours, theirs, scores in zip(tokens, stock, logprobs):
+        if ours != theirs:
+            gap = scores[theirs] - scores.get(ours, float("-inf"))
+            assert gap < error, f"{label}: {gap}"
+            return
+    assert len(tokens) == len(stock), label
+
+
+def bfloat16_error(
+    checkpoint: Path, prompt: Sequence[int], answer: Sequence[int]
+) -> tuple[float, float]:
+    """Largest error of logits and of probabilities, over the prompt and the answer's tokens."""
+    tokens = torch.tensor([[*prompt, *answer]])
     with torch.inference_mode():
         exact, rounded = (
             AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)(tokens).logits.float()
