@@ -52,7 +52,7 @@ def test_what_fails_leaves_out_what_needs_it(tmp_path):
 @pytest.mark.slow
 def test_a_trial(problems, tmp_path):
     command = [sys.executable, "-P", on_gpus.__file__, tmp_path / "out", "--trial"]
-    command += ["--data", problems, "--dev", problems, "--lanes", "models"]
+    command += ["--data", problems, "--dev", problems, "--lanes", "base,models"]
     subprocess.run([str(part) for part in command], check=True, timeout=500)
     steps = (tmp_path / "out/steps.txt").read_text().splitlines()
     assert [line.rsplit(" ", 1)[1] for line in steps if " end " in line] == ["0"] * 5

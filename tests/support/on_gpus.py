@@ -198,9 +198,9 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     )
     masks = f"{train} --mask-adapter --dev {dev} --eval-every {sized(100, 2)}"
     convert = f"{run} convert {sized(options.gguf, EXAMPLES / 'stock-tiny')}"
-    add("models", "files", 600, waiting(options.gguf, data))
+    add("base", "files", 600, waiting(options.gguf, data))
     command = f"{convert} -o {base} --slot-size 8 --block-length 32"
-    add("models", "base", 120, command, needs="files")
+    add("base", "base", 120, command, needs="files")
     twins = f"{train} {base} -o {out}/twin --data {data} --objective autoregressive"
     twins += f" --learning-rate 5e-4 --adam-beta2 0.99 --steps {sized(700, 2)}"
     add("models", "twin", 480, twins, needs="base")
@@ -249,13 +249,14 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     settings = ["serial/8", "serial/32", "8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2"]
     settings = sized(settings + [f"{one}/correct" for one in settings[2:]], settings[:1])
 
-    def hybrid(lane: str, name: str, seconds: int, steps: int, options: str, gpu: str) -> None:
+    def hybrid(name: str, steps: int, options: str, gpu: str) -> None:
         command = f"{train} {base} -o {out}/{name} --data {data} --learning-rate 5e-4"
         command += f" --adam-beta2 0.99 --steps {sized(steps, 2)} {options}"
         command += sized(" --micro-batch-size 32", "")
-        add(lane, name, seconds, command, gpu, "base")
+        add(f"hybrids-{gpu}", name, 1200, command, gpu, "base")
         command = f"{evaluate} {out}/{name}/model --settings {' '.join(settings)}"
-        add(lane, f"{name}-answers", 300, f"{command} --json {out}/{name}.json", gpu, name)
+        command += f" --json {out}/{name}.json"
+        add(f"answers-{gpu}", f"{name}-answers", 300, command, "1", name)
 
     added = {
         "section6": "",
@@ -264,12 +265,13 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         "certainty": "--slot-certainty 2",
         "blocks": "--block-share 0.5",
     }
+    hybrid("full", 4000, " ".join(added.values()), "0")
     together = ""
-    for name, more in added.items():
+    for i, (name, more) in enumerate(added.items()):
         together = f"{together} {more}"
-        for seed, lane in enumerate(("hybrids", "more-hybrids"), 1):
-            hybrid(lane, f"hybrid-{name}-{seed}", 600, 1000, f"{together} --seed {seed}", "1")
-    hybrid("full", "full", 1500, 4500, together, "0")
+        for seed in (1, 2):
+            gpu = "1" if 2 * i + seed <= 7 else "0"  # the other one trains the full model
+            hybrid(f"hybrid-{name}-{seed}", 600, f"{together} --seed {seed}", gpu)
     compare = f"{sys.executable} {EXAMPLES}/controlled_comparison/compare.py --data {data}"
     compare += f" --dev {dev} --output {out}/comparison" + sized(
         " --start-steps 1000 --train-seconds 240 --decode-seconds 170 --time-seconds 45"
@@ -431,6 +433,8 @@ def main() -> None:
     for steps in lanes.values():
         for step in steps:
             step.after = tuple(name for name in step.after if name in planned)
+            if missing := step.name in planned and set(step.needs) - planned:
+                parser.error(f"--lanes: {step.name} needs {min(missing)}, which is in none of them")
     cores = sorted(os.sched_getaffinity(0))
     first = cores[: max(1, len(cores) // 4)]  # of the lane whose figures count
     others = cores[len(first) :] or cores
