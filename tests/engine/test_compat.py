@@ -106,6 +106,19 @@ def test_beam_search_still_resolves_watermarks_first():
         assert "input_processor.resolve_watermarking(params)" in inspect.getsource(mixin)
 
 
+def test_adapters_of_requests_that_sit_out_have_no_places_in_0_32():
+    """Where they have, ``loras_of_all_running`` does nothing; it can go with 0.32."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert compat._counts_loras_of_steps() == vllm.__version__.startswith("0.32")
+    counted = "scheduled_running_reqs" if compat._counts_loras_of_steps() else "self.running"
+    source = inspect.getsource(Scheduler.schedule)
+    (found,) = re.findall(r"lora_int_id\s+for req in (\S+)", source)
+    assert found == counted
+    assert "assert len(scheduled_loras) <= self.lora_config.max_loras" in source
+    assert "< request.next_decode_eligible_step" in source
+
+
 @pytest.mark.parametrize("kind", compat._REQUESTS)
 def test_malformed_bodies_still_pass_for_others(kind):
     """The stock check takes an object for granted."""

@@ -956,23 +956,50 @@ def adapt_scheduler(scheduler: Scheduler, slack: int, lookahead: Any, cacheable:
 _OF_RUNNING = {"num_lookahead_tokens"}  # what the scheduler says of a running request's slots
 
 
-@contextlib.contextmanager
-def fewer_loras(scheduler: Scheduler, count: int) -> Iterator[None]:
-    """So many fewer adapters may be in the step that is scheduled meanwhile.
+@functools.cache
+def _counts_loras_of_steps() -> bool:
+    from vllm.v1.core.sched.scheduler import Scheduler
 
-    vLLM admits requests by the adapters of those that the step has, and asserts that the next one,
-    with those that sat out, has no more than there are places.
+    return "for req in scheduled_running_reqs" in inspect.getsource(Scheduler.schedule)
+
+
+@contextlib.contextmanager
+def loras_of_all_running(scheduler: Scheduler, not_yet: int) -> Iterator[None]:
+    """The step that is scheduled meanwhile leaves adapters of requests that sit out their places.
+
+    vLLM 0.32 admits requests by the adapters of those that the step has, and asserts that the next
+    one, with those that sat out, has no more than there are places: ours sit out, by ``not_yet`` as
+    ``next_decode_eligible_step``. Later versions count all running requests.
     """
     config = scheduler.lora_config
-    if not count:
+    if not config or not _counts_loras_of_steps():
         yield
         return
+    present: set[int] = set()  # of the step
+    absent: set[int] = set()
+    # without a place: vLLM lets requests sit out steps that may reach their limits as well
+    surplus: dict[Any, int] = {}
+    for request in scheduler.running:
+        if not request.lora_request:
+            continue
+        adapter = request.lora_request.lora_int_id
+        if request.next_decode_eligible_step == not_yet:
+            absent.add(adapter)
+        elif adapter in present or len(present) < config.max_loras:
+            present.add(adapter)
+        else:
+            surplus[request] = request.next_decode_eligible_step
+            request.next_decode_eligible_step = not_yet
+            absent.add(adapter)
+    taken = min(len(absent - present), config.max_loras - len(present))
     scheduler.lora_config = copy.copy(config)
-    object.__setattr__(scheduler.lora_config, "max_loras", config.max_loras - count)
+    object.__setattr__(scheduler.lora_config, "max_loras", config.max_loras - taken)
     try:
         yield
     finally:
         scheduler.lora_config = config
+        for request, step in surplus.items():
+            request.next_decode_eligible_step = step
 
 
 def _holds(manager: Any, request: Any, end: int) -> bool:

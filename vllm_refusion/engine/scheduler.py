@@ -136,31 +136,8 @@ class _CanvasScheduling:
         compat.count_passes(request, self.canvas_length)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        schedule = super().schedule
-        if not self.lora_config:
-            return schedule(*args, **kwargs)
-        places = self.lora_config.max_loras
-        present: set[int] = set()  # adapters of the step
-        absent: set[int] = set()  # of running requests that sit out
-        surplus: dict[Request, int] = {}
-        for request in self.running:
-            if not request.lora_request:
-                continue
-            adapter = request.lora_request.lora_int_id
-            if request.next_decode_eligible_step == NOT_YET:
-                absent.add(adapter)
-            elif adapter in present or len(present) < places:
-                present.add(adapter)
-            else:
-                surplus[request] = request.next_decode_eligible_step
-                request.next_decode_eligible_step = NOT_YET
-                absent.add(adapter)
-        try:
-            with compat.fewer_loras(self, min(len(absent - present), places - len(present))):
-                return schedule(*args, **kwargs)
-        finally:
-            for request, step in surplus.items():
-                request.next_decode_eligible_step = step
+        with compat.loras_of_all_running(self, NOT_YET):
+            return super().schedule(*args, **kwargs)
 
     def _plan_with_prompts(self, scheduled: SchedulerOutput) -> None:
         """Adds the first canvas to requests whose prompt ends in this step; pages are reserved.
