@@ -265,13 +265,13 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         "certainty": "--slot-certainty 2",
         "blocks": "--block-share 0.5",
     }
-    hybrid("full", 4000, " ".join(added.values()), "0")
+    hybrid("full", 3500, " ".join(added.values()), "0")
     together = ""
     for i, (name, more) in enumerate(added.items()):
         together = f"{together} {more}"
         for seed in (1, 2):
             gpu = "1" if 2 * i + seed <= 7 else "0"  # the other one trains the full model
-            hybrid(f"hybrid-{name}-{seed}", 600, f"{together} --seed {seed}", gpu)
+            hybrid(f"hybrid-{name}-{seed}", 500, f"{together} --seed {seed}", gpu)
     compare = f"{sys.executable} {EXAMPLES}/controlled_comparison/compare.py --data {data}"
     compare += f" --dev {dev} --output {out}/comparison" + sized(
         " --start-steps 1000 --train-seconds 240 --decode-seconds 170 --time-seconds 45"
