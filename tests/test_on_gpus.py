@@ -55,4 +55,4 @@ def test_a_trial(problems, tmp_path):
     command += ["--data", problems, "--dev", problems, "--lanes", "base,models"]
     subprocess.run([str(part) for part in command], check=True, timeout=500)
     steps = (tmp_path / "out/steps.txt").read_text().splitlines()
-    assert [line.rsplit(" ", 1)[1] for line in steps if " end " in line] == ["0"] * 5
+    assert [line.rsplit(" ", 1)[1] for line in steps if " end " in line] == ["0"] * 6

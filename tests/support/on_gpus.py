@@ -130,6 +130,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
 
     python, run = f"{sys.executable} -P", f"{sys.executable} -P -m vllm_refusion"
     data, dev = options.data.resolve(), options.dev.resolve()
+    start = EXAMPLES / "stock-tiny" if trial else options.gguf.resolve()
     base, twin, adapter = out / "base", out / "twin/model", out / "adapter/adapter"
     plain, questions, own = out / "plain", out / "questions", out / "own/adapter"
     lanes: dict[str, list[Step]] = {}
@@ -197,8 +198,8 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         " --batch-size 4 --micro-batch-size 4",
     )
     masks = f"{train} --mask-adapter --dev {dev} --eval-every {sized(100, 2)}"
-    convert = f"{run} convert {sized(options.gguf, EXAMPLES / 'stock-tiny')}"
-    add("base", "files", 600, waiting(options.gguf, data))
+    convert = f"{run} convert {start}"
+    add("base", "files", 600, waiting(start, data))
     command = f"{convert} -o {base} --slot-size 8 --block-length 32"
     add("base", "base", 120, command, needs="files")
     twins = f"{train} {base} -o {out}/twin --data {data} --objective autoregressive"
