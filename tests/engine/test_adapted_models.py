@@ -447,8 +447,7 @@ def test_passes_with_masks_are_timed(bases, monkeypatch):
         shrinks.clear()
         run(64)
         each = len(shrinks)  # of a pass
-        cost = measure_passes(state._with_masks(run), 128, device)
-        state._masks_are_set = False
+        cost = state._measure_drafting(run, device)
         assert cost.milliseconds == tuple(each * rows / 2 for rows in cost.rows)
         assert measure_passes(run, 128, device).milliseconds[0] == 0
         again = [o.outputs[0].token_ids for o in llm.generate(prompts, parameters, use_tqdm=False)]

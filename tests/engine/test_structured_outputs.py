@@ -14,6 +14,7 @@ import pytest
 import torch
 from device import ON_GPU
 from grammars import KINDS, allowed_by, random_schema
+from lora_requests import OPTIONS as LORA
 from loras import write_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
@@ -229,7 +230,6 @@ def test_adapters_of_those_that_sit_out_keep_their_places(
     examples, asked, tmp_path, async_scheduling
 ):
     """Constrained requests, while their pass is in flight: no other adapter takes its place."""
-    config = {"dtype": "bfloat16"} if ON_GPU else {}
     loras = [
         LoRARequest(
             f"lora{i}", i, str(write_lora(tmp_path / f"lora{i}", examples / "stock-tiny", i))
@@ -237,7 +237,7 @@ def test_adapters_of_those_that_sit_out_keep_their_places(
         for i in (1, 2, 3)
     ]
     chosen = [loras[i % 3] for i in range(len(asked))]
-    given = options(enable_lora=True, max_lora_rank=8, max_num_seqs=8, **config)
+    given = options(max_num_seqs=8, **LORA)
     found = []
     for places in (3, 1, 2):
         with engine(examples / "stock-tiny-adapter", max_loras=places, **given) as llm:

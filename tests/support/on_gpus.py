@@ -170,13 +170,12 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     fp8, whole = sized("--quantization fp8", ""), sized("64 --requests 390", "2")
 
     def figure(name: str, seconds: int, command: str, needs: str = "") -> None:
-        add("figures", name, seconds, f"{command} --name {name}", "0", needs, "parallel")
+        # what needs nothing comes before others train and test on this GPU too
+        after = "parallel" if needs else ""
+        add("figures", name, seconds, f"{command} --name {name}", "0", needs, after)
 
-    # what needs nothing: the GPU is quiet until the first of those that train or test on it too
-    command = f"{large} --concurrency 1,16,64,128,256 --name 8b-fp8-serial"
-    add("figures", "8b-fp8-serial", 300, command, "0")
-    command = f"{large} {levels} --sides refusion --adapter random:64 --name 8b-fp8-adapter"
-    add("figures", "8b-fp8-adapter", 200, command, "0")
+    figure("8b-fp8-serial", 300, f"{large} --concurrency 1,16,64,128,256")
+    figure("8b-fp8-adapter", 200, f"{large} {levels} --sides refusion --adapter random:64")
     # its folder is on sys.path, as the soak's below: not with -P
     mine = f"{sys.executable} {__file__} {out} --dev {dev}" + sized("", " --trial")
     add("figures", "served", 400, f"{mine} --served", "0")
@@ -326,13 +325,14 @@ def served(out: Path, trial: bool) -> None:
     model = EXAMPLES / "refusion-tiny"
     stock = json.dumps({"architectures": ["Qwen3ForCausalLM"]})
     presets = ("--presets", "32/128/0.9/0.4", "serial/32")
-    sides: dict[str, tuple[tuple[str, ...], dict[str, str], tuple[str, ...], str]] = {
-        "refusion": ((), {}, presets, "--base-url"),
-        "stock": (("--hf-overrides", stock), {"VLLM_PLUGINS": "none"}, (), "--stock-base-url"),
+    # of the server and its environment; of the benchmark, before the server's address
+    sides: dict[str, tuple[tuple[str, ...], dict[str, str], tuple[str, ...]]] = {
+        "refusion": ((), {}, (*presets, "--base-url")),
+        "stock": (("--hf-overrides", stock), {"VLLM_PLUGINS": "none"}, ("--stock-base-url",)),
     }
     servers = []
     try:
-        for port, (name, (more, env, _, _)) in enumerate(sides.items(), 8101):
+        for port, (name, (more, env, _)) in enumerate(sides.items(), 8101):
             command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
             command += ["--model", str(model), "--port", str(port), "--kv-cache-memory-bytes"]
             command += ["256M" if trial else "8G", "--gpu-memory-utilization", "0.05", *more]
@@ -343,12 +343,12 @@ def served(out: Path, trial: bool) -> None:
             servers.append(Server(process, f"http://127.0.0.1:{port}", path))
         for one in servers:
             one.wait_until_ready()
-        for port, (name, (_, _, more, option)) in enumerate(sides.items(), 8101):
+        for port, (name, (_, _, more)) in enumerate(sides.items(), 8101):
             lengths = ("--input-len", "128", "--output-len", "128")
             levels = ("--concurrency", "1" if trial else "1,16,64")
             command = [sys.executable, "-P", "-m", "vllm_refusion", "bench", "--out", str(out)]
-            command += ["--model", str(model), *lengths, *levels, "--name", f"{name}-served", *more]
-            subprocess.run([*command, option, f"http://127.0.0.1:{port}"])
+            command += ["--model", str(model), *lengths, *levels, "--name", f"{name}-served"]
+            subprocess.run([*command, *more, f"http://127.0.0.1:{port}"])
     finally:
         for one in servers:
             one.terminate()
@@ -430,12 +430,12 @@ def main() -> None:
     os.environ.update(TRITON_F32_DEFAULT="ieee", VLLM_NO_USAGE_STATS="1", PYTHONUNBUFFERED="1")
     lanes = plan(options, out)
     chosen = options.lanes.split(",") if options.lanes else list(lanes)
-    planned = {step.name for name in chosen for step in lanes[name]}
-    for steps in lanes.values():
-        for step in steps:
-            step.after = tuple(name for name in step.after if name in planned)
-            if missing := step.name in planned and set(step.needs) - planned:
-                parser.error(f"--lanes: {step.name} needs {min(missing)}, which is in none of them")
+    steps = [step for name in chosen for step in lanes[name]]
+    planned = {step.name for step in steps}
+    for step in steps:
+        step.after = tuple(name for name in step.after if name in planned)
+        if missing := set(step.needs) - planned:
+            parser.error(f"--lanes: {step.name} needs {min(missing)}, which is in none of them")
     cores = sorted(os.sched_getaffinity(0))
     first = cores[: max(1, len(cores) // 4)]  # of the lane whose figures count
     others = cores[len(first) :] or cores

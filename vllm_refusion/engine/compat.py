@@ -992,8 +992,9 @@ def loras_of_all_running(scheduler: Scheduler, not_yet: int) -> Iterator[None]:
             request.next_decode_eligible_step = not_yet
             absent.add(adapter)
     taken = min(len(absent - present), config.max_loras - len(present))
-    scheduler.lora_config = copy.copy(config)
-    object.__setattr__(scheduler.lora_config, "max_loras", config.max_loras - taken)
+    if taken:
+        scheduler.lora_config = copy.copy(config)
+        object.__setattr__(scheduler.lora_config, "max_loras", config.max_loras - taken)
     try:
         yield
     finally:

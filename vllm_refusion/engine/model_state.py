@@ -223,10 +223,7 @@ class ReFusionModelState(ModelState):
         """
         self.pass_cost = measure_passes(run, self.max_num_tokens, self.device)
         if self.mask_rows is not None:
-            run = self._with_masks(run)
-            label = "Those with masks"
-            self.drafting_cost = measure_passes(run, self.max_num_tokens, self.device, label)
-            self._masks_are_set = False
+            self.drafting_cost = self._measure_drafting(run, self.device)
         if self.device.type == "cuda":
             hidden = self.model_config.get_hidden_size()
             layer = next(iter(get_layers_from_vllm_config(self.vllm_config, Attention).values()))
@@ -240,15 +237,18 @@ class ReFusionModelState(ModelState):
             self.start_row_budget(starts, []).compile()
             self.sampler.row_budget = None
 
-    def _with_masks(self, run: Callable[[int], Any]) -> Callable[[int], Any]:
-        """``run`` with masks in half of its rows, about what drafting feeds."""
+    def _measure_drafting(self, run: Callable[[int], Any], device: torch.device) -> PassCost | None:
+        """The same of passes with masks in half of their rows, about what drafting feeds."""
 
         def with_masks(rows: int) -> Any:
             self.mask_rows.spread(rows)
-            self._masks_are_set = True
             return run(rows)
 
-        return with_masks
+        self._masks_are_set = True
+        try:
+            return measure_passes(with_masks, self.max_num_tokens, device, "Those with masks")
+        finally:
+            self._masks_are_set = False
 
     def start_row_budget(self, query_start_loc: torch.Tensor, sizes: list[int]) -> RowBudget:
         """The row budget, in its beginning; see there."""

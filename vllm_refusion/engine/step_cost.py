@@ -43,18 +43,23 @@ class StepCost:
     """
 
     def __init__(self, passes: PassCost, learns: bool, drafting: PassCost | None = None) -> None:
-        self.passes, self.drafting = passes, drafting or passes
+        self.passes, self.drafting = passes, drafting
         self.scale, self.host = 1.0, 0.0
         self._learns = learns
-        # by rows and whether there are drafts, as far as asked
-        self._of_passes: dict[tuple[int, bool], float] = {}
+        # milliseconds by rows and whether there are drafts, as far as asked
+        self._known: dict[tuple[int, bool], float] = {}
         self._late: bool | None = None  # of the step that is being launched
         self._steps: deque[_Marks] = deque()  # the last one learned from, and those after it
 
     def of(self, rows: np.ndarray, drafts: np.ndarray | bool = False) -> np.ndarray:
         """Milliseconds of steps of so many rows each, with masks of drafts or without."""
-        passes = np.where(drafts, self.drafting.of(rows), self.passes.of(rows))
-        return np.maximum(passes * self.scale, self.host)
+        return np.maximum(self._of_passes(rows, drafts) * self.scale, self.host)
+
+    def _of_passes(self, rows: np.ndarray, drafts: np.ndarray | bool) -> np.ndarray:
+        passes = self.passes.of(rows)
+        if self.drafting is None:
+            return passes
+        return np.where(drafts, self.drafting.of(rows), passes)
 
     def launch(self) -> None:
         """Called before a forward pass is launched."""
@@ -88,7 +93,6 @@ class StepCost:
             return
         self.host = min(self.host, took) * (1 - FORGETS)
         kind = rows, drafts
-        if kind not in self._of_passes:
-            passes = self.drafting if drafts else self.passes
-            self._of_passes[kind] = float(passes.of(np.array(rows)))
-        self.scale += FOLLOWS * (took / self._of_passes[kind] - self.scale)
+        if kind not in self._known:
+            self._known[kind] = float(self._of_passes(np.array(rows), drafts))
+        self.scale += FOLLOWS * (took / self._known[kind] - self.scale)
