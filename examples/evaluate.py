@@ -91,6 +91,9 @@ def main() -> None:
         "--settings", nargs="+", default=SETTINGS, metavar="SLOT/BLOCK/SLOT_T/TOKEN_T"
     )
     parser.add_argument("--schedule", choices=["fused", "plain"], default="fused")
+    parser.add_argument(
+        "--slot-start", choices=["mask", "next"], help="of serial decoding, if not the checkpoint's"
+    )
     parser.add_argument("--problems", type=Path, default=FOLDER / "dev_problems.jsonl")
     parser.add_argument("--count", type=int, help="only the first of them")
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -106,6 +109,8 @@ def main() -> None:
         options |= stock(args.model)
     elif args.schedule == "plain":
         options["additional_config"] = {"refusion_schedule": "plain"}
+    if args.slot_start:
+        options["override_generation_config"] = {"slot_start": args.slot_start}
     llm = LLM(**options)
     rows = list(read_rows([args.problems]))[: args.count]
     encoder = Encoder(llm.get_tokenizer(), None)
@@ -113,6 +118,8 @@ def main() -> None:
     settings = [None] if args.token_by_token else args.settings
     for setting in settings:
         figures = {"model": args.model, "schedule": args.schedule, "settings": setting}
+        if args.slot_start:
+            figures["slot_start"] = args.slot_start
         if setting is None:
             figures |= {"schedule": None, "settings": "token by token"}
         extra = parameters(setting) if setting else None

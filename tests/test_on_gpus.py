@@ -22,7 +22,7 @@ def problems(dev_problems_file, tmp_path) -> Path:
 @pytest.mark.parametrize("trial", [True, False])
 def test_steps_need_steps_that_there_are(problems, tmp_path, trial):
     options = argparse.Namespace(
-        data=problems, dev=problems, gguf=problems, next=tmp_path, trial=trial
+        full_steps=2, data=problems, dev=problems, gguf=problems, next=tmp_path, trial=trial
     )
     lanes = on_gpus.plan(options, tmp_path)
     steps = [step for lane in lanes.values() for step in lane]
@@ -52,7 +52,7 @@ def test_what_fails_leaves_out_what_needs_it(tmp_path):
 @pytest.mark.slow
 def test_a_trial(problems, tmp_path):
     command = [sys.executable, "-P", on_gpus.__file__, tmp_path / "out", "--trial"]
-    command += ["--data", problems, "--dev", problems, "--lanes", "base,models"]
+    command += ["--data", problems, "--dev", problems, "--lanes", "base,twin,models"]
     subprocess.run([str(part) for part in command], check=True, timeout=500)
     steps = (tmp_path / "out/steps.txt").read_text().splitlines()
     assert [line.rsplit(" ", 1)[1] for line in steps if " end " in line] == ["0"] * 6

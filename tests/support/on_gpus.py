@@ -203,7 +203,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     add("base", "base", 120, command, needs="files")
     twins = f"{train} {base} -o {out}/twin --data {data} --objective autoregressive"
     twins += f" --learning-rate 5e-4 --adam-beta2 0.99 --steps {sized(700, 2)}"
-    add("models", "twin", 480, twins, needs="base")
+    add("twin", "twin", 480, twins, "0", "base")
     masked = f"{masks} {twin} --data {data}"
     run_of = f"-o {out}/adapter --steps {sized(900, 2)}"
     # on the GPU of the figures, while there are none
@@ -211,7 +211,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     evaluate = f"{python} {EXAMPLES}/evaluate.py --problems {dev}"
     evaluate += sized(" --max-tokens 320", " --max-tokens 16 --count 2")
     twins = f"{evaluate} {twin} --token-by-token --json {out}/twin.json"
-    add("models", "twin-answers", 120, twins, needs="twin")
+    add("twin", "twin-answers", 120, twins, needs="twin")
     drafts = f"{python} {EXAMPLES}/adapter_drafts.py --max-tokens {sized(320, 16)}"
     counted = f"{drafts} {adapter} --problems {dev} --count {sized(390, 2)}"
     add("models", "adapter-drafts", 200, counted, needs="adapter")
@@ -245,40 +245,49 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         after = sized("own exact", "exact")  # whose GPU they would slow
         add(("sweeps", "more-sweeps")[i % 2], name, 240, command, "1", "twin part", after)
 
-    # the hybrid objective: what each option adds to those before it
-    settings = ["serial/8", "serial/32", "8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2"]
-    settings = sized(settings + [f"{one}/correct" for one in settings[2:]], settings[:1])
+    # the hybrid objective, from the twin: what each option adds to those before it
+    in_order = ["serial/8", "serial/32"]
+    presets = ["8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2", "4/16/0.6/0.3"]
 
-    def hybrid(name: str, steps: int, options: str, gpu: str) -> None:
-        command = f"{train} {base} -o {out}/{name} --data {data} --learning-rate 5e-4"
-        command += f" --adam-beta2 0.99 --steps {sized(steps, 2)} {options}"
-        command += sized(" --micro-batch-size 32", "")
-        add(f"hybrids-{gpu}", name, 1200, command, gpu, "base")
-        command = f"{evaluate} {out}/{name}/model --settings {' '.join(settings)}"
-        command += f" --json {out}/{name}.json"
-        add(f"answers-{gpu}", f"{name}-answers", 300, command, "1", name)
+    def hybrid(lane: int, name: str, gpu: str, options: str, presets: Sequence[str]) -> None:
+        command = f"mkdir {out}/{name} && cp -r {out}/twin/data {out}/{name} && exec "  # token ids
+        command += f"{train} {twin} -o {out}/{name} --resume --data {data} --learning-rate 5e-4"
+        command += f" --adam-beta2 0.99 {options}" + sized(" --micro-batch-size 32", " --steps 2")
+        command = f"bash -c '{command}'"
+        # the comparison trains so many models side by side that others would get no share
+        add(f"hybrids-{lane}", name, 1400, command, gpu, "twin", "comparison-train" if lane else "")
+        asked = f"{evaluate} {out}/{name}/model --json {out}/{name}.json"
+        settings = in_order + [one + way for one in presets for way in ("", "/correct")]
+        command = f"{asked} --settings {' '.join(sized(settings, settings[:1]))}"
+        add(f"answers-{lane}", f"{name}-answers", 400, command, gpu, name)
+        other = "next" if "section6" in name else "mask"  # than the checkpoint's own
+        command = f"{asked} --slot-start {other} --settings {' '.join(in_order)}"
+        add(f"starts-{lane}", f"{name}-starts", 200, command, gpu, name)
 
-    added = {
-        "section6": "",
-        "joined": "--joined-slots --ordered-share 0.25",
-        "infill": "--infill-weight 1",
-        "certainty": "--slot-certainty 2",
-        "blocks": "--block-share 0.5",
-    }
-    hybrid("full", 3500, " ".join(added.values()), "0")
-    together = ""
-    for i, (name, more) in enumerate(added.items()):
-        together = f"{together} {more}"
-        for seed in (1, 2):
-            gpu = "1" if 2 * i + seed <= 7 else "0"  # the other one trains the full model
-            hybrid(f"hybrid-{name}-{seed}", 500, f"{together} --seed {seed}", gpu)
+    for seed in (1, 2):
+        together = f"--steps 500 --seed {seed}"
+        for name, more in {
+            "section6": "",
+            "joined": " --joined-slots --ordered-share 0.25",
+            "infill": " --infill-weight 1",
+            "certainty": " --slot-certainty 2",
+            "blocks": " --block-share 0.5",
+        }.items():
+            together += more
+            hybrid(seed, f"hybrid-{name}-{seed}", "1", together, presets[:2])
+    together += f" --slot-certainty 4 --ar-weight 2 --mdm-weight 0.5 --steps {options.full_steps}"
+    hybrid(0, "full", "0", f"{together} --seed 3", presets)
+
     compare = f"{sys.executable} {EXAMPLES}/controlled_comparison/compare.py --data {data}"
     compare += f" --dev {dev} --output {out}/comparison" + sized(
-        " --start-steps 1000 --train-seconds 240 --decode-seconds 170 --time-seconds 45"
-        " --problems 200 --main-only --gpu-workers 6",
+        " --start-steps 1000 --train-seconds 350 --decode-seconds 200 --time-seconds 45"
+        " --problems 200 --main-only --gpu-workers 6 --workers 16",
         "",
     )
-    add("comparison", "comparison", 700, compare)
+    add("comparison", "comparison-files", 600, waiting(data))
+    add("comparison", "comparison-train", 480, f"{compare} --phases train")
+    phases = "--phases decode,time,report"
+    add("comparison", "comparison", 400, f"{compare} {phases}", needs="comparison-train")
 
     # tests
     pytest = f"{python} -m pytest -v --tb=short -p no:cacheprovider"
@@ -412,6 +421,9 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, help="problems to answer")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct")
     parser.add_argument("--next", type=Path, help="folder with another version of vLLM")
+    parser.add_argument(
+        "--full-steps", type=int, default=7000, help="of the model with all options"
+    )
     parser.add_argument("--minutes", type=float, default=28)
     parser.add_argument("--lanes", help="with commas; default: all")
     parser.add_argument("--trial", action="store_true")
@@ -437,8 +449,8 @@ def main() -> None:
         if missing := set(step.needs) - planned:
             parser.error(f"--lanes: {step.name} needs {min(missing)}, which is in none of them")
     cores = sorted(os.sched_getaffinity(0))
-    first = cores[: max(1, len(cores) // 4)]  # of the lane whose figures count
-    others = cores[len(first) :] or cores
+    count = max(1, len(cores) // 4) if "figures" in chosen else 0
+    first, others = cores[:count], cores[count:] or cores  # of the lane whose figures count
     runner = Runner(out, options.minutes)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, runner.stop)
