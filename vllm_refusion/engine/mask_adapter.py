@@ -57,10 +57,11 @@ class MaskRows:
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
 
     def spread(self, rows: int) -> None:
-        """Every second of so many rows is one."""
-        count = rows // 2
-        torch.arange(0, 2 * count, 2, out=self.rows[:count])
-        self.count.fill_(count)
+        """Of so many rows all but every eighth are ones."""
+        numbers = torch.arange(rows, dtype=torch.int32, device=self.rows.device)
+        masks = numbers[numbers % 8 > 0]
+        self.rows[: len(masks)] = masks
+        self.count.fill_(len(masks))
 
     def share_with(self, module: nn.Module) -> None:
         module.register_buffer("mask_rows", self.rows, persistent=False)

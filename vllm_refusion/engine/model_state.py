@@ -238,7 +238,7 @@ class ReFusionModelState(ModelState):
             self.sampler.row_budget = None
 
     def _measure_drafting(self, run: Callable[[int], Any], device: torch.device) -> PassCost | None:
-        """The same of passes with masks in half of their rows, about what drafting feeds."""
+        """The same of passes with masks in seven of eight rows, about what drafting feeds."""
 
         def with_masks(rows: int) -> Any:
             self.mask_rows.spread(rows)
