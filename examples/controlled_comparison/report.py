@@ -135,16 +135,23 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for axis, key in zip(axes, ("main", "slot size and block length")):
-        for name, row in results[key]["rows"].items():
+    keys = ["main", "slot size and block length"]
+    keys = keys if set(results[keys[1]]["rows"]) - set(MAIN) else keys[:1]
+    figure, axes = pyplot.subplots(
+        1, len(keys), figsize=(9 * len(keys), 4.8), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, key in zip(axes[0], keys):
+        for number, (name, row) in enumerate(results[key]["rows"].items(), 1):
             if not row.get("right"):
                 continue
             x, y = row["tokens_per_forward"], [100 * value for value in row["right"]]
-            (line,) = axis.plot(x, y, "o", markersize=4)
-            axis.plot(mean(x), mean(y), "_", markersize=14, color=line.get_color())
             label = name if key == "main" else name.removeprefix("ReFusion ")
-            axis.annotate(label, (mean(x), mean(y)), (4, 4), textcoords="offset points", size=7)
+            (line,) = axis.plot(x, y, "o", markersize=4, label=f"{number} {label}")
+            axis.plot(mean(x), mean(y), "_", markersize=14, color=line.get_color())
+            axis.annotate(
+                f"{number}", (mean(x), mean(y)), (4, 4), textcoords="offset points", size=7
+            )
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:.2g}" if key == "main" else "{x:g}")
@@ -152,7 +159,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("tokens per forward pass")
         axis.set_title(key if key != "main" else "decoders", size=10)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("problems right, %")
+    axes[0, 0].set_ylabel("problems right, %")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

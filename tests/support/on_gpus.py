@@ -252,7 +252,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     def hybrid(lane: int, name: str, gpu: str, options: str, presets: Sequence[str]) -> None:
         command = f"mkdir {out}/{name} && cp -r {out}/twin/data {out}/{name} && exec "  # token ids
         command += f"{train} {twin} -o {out}/{name} --resume --data {data} --learning-rate 5e-4"
-        command += f" --adam-beta2 0.99 {options}" + sized(" --micro-batch-size 32", " --steps 2")
+        command += f" --adam-beta2 0.99 {options}" + sized("", " --steps 2")
         command = f"bash -c '{command}'"
         # the comparison trains so many models side by side that others would get no share
         add(f"hybrids-{lane}", name, 1400, command, gpu, "twin", "comparison-train" if lane else "")
@@ -275,7 +275,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         }.items():
             together += more
             hybrid(seed, f"hybrid-{name}-{seed}", "1", together, presets[:2])
-    together += f" --slot-certainty 4 --ar-weight 2 --mdm-weight 0.5 --steps {options.full_steps}"
+    together += f" --slot-certainty 4 --ar-weight 2 --mdm-weight 0.5 --steps 2700"
     hybrid(0, "full", "0", f"{together} --seed 3", presets)
 
     compare = f"{sys.executable} {EXAMPLES}/controlled_comparison/compare.py --data {data}"
@@ -421,9 +421,6 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, help="problems to answer")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct")
     parser.add_argument("--next", type=Path, help="folder with another version of vLLM")
-    parser.add_argument(
-        "--full-steps", type=int, default=7000, help="of the model with all options"
-    )
     parser.add_argument("--minutes", type=float, default=28)
     parser.add_argument("--lanes", help="with commas; default: all")
     parser.add_argument("--trial", action="store_true")
