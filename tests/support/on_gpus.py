@@ -275,7 +275,7 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
         }.items():
             together += more
             hybrid(seed, f"hybrid-{name}-{seed}", "1", together, presets[:2])
-    together += f" --slot-certainty 4 --ar-weight 2 --mdm-weight 0.5 --steps 2700"
+    together += " --slot-certainty 4 --ar-weight 2 --mdm-weight 0.5 --steps 2700"
     hybrid(0, "full", "0", f"{together} --seed 3", presets)
 
     compare = f"{sys.executable} {EXAMPLES}/controlled_comparison/compare.py --data {data}"
