@@ -109,17 +109,15 @@ def main() -> None:
         options |= stock(args.model)
     elif args.schedule == "plain":
         options["additional_config"] = {"refusion_schedule": "plain"}
-    if args.slot_start:
-        options["override_generation_config"] = {"slot_start": args.slot_start}
+    start = {"slot_start": args.slot_start} if args.slot_start else {}
+    options["override_generation_config"] = start
     llm = LLM(**options)
     rows = list(read_rows([args.problems]))[: args.count]
     encoder = Encoder(llm.get_tokenizer(), None)
     prompts = [encoder.prompt(row.values["query"]) for row in rows]
     settings = [None] if args.token_by_token else args.settings
     for setting in settings:
-        figures = {"model": args.model, "schedule": args.schedule, "settings": setting}
-        if args.slot_start:
-            figures["slot_start"] = args.slot_start
+        figures = {"model": args.model, "schedule": args.schedule, "settings": setting} | start
         if setting is None:
             figures |= {"schedule": None, "settings": "token by token"}
         extra = parameters(setting) if setting else None

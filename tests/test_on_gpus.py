@@ -22,7 +22,7 @@ def problems(dev_problems_file, tmp_path) -> Path:
 @pytest.mark.parametrize("trial", [True, False])
 def test_steps_need_steps_that_there_are(problems, tmp_path, trial):
     options = argparse.Namespace(
-        full_steps=2, data=problems, dev=problems, gguf=problems, next=tmp_path, trial=trial
+        data=problems, dev=problems, gguf=problems, next=tmp_path, trial=trial
     )
     lanes = on_gpus.plan(options, tmp_path)
     steps = [step for lane in lanes.values() for step in lane]

@@ -115,6 +115,10 @@ def _training_table(trained: Sequence[Row]) -> str:
     return _markdown_table(head, rows)
 
 
+def _beyond_main(table: dict[str, Any]) -> bool:
+    return not set(table["rows"]) <= set(MAIN)
+
+
 def markdown(results: dict[str, Any]) -> str:
     about = ", ".join(f"{key}: {value}" for key, value in results["about"].items())
     parts = [about, "## Decoding", _decoding_table(results["main"], notes=True)]
@@ -123,7 +127,7 @@ def markdown(results: dict[str, Any]) -> str:
         "KV reuse": "KV reuse against recomputation with full context",
     }
     for key, title in titles.items():
-        if set(results[key]["rows"]) - set(MAIN):
+        if _beyond_main(results[key]):
             parts += [f"## {title}", _decoding_table(results[key], notes=False)]
     return "\n\n".join([*parts, "## Training", _training_table(results["trained"]), ""])
 
@@ -136,7 +140,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     keys = ["main", "slot size and block length"]
-    keys = keys if set(results[keys[1]]["rows"]) - set(MAIN) else keys[:1]
+    keys = [key for key in keys if key == "main" or _beyond_main(results[key])]
     figure, axes = pyplot.subplots(
         1, len(keys), figsize=(9 * len(keys), 4.8), sharey=True, layout="constrained", squeeze=False
     )
@@ -147,10 +151,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
             x, y = row["tokens_per_forward"], [100 * value for value in row["right"]]
             label = name if key == "main" else name.removeprefix("ReFusion ")
             (line,) = axis.plot(x, y, "o", markersize=4, label=f"{number} {label}")
-            axis.plot(mean(x), mean(y), "_", markersize=14, color=line.get_color())
-            axis.annotate(
-                f"{number}", (mean(x), mean(y)), (4, 4), textcoords="offset points", size=7
-            )
+            at = mean(x), mean(y)
+            axis.plot(*at, "_", markersize=14, color=line.get_color())
+            axis.annotate(str(number), at, (4, 4), textcoords="offset points", size=7)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")

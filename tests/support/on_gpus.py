@@ -202,7 +202,8 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     command = f"{convert} -o {base} --slot-size 8 --block-length 32"
     add("base", "base", 120, command, needs="files")
     twins = f"{train} {base} -o {out}/twin --data {data} --objective autoregressive"
-    twins += f" --learning-rate 5e-4 --adam-beta2 0.99 --steps {sized(700, 2)}"
+    rates = "--learning-rate 5e-4 --adam-beta2 0.99"
+    twins += f" {rates} --steps {sized(700, 2)}"
     add("twin", "twin", 480, twins, "0", "base")
     masked = f"{masks} {twin} --data {data}"
     run_of = f"-o {out}/adapter --steps {sized(900, 2)}"
@@ -249,34 +250,37 @@ def plan(options: argparse.Namespace, out: Path) -> dict[str, list[Step]]:
     in_order = ["serial/8", "serial/32"]
     presets = ["8/32/0.9/0.4", "32/128/0.9/0.4", "8/16/0.8/0.2", "4/16/0.6/0.3"]
 
-    def hybrid(lane: int, name: str, gpu: str, options: str, presets: Sequence[str]) -> None:
+    def hybrid(
+        lane: int, name: str, steps: int, seed: int, options: str, presets: Sequence[str]
+    ) -> None:
+        gpu = "1" if lane else "0"
         command = f"mkdir {out}/{name} && cp -r {out}/twin/data {out}/{name} && exec "  # token ids
-        command += f"{train} {twin} -o {out}/{name} --resume --data {data} --learning-rate 5e-4"
-        command += f" --adam-beta2 0.99 {options}" + sized("", " --steps 2")
-        command = f"bash -c '{command}'"
+        command += f"{train} {twin} -o {out}/{name} --resume --data {data} {rates}"
+        command = f"bash -c '{command} --steps {sized(steps, 2)} --seed {seed} {options}'"
         # the comparison trains so many models side by side that others would get no share
         add(f"hybrids-{lane}", name, 1400, command, gpu, "twin", "comparison-train" if lane else "")
         asked = f"{evaluate} {out}/{name}/model --json {out}/{name}.json"
         settings = in_order + [one + way for one in presets for way in ("", "/correct")]
         command = f"{asked} --settings {' '.join(sized(settings, settings[:1]))}"
         add(f"answers-{lane}", f"{name}-answers", 400, command, gpu, name)
-        other = "next" if "section6" in name else "mask"  # than the checkpoint's own
+        other = "mask" if "--joined-slots" in options else "next"  # than the checkpoint's own
         command = f"{asked} --slot-start {other} --settings {' '.join(in_order)}"
         add(f"starts-{lane}", f"{name}-starts", 200, command, gpu, name)
 
-    for seed in (1, 2):
-        together = f"--steps 500 --seed {seed}"
-        for name, more in {
-            "section6": "",
-            "joined": " --joined-slots --ordered-share 0.25",
-            "infill": " --infill-weight 1",
-            "certainty": " --slot-certainty 2",
-            "blocks": " --block-share 0.5",
-        }.items():
-            together += more
-            hybrid(seed, f"hybrid-{name}-{seed}", "1", together, presets[:2])
-    together += " --slot-certainty 4 --ar-weight 2 --mdm-weight 0.5 --steps 2700"
-    hybrid(0, "full", "0", f"{together} --seed 3", presets)
+    added = {
+        "section6": "",
+        "joined": "--joined-slots --ordered-share 0.25",
+        "infill": "--infill-weight 1",
+        "certainty": "--slot-certainty 2",
+        "blocks": "--block-share 0.5",
+    }
+    together = ""
+    for name, more in added.items():
+        together = f"{together} {more}"
+        for seed in (1, 2):
+            hybrid(seed, f"hybrid-{name}-{seed}", 500, seed, together, presets[:2])
+    every = added | {"certainty": "--slot-certainty 4", "weights": "--ar-weight 2 --mdm-weight 0.5"}
+    hybrid(0, "full", 2700, 3, " ".join(every.values()), presets)
 
     compare = f"{sys.executable} {EXAMPLES}/controlled_comparison/compare.py --data {data}"
     compare += f" --dev {dev} --output {out}/comparison" + sized(
